@@ -1,0 +1,43 @@
+#pragma once
+#include <linux/kvm.h>
+
+#include <memory>
+
+#include "base/mapping.hpp"
+#include "base/result.hpp"
+#include "base/types.hpp"
+
+/// The seam. Everything above it speaks the KVM ABI: ioctl numbers and structs of <linux/kvm.h>,
+/// semantics of the kernel's virt/kvm/api documentation. Two providers stand behind it: the
+/// kernel's file descriptors (kernel_provider.hpp) and the software engine (engine/abi/provider.hpp).
+/// Nothing above asks which one it has.
+namespace ring3::kvm {
+
+/// One object that takes KVM ioctls: /dev/kvm itself, a VM, a vCPU, or a device.
+///
+/// Threading: as the kernel's: system, VM and device ioctls from any thread; vCPU ioctls from one
+/// thread at a time (the provider serialises, as the kernel's vcpu->mutex does).
+/// Lifetime:  an object may be destroyed before those made from it; they keep what they need alive.
+class Endpoint {
+ public:
+  virtual ~Endpoint() = default;
+
+  /// The ioctl: request and argument as for ioctl(2) (an integer, or a pointer cast to u64).
+  /// Returns the kernel's result (>= 0), or -errno. Never sets errno.
+  /// Ioctls that make another object (KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_CREATE_DEVICE) are not
+  /// taken here: see create().
+  virtual long ioctl(unsigned long request, u64 arg) = 0;
+
+  /// KVM_CREATE_VM on the system, KVM_CREATE_VCPU on a VM. Error::code is the errno.
+  virtual Result<std::unique_ptr<Endpoint>> create(unsigned long request, u64 arg) = 0;
+
+  /// vCPU only: the mapped run page and what follows it, KVM_GET_VCPU_MMAP_SIZE bytes; owned by the
+  /// endpoint, valid for its lifetime. Null on other objects.
+  virtual kvm_run* run_page() = 0;
+
+  /// Makes a KVM_RUN in progress, or the next one, return -EINTR soon. Any thread. The provider
+  /// sets immediate_exit and wakes the vCPU thread; the caller clears immediate_exit afterwards.
+  virtual void kick() = 0;
+};
+
+}  // namespace ring3::kvm
