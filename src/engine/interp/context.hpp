@@ -1,0 +1,111 @@
+#pragma once
+#include <atomic>
+#include <bitset>
+
+#include "engine/decode/insn.hpp"
+#include "engine/interp/environment.hpp"
+#include "engine/mmu/mmu.hpp"
+#include "engine/state/vcpu_state.hpp"
+
+/// What an instruction handler works on. One per vCPU, used on its thread.
+namespace ring3::engine {
+
+/// What a handler returns.
+enum class Exec : u8 {
+  Next,    ///< retired; go on with the next instruction of the block
+  Branch,  ///< retired; RIP, mode, privilege or translation may have changed: look the next block up
+  Stop,    ///< not retired (Fault, Exit) or retired with a Trap: Context::stop() says what
+  Halt,    ///< HLT (or MWAIT) retired
+};
+
+struct Context;
+/// On entry s.rip is already the address of the NEXT instruction; on Stop (Fault, Exit) the caller
+/// puts it back. Handlers change architectural state only after their last possible stop.
+using Handler = Exec (*)(Context&, const DecodedInsn&);
+
+/// Guest CPUID distilled into what instruction semantics ask for.
+struct GuestFeatures {
+  std::bitset<static_cast<unsigned>(Feature::Count)> has;
+  u64 cr4_reserved = ~0ull;   ///< bits that fault when set
+  u64 efer_reserved = ~0ull;
+  u64 xcr0_supported = 3;
+  u32 mxcsr_mask = 0xffff;
+  u8 maxphyaddr = 40;         ///< bits
+  u8 linear_bits = 48;
+  bool amd = false;           ///< vendor AuthenticAMD/HygonGenuine: SYSCALL/SYSENTER/segment-load differences
+  bool pcid = false, page1g = true, nx = true;
+  bool operator[](Feature f) const { return has[static_cast<unsigned>(f)]; }
+};
+
+struct Context {
+  Context(VcpuState& state, Mmu& mmu_, Environment& environment) : s(state), mmu(mmu_), env(environment) {}
+
+  VcpuState& s;
+  Mmu& mmu;
+  Environment& env;
+  GuestFeatures features;
+
+  /// Raised by other threads and by handlers: leave the block loop at the next boundary. Bits are
+  /// the owner's (abi/); the interpreter only compares with zero.
+  std::atomic<u32> attention{0};
+
+  /// Mode facts derived from s by mode_changed(), read on every access.
+  bool code64 = false;        ///< 64-bit sub-mode
+  bool long_mode = false;
+  bool protected_mode = false;///< CR0.PE and not virtual-8086
+  u8 cpl = 0;
+  CodeMode code_mode = CodeMode::Bits16;
+  u8 stack_size = 2;          ///< bytes used of rSP: 2, 4, 8
+  u8 flat_segments = 0;       ///< bit per Seg: base 0, limit 4 GiB, usable, writable or code: no check needed
+  bool slow_step = false;     ///< TF, code breakpoints, guest-debug: one instruction at a time with checks
+  bool fpu_ok = true;         ///< CR0.EM/TS clear
+  u32 instruction_bytes = 0;  ///< unused by handlers; statistics
+  u64 retired = 0;            ///< instructions retired
+
+  /// Guest debugging by the VMM (KVM_SET_GUEST_DEBUG).
+  bool guest_debug_step = false;
+  bool guest_debug_sw_bp = false;  ///< INT3 exits to the VMM
+  bool guest_debug_hw_bp = false;  ///< guest_dr is used in place of s.dr/s.dr7
+  u64 guest_dr[4] = {};
+  u64 guest_dr7 = 0x400;
+
+  Stop& stop() { return mmu.stop(); }
+  Exec fault(u8 vector) { mmu.stop() = Stop::fault(vector); return Exec::Stop; }
+  Exec fault(u8 vector, u32 error) { mmu.stop() = Stop::fault(vector, error); return Exec::Stop; }
+  Exec gp0() { return fault(vec::GP, 0); }
+  Exec ud() { return fault(vec::UD); }
+  Exec exit() { mmu.stop() = Stop::exit(); return Exec::Stop; }
+
+  /// Recomputes the fields above from s, and mmu.mode_changed(). After any change of CR0, CR4, EFER,
+  /// RFLAGS.VM/TF/AC, segment registers or DR7. (interp/mode.cpp)
+  void mode_changed();
+
+  // ---- operand access (interp/operand.hpp defines them inline) ----
+
+  /// Effective address of insn.mem before segmentation, truncated to addrsize.
+  u64 effective_address(const DecodedInsn& insn) const;
+  /// Effective address to linear for size bytes: adds the segment base, checks limit, type and (64-bit)
+  /// canonical form. false: stop() is set (#GP(0), or #SS(0) for SS).
+  bool linear(Seg seg, u64 offset, unsigned size, bool write, u64* out);
+};
+
+/// Delivery of events; interp/event.cpp.
+/// Spec: SDM vol. 3A ch. 6; double-fault rules table 6-5.
+struct Event {
+  enum class Type : u8 { External, Nmi, Exception, Software /* INT n */, SoftwareException /* INT3, INTO */, PrivilegedSoftware /* INT1 */ };
+  Type type = Type::Exception;
+  u8 vector = 0;
+  bool has_error = false;
+  u32 error = 0;
+  u64 payload = 0;  ///< #PF: CR2; #DB: DR6 bits
+};
+enum class Delivered : u8 {
+  Ok,
+  Exit,        ///< an access during delivery needs the VMM; nothing changed, try again
+  TripleFault,
+};
+/// Delivers event to the guest: the IDT (or IVT), stack switch, IST, contributory faults into #DF.
+/// s.rip must be the return address (the faulting instruction, or the next one for traps and interrupts).
+Delivered deliver_event(Context& c, const Event& event);
+
+}  // namespace ring3::engine

@@ -1,0 +1,47 @@
+#pragma once
+#include "base/types.hpp"
+#include "engine/mmu/mmu.hpp"
+
+namespace ring3::engine {
+
+/// What an instruction reaches outside the CPU core and its memory. Implemented by abi/, which
+/// connects it to irq/, timer/ and the run page; tests implement it with a few lines.
+///
+/// Threading: called on the vCPU's thread only.
+/// Replay:    Answer::Exit means the VMM must act first. The instruction raises Stop::Exit, changes
+///            nothing, and is executed again when KVM_RUN is entered next; the environment then answers
+///            the accesses of that instruction in the same order from its log, until retired() says
+///            the instruction (or one iteration of a string instruction) is over.
+class Environment : public MmioPort {
+ public:
+  enum class Answer : u8 { Done, Fault /* #GP(0) */, Exit };
+
+  /// size 1, 2 or 4. Permission was already checked.
+  virtual Answer port_in(u16 port, unsigned size, u32* value) = 0;
+  virtual Answer port_out(u16 port, unsigned size, u32 value) = 0;
+
+  /// MSRs that VcpuState does not hold, or that need checks by other rooms; and all unknown ones.
+  virtual Answer rdmsr(u32 index, u64* value) = 0;
+  virtual Answer wrmsr(u32 index, u64 value) = 0;
+
+  /// The guest's CPUID as KVM_SET_CPUID2 gave it, with the bits that follow live state (OSXSAVE,
+  /// APIC enable, XSAVE sizes) applied by the interpreter.
+  virtual void cpuid(u32 leaf, u32 subleaf, u32 out[4]) = 0;
+
+  virtual u64 rdtsc() = 0;       ///< guest TSC
+  virtual u64 get_cr8() = 0;     ///< TPR bits 7:4
+  virtual void set_cr8(u64 value) = 0;  ///< value 0..15
+
+  /// VMCALL/VMMCALL at CPL 0: KVM's hypercall ABI; result for RAX.
+  virtual u64 hypercall(u64 nr, const u64 args[4]) = 0;
+  /// Any hardware event that a HLT waits for is handled by the caller of Interpreter::run().
+  /// An IRET retired and NMIs are unblocked.
+  virtual void nmi_unblocked() = 0;
+
+  /// The current instruction (or string iteration) retired after an Answer::Exit was given for it.
+  virtual void retired() = 0;
+  /// Set while the environment holds answers to replay; the interpreter calls retired() only then.
+  bool replaying = false;
+};
+
+}  // namespace ring3::engine

@@ -1,0 +1,249 @@
+#pragma once
+#include <atomic>
+#include <bit>
+#include <cstring>
+#include <memory>
+
+#include "base/types.hpp"
+#include "engine/mmu/stop.hpp"
+#include "engine/state/vcpu_state.hpp"
+#include "memory/guest_memory.hpp"
+
+/// The virtual MMU of one vCPU: page walks, software TLB, access checks, and the tracking of
+/// writes to pages that hold decoded or translated code.
+///
+/// Spec:      Intel SDM vol. 3A ch. 4 (all paging modes; accessed/dirty; error codes 4.7; PCID 4.10).
+/// Threading: an Mmu belongs to its vCPU's thread. PhysicalTracker is shared by all vCPUs.
+/// Trust:     every address and every page-table entry comes from the guest.
+namespace ring3::engine {
+
+/// Where a data access goes when no memslot backs it, or the LAPIC page. Implemented by abi/.
+/// A false return means the VMM is needed: the access raises Stop::Exit, and the instruction is
+/// re-executed when the answer is there (the implementation replays answers in order).
+class MmioPort {
+ public:
+  virtual ~MmioPort() = default;
+  virtual bool mmio_read(Gpa gpa, void* data, unsigned size) = 0;
+  virtual bool mmio_write(Gpa gpa, const void* data, unsigned size) = 0;
+};
+
+/// Guest pages that hold decoded code, shared by the vCPUs of a VM.
+///
+/// A vCPU that decodes from a page calls add_code_page() before it reads the bytes; from then on no
+/// vCPU has a TLB entry that lets a store reach the page without code_written(). See shootdown().
+class PhysicalTracker;
+
+/// What the owner of decoded code is told.
+class CodeObserver {
+ public:
+  virtual ~CodeObserver() = default;
+  /// Bytes [gpa, gpa+size) were, or are about to be, changed by this vCPU or by the host on the VMM's
+  /// behalf. Called on the writing vCPU's thread after the store; other vCPUs' observers learn of it
+  /// through a request that they serve before they run another block.
+  virtual void code_written(Gpa gpa, unsigned size) = 0;
+  /// An execute translation for this page was just made (TLB fill). The VMM stores to guest memory
+  /// unseen by the engine (device DMA), so what was decoded from the page is compared with its
+  /// content now, and dropped when it differs. host: 4096 readable bytes.
+  virtual void validate_page(Gpa page, const u8* host) = 0;
+  /// Drop everything (memslots changed, too many writes to describe).
+  virtual void code_flush() = 0;
+};
+
+/// Who is accessing.
+enum class Privilege : u8 {
+  Current,  ///< CPL, with SMAP/SMEP and EFLAGS.AC applied
+  System,   ///< implicit supervisor access (descriptor tables, TSS): CPL 0, EFLAGS.AC ignored under SMAP
+};
+
+class Mmu {
+ public:
+  struct TlbEntry {
+    // Tags: the page's linear address, or kNoTag. An access hits when tag == page and it does not
+    // cross the page; slow-path pages (MMIO, code, breakpoints, dirty logging) never get a tag.
+    u64 read_tag = kNoTag;
+    u64 write_tag = kNoTag;
+    u64 exec_tag = kNoTag;
+    u64 addend = 0;  ///< host address = linear + addend
+  };
+  static constexpr u64 kNoTag = 1;
+  static constexpr unsigned kTlbBits = 10, kTlbSize = 1u << kTlbBits;
+  enum Bank : u8 { kUser, kSupervisor, kSupervisorNoUser /* SMAP in force */, kBanks };
+
+  Mmu(VcpuState& state, memory::GuestMemory& memory, PhysicalTracker& tracker, unsigned vcpu_index);
+  ~Mmu();
+  Mmu(const Mmu&) = delete;
+  Mmu& operator=(const Mmu&) = delete;
+
+  void set_port(MmioPort* port) { port_ = port; }
+  void set_code_observer(CodeObserver* observer) { observer_ = observer; }
+
+  // ---- data accesses: false means stop() says why; nothing was changed ----
+
+  /// linear: after segmentation and truncation. seg: only to choose #SS or #GP for a non-canonical address.
+  template <class T>
+  bool read(u64 linear, T* out, Seg seg = DS) {
+    const TlbEntry& e = bank_->entries[index(linear)];
+    if (e.read_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - sizeof(T)) [[likely]] {
+      // SAFETY: a tag is only set for a page whose memslot backs all of it at linear + addend.
+      std::memcpy(out, reinterpret_cast<const void*>(linear + e.addend), sizeof(T));
+      return true;
+    }
+    return read_slow(linear, out, sizeof(T), seg, Privilege::Current);
+  }
+  template <class T>
+  bool write(u64 linear, T value, Seg seg = DS) {
+    const TlbEntry& e = bank_->entries[index(linear)];
+    if (e.write_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - sizeof(T)) [[likely]] {
+      // SAFETY: as in read().
+      std::memcpy(reinterpret_cast<void*>(linear + e.addend), &value, sizeof(T));
+      return true;
+    }
+    return write_slow(linear, &value, sizeof(T), seg, Privilege::Current);
+  }
+  /// Any size up to 4096 bytes (vector operands, FXSAVE…): all bytes are checked before any is changed.
+  bool read_bytes(u64 linear, void* out, unsigned size, Seg seg = DS, Privilege p = Privilege::Current);
+  bool write_bytes(u64 linear, const void* data, unsigned size, Seg seg = DS, Privilege p = Privilege::Current);
+  template <class T>
+  bool read_system(u64 linear, T* out) { return read_bytes(linear, out, sizeof(T), DS, Privilege::System); }
+  template <class T>
+  bool write_system(u64 linear, T v) { return write_bytes(linear, &v, sizeof(T), DS, Privilege::System); }
+
+  /// Checks that a write of size bytes would succeed (write permission, dirty bit set, no MMIO
+  /// side effect), without writing.
+  bool check_write(u64 linear, unsigned size, Seg seg = DS, Privilege p = Privilege::Current);
+  bool check_read(u64 linear, unsigned size, Seg seg = DS, Privilege p = Privilege::Current);
+
+  /// A location opened for read-modify-write: write permission is checked before the read (a
+  /// read-only page faults as a write).
+  struct Rmw {
+    void* host = nullptr;  ///< RAM inside one page (or host-contiguous): operate on it atomically when LOCKed
+    u64 linear = 0;
+    Gpa gpa;
+    u8 buffer[16] = {};    ///< when host is null (MMIO, split page): the value read
+    Seg seg = DS;
+    bool tracked = false;  ///< the page holds code: rmw_end() reports the write
+  };
+  /// size 1..16. false: stop() says why.
+  bool rmw_begin(u64 linear, unsigned size, Seg seg, Rmw* rmw) {
+    const TlbEntry& e = bank_->entries[index(linear)];
+    if (e.write_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - size) [[likely]] {
+      rmw->host = reinterpret_cast<void*>(linear + e.addend);
+      return true;
+    }
+    return rmw_begin_slow(linear, size, seg, rmw);
+  }
+  /// After the operation. With host set: the caller has stored through host; reports code writes.
+  /// With host null: writes value (may raise Stop::Exit for MMIO, to be replayed). Never faults otherwise.
+  bool rmw_end(Rmw& rmw, const void* value, unsigned size) {
+    if (rmw.host != nullptr && !rmw.tracked) [[likely]] return true;
+    return rmw_end_slow(rmw, value, size);
+  }
+  /// Split (page-crossing) LOCKed accesses serialise on a VM-wide lock, held between begin and end by the caller.
+  std::atomic_flag& split_lock();
+
+  /// A host pointer to [linear, linear+size) inside one page for bulk string work: null when the page
+  /// is not plain RAM for that access (then go element by element). Never raises a stop.
+  u8* bulk_pointer(u64 linear, bool for_write, unsigned size);
+
+  // ---- instruction fetch ----
+
+  /// Translates linear for execution at the current privilege. On success *gpa is its physical address
+  /// and *host a readable pointer valid to the end of the page (null when it is not RAM).
+  bool fetch(u64 linear, Gpa* gpa, const u8** host);
+  /// Reads up to size bytes for decoding, across a page end when needed; returns how many bytes before
+  /// a fault (the fault, if reached, stands in stop()).
+  unsigned fetch_bytes(u64 linear, u8* out, unsigned size);
+  /// The page is about to be decoded from. Any thread's later stores to it reach CodeObserver. When it
+  /// returns, no vCPU has an older writable TLB entry for the page.
+  void add_code_page(Gpa page);
+
+  // ---- translations ----
+
+  /// Drops all execute tags, so that pages are validated again on their next fetch. Called at every
+  /// KVM_RUN entry, and at interrupt delivery while paging is off: the points at which a guest can
+  /// learn that a device has written code without a TLB fill of its own.
+  void expire_fetches();
+
+  /// For KVM_TRANSLATE, INVLPG checks, tests: a walk without side effects.
+  struct Translation {
+    bool valid = false;
+    Gpa gpa;
+    bool writable = false, user = false, executable = false;
+    u64 page_size = 0;
+  };
+  Translation translate(u64 linear);
+
+  void flush_all();                       ///< also global entries (CR0/CR4/EFER changes, memslots)
+  void flush_non_global();                ///< MOV CR3 without PCID
+  void flush_page(u64 linear);            ///< INVLPG
+  void flush_pcid(u16 pcid);
+  void set_cr3(u64 value, bool no_flush); ///< state.cr3 was already checked; sets it and flushes what PCID rules say
+  /// CPL, EFLAGS.AC, CR0, CR4, EFER or DR7 changed: selects bank and slow-path conditions.
+  void mode_changed();
+  /// Loads and checks the four PAE PDPTEs for cr3 (SDM 4.4.1); false: reserved bits set, nothing changed.
+  bool load_pdptrs(u64 cr3);
+
+  /// Data-breakpoint matches since the last call, as DR6 bits.
+  u64 take_breakpoint_hits();
+
+  /// Requests of other threads (shootdowns, memslot changes, code writes): served here, on the vCPU's
+  /// thread, before it runs another block. Cheap when there are none.
+  void serve_requests();
+
+  const Stop& stop() const { return stop_; }
+  Stop& stop() { return stop_; }
+
+ private:
+  struct TlbBank { TlbEntry entries[kTlbSize]; };
+  static unsigned index(u64 linear) { return (linear >> kPageShift) & (kTlbSize - 1); }
+
+  bool read_slow(u64 linear, void* out, unsigned size, Seg seg, Privilege p);
+  bool write_slow(u64 linear, const void* data, unsigned size, Seg seg, Privilege p);
+  bool rmw_begin_slow(u64 linear, unsigned size, Seg seg, Rmw* rmw);
+  bool rmw_end_slow(Rmw& rmw, const void* value, unsigned size);
+
+  TlbBank* bank_ = nullptr;  ///< for Privilege::Current, data and fetch
+  Stop stop_;
+  VcpuState& state_;
+  MmioPort* port_ = nullptr;
+  CodeObserver* observer_ = nullptr;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Shared by the vCPUs of a VM; created before them, destroyed after them.
+///
+/// Shootdown: a request is posted to every other vCPU's mailbox with its attention flag raised;
+/// the caller waits until each has served it or is outside guest code (a vCPU that enters guest code
+/// serves its mailbox first). While waiting, the caller serves its own mailbox, so two callers do not
+/// deadlock. A vCPU that never had a writable entry for the page is not asked.
+class PhysicalTracker {
+ public:
+  explicit PhysicalTracker(memory::GuestMemory& memory);
+  ~PhysicalTracker();
+
+  /// The flag polled by vCPU index's run loop; registered by abi/ before the vCPU runs. raise() must be
+  /// safe from any thread. wake is called after a request is posted.
+  void register_vcpu(unsigned index, Mmu* mmu, std::atomic<u32>* attention, u32 attention_bit);
+  void unregister_vcpu(unsigned index);
+
+  /// Bracket guest execution. enter() serves pending requests.
+  void enter_guest(unsigned index);
+  void leave_guest(unsigned index);
+
+  /// Memslots changed: every vCPU drops its TLB and decoded code before this returns. Any thread that is
+  /// not inside guest code.
+  void memslots_changed();
+  /// Dirty logging was switched on or its bitmap cleared: every vCPU drops writable entries before this returns.
+  void dirty_log_changed();
+  /// The engine itself wrote guest memory outside a vCPU's Mmu (pvclock pages, KVM_* ioctls). Other
+  /// host stores are found by CodeObserver::validate_page().
+  void host_wrote(Gpa gpa, u64 size);
+
+ private:
+  friend class Mmu;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace ring3::engine
