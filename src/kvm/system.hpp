@@ -15,12 +15,12 @@ namespace ring3::kvm {
 ///
 /// Spec:      virt/kvm/api, the "system ioctl" entries.
 /// Errors:    Error::code is the ioctl's errno; the message names the ioctl.
-/// Ownership: owns its Endpoint. VMs made from it may outlive it.
+/// Ownership: shares its Endpoint. VMs made from it may outlive it.
 /// Threading: any thread.
 class System {
  public:
   /// Checks KVM_GET_API_VERSION (12 is the only one there ever was).
-  static Result<System> create(std::unique_ptr<Endpoint> endpoint);
+  static Result<System> create(std::shared_ptr<Endpoint> endpoint);
 
   /// KVM_CHECK_EXTENSION: 0 when absent, else the capability's value.
   int check_extension(int capability) const;
@@ -36,8 +36,8 @@ class System {
   Endpoint& endpoint() const { return *endpoint_; }
 
  private:
-  explicit System(std::unique_ptr<Endpoint> endpoint) : endpoint_(std::move(endpoint)) {}
-  std::unique_ptr<Endpoint> endpoint_;
+  explicit System(std::shared_ptr<Endpoint> endpoint) : endpoint_(std::move(endpoint)) {}
+  std::shared_ptr<Endpoint> endpoint_;
 };
 
 }  // namespace ring3::kvm

@@ -66,7 +66,7 @@ class Machine {
  public:
   /// Checks the configuration, reads and checks kernel and initrd, creates the VM and loads it.
   /// Errors: EINVAL for what the user gave, else the host's errno; one line.
-  static Result<std::unique_ptr<Machine>> create(MachineConfig config, std::unique_ptr<kvm::Endpoint> system,
+  static Result<std::unique_ptr<Machine>> create(MachineConfig config, std::shared_ptr<kvm::Endpoint> system,
                                                  Console& console);
   ~Machine();
   Machine(const Machine&) = delete;
