@@ -1,0 +1,31 @@
+#pragma once
+#include <map>
+#include <memory>
+#include <string>
+
+#include "base/result.hpp"
+#include "kvm/endpoint.hpp"
+
+/// The software engine as a provider of the KVM ABI: what open("/dev/kvm") is to the kernel's.
+namespace ring3::engine {
+
+/// Switches for debugging and experiments; empty means the defaults.
+///
+/// | name        | value            | meaning                                              |
+/// |-------------|------------------|------------------------------------------------------|
+/// | cache-mib   | 1..1024          | decoded-code cache of a whole VM, MiB (default 16)   |
+/// | quantum     | 1..2^32-1        | guest instructions between two looks at the event flag's slow sources |
+struct EngineOptions {
+  std::map<std::string, std::string> values;
+};
+
+/// The system object. Stateless beyond its options: any number of them may exist.
+///
+/// Errors:    EINVAL for an unknown option or a value out of range, naming it.
+/// Threading: as kvm::Endpoint says. A vCPU's KVM_RUN runs the guest on the calling thread.
+/// Signals:   KVM_RUN returns -EINTR when kicked, when immediate_exit is set, and after a signal that
+///            interrupted it while it waited (HLT, wait-for-SIPI). A signal handled while guest code
+///            runs is seen when its handler sets immediate_exit and calls kick(), or at the next wait.
+Result<std::unique_ptr<kvm::Endpoint>> create_soft_system(const EngineOptions& options);
+
+}  // namespace ring3::engine
