@@ -1,5 +1,5 @@
 #pragma once
-#include <linux/kvm.h>
+#include "base/linux_kvm.hpp"
 
 #include <memory>
 #include <span>
