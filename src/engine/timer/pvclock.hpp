@@ -1,0 +1,140 @@
+#pragma once
+#include <linux/kvm.h>
+
+#include <atomic>
+#include <functional>
+#include <mutex>
+
+#include "base/types.hpp"
+#include "engine/timer/clock.hpp"
+#include "engine/timer/tsc.hpp"
+
+/// kvmclock: paravirtual time that the guest reads from a page and its TSC.
+///
+/// Spec:      virt/kvm/x86/msr (MSR_KVM_WALL_CLOCK[_NEW], MSR_KVM_SYSTEM_TIME[_NEW], MSR_KVM_STEAL_TIME),
+///            virt/kvm/api KVM_GET/SET_CLOCK, KVM_KVMCLOCK_CTRL.
+/// Trust:     MSR values (guest addresses) come from the guest; the writer given by the abi refuses
+///            what is not guest memory.
+namespace ring3::engine {
+
+/// Writes size bytes at a guest-physical address; false when that is not writable guest memory.
+using GuestWriter = std::function<bool(Gpa, const void*, std::size_t)>;
+
+/// struct pvclock_vcpu_time_info, the guest's view.
+struct PvclockTimeInfo {
+  u32 version;
+  u32 pad0;
+  u64 tsc_timestamp;
+  u64 system_time;
+  u32 tsc_to_system_mul;
+  i8 tsc_shift;
+  u8 flags;
+  u8 pad[2];
+};
+static_assert(sizeof(PvclockTimeInfo) == 32);
+
+inline constexpr u8 kPvclockTscStable = 1, kPvclockGuestStopped = 2;
+
+/// mul and shift such that ns = ((ticks << shift) * mul) >> 32 (a negative shift is to the right).
+struct TscScale {
+  u32 mul;
+  i8 shift;
+};
+/// khz > 0.
+TscScale tsc_to_ns_scale(u32 khz);
+u64 scale_tsc_delta(u64 ticks, TscScale scale);
+
+/// The VM's clock. All methods from any thread; internally locked.
+class KvmClock {
+ public:
+  explicit KvmClock(const Clock& clock);
+
+  /// KVM_GET_CLOCK: flags KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC, and KVM_CLOCK_TSC_STABLE when stable() is.
+  void get(kvm_clock_data* out, bool stable) const;
+  /// KVM_SET_CLOCK. 0 or -EINVAL (unknown flags). The caller then requests an update of every vCPU's PvClock.
+  int set(const kvm_clock_data& in);
+  u64 now_ns() const;
+
+ private:
+  friend class PvClock;
+  struct Reference {  // one instant, so that all vCPUs' pages describe one line
+    u64 host_tsc, mono_ns, clock_ns;
+    u64 wall_at_zero_ns;  // CLOCK_REALTIME when the VM's clock read 0
+  };
+  Reference reference() const;
+  void refresh_locked();
+
+  const Clock& clock_;
+  mutable std::mutex mutex_;
+  u64 offset_;  // VM clock = CLOCK_MONOTONIC + offset_
+  u64 ref_tsc_, ref_mono_;
+  std::atomic<bool> old_msr_{false};  // the boot vCPU uses MSR 0x12: its guest may not know the stable flag
+  u32 wall_version_ = 0;
+};
+
+/// One vCPU's kvmclock MSRs and page. Owned by the vCPU's thread; request_update from any thread.
+class PvClock {
+ public:
+  PvClock(KvmClock& vm, const TscSync& sync, const Tsc& tsc, GuestWriter writer, bool boot_vcpu);
+
+  static bool is_msr(u32 index) {
+    return index == 0x11 || index == 0x12 || index == 0x4b564d00 || index == 0x4b564d01;
+  }
+  /// For is_msr() only. Writing the wall clock MSR writes that structure at once; the system time page is
+  /// written by the next update().
+  void write_msr(u32 index, u64 value, bool host_initiated);
+  u64 read_msr(u32 index) const;
+
+  /// The page must be rewritten before the guest runs on: the TSC or the VM's clock was set. Any
+  /// thread; the caller also gives the vCPU attention.
+  void request_update() { pending_.store(true, std::memory_order_release); }
+  bool update_pending() const { return pending_.load(std::memory_order_relaxed); }
+  /// Writes the page when an update is pending (version odd, fields, version even). vCPU thread.
+  void update();
+
+  /// KVM_KVMCLOCK_CTRL: tells the guest that it was stopped. 0, or -EINVAL when no page is set.
+  int guest_stopped();
+  /// At vCPU reset: no page.
+  void reset();
+
+ private:
+  KvmClock& vm_;
+  const TscSync& sync_;
+  const Tsc& tsc_;
+  const GuestWriter writer_;
+  const bool boot_vcpu_;
+  u64 system_time_msr_ = 0, wall_clock_msr_ = 0;
+  bool stopped_ = false;
+  u32 version_ = 0;
+  std::atomic<bool> pending_{false};
+};
+
+/// MSR_KVM_STEAL_TIME: how long this vCPU's thread was runnable but not running. vCPU thread only.
+class StealTime {
+ public:
+  static constexpr u32 kMsr = 0x4b564d03;
+  explicit StealTime(GuestWriter writer) : writer_(std::move(writer)) {}
+  ~StealTime();
+  StealTime(const StealTime&) = delete;
+  StealTime& operator=(const StealTime&) = delete;
+
+  /// False: reserved bits are set, #GP.
+  bool write_msr(u64 value);
+  u64 read_msr() const { return msr_; }
+  /// Adds the thread's run delay since the last call to the record. Reads /proc/thread-self/schedstat
+  /// (one system call): call it rarely, e.g. after a HLT or every few ms.
+  void update();
+  /// update() with a given total run delay in ns (of one thread; it may restart at a lower value).
+  void update_to(u64 run_delay_ns);
+  void reset() { msr_ = 0; }
+
+ private:
+  const GuestWriter writer_;
+  u64 msr_ = 0, steal_ = 0, last_delay_ = 0;
+  u32 version_ = 0;
+  bool have_last_ = false;
+  int fd_ = -1;
+  long fd_tid_ = 0;  // thread the fd belongs to
+};
+
+}  // namespace ring3::engine
