@@ -34,6 +34,12 @@ struct GuestFeatures {
   u8 linear_bits = 48;
   bool amd = false;           ///< vendor AuthenticAMD/HygonGenuine: SYSCALL/SYSENTER/segment-load differences
   bool pcid = false, page1g = true, nx = true;
+  bool spec_ctrl = false;     ///< IA32_SPEC_CTRL (CPUID 7.EDX[26], or AMD's 80000008.EBX IBRS/STIBP/SSBD)
+  bool ibpb = false;          ///< IA32_PRED_CMD (CPUID 7.EDX[26] or 80000008.EBX[12])
+  bool flush_l1d = false;     ///< IA32_FLUSH_CMD
+  bool arch_capabilities = false;
+  bool osvw = false;          ///< AMD 80000001.ECX[9]
+  bool null_clears_base = true;  ///< Intel, or AMD 80000021.EAX[6]: a null selector load zeroes base and limit
   bool operator[](Feature f) const { return has[static_cast<unsigned>(f)]; }
 };
 
@@ -97,7 +103,8 @@ struct Event {
   u8 vector = 0;
   bool has_error = false;
   u32 error = 0;
-  u64 payload = 0;  ///< #PF: CR2; #DB: DR6 bits
+  u64 payload = 0;  ///< #PF: CR2; #DB: DR6 bits; Software*: length of the INT instruction (Stop::payload),
+                    ///< so that a fault in its delivery is reported at the instruction itself
 };
 enum class Delivered : u8 {
   Ok,

@@ -101,6 +101,10 @@ struct Msrs {
   u64 debugctl = 0;
   u64 smbase = 0x30000;
   u64 microcode_rev = 0;
+  u64 platform_info = 1u << 31;  ///< CPUID faulting can be enabled
+  u64 misc_features = 0;         ///< bit 0: CPUID faults above CPL 0
+  u64 arch_capabilities = 0;
+  u64 hwcr = 0, de_cfg = 0, osvw_length = 0, osvw_status = 0;  ///< AMD
 };
 
 /// An event that was recognised but is not yet delivered (as in kvm_vcpu_events).
