@@ -12,8 +12,9 @@
 ///
 /// Spec:      virt/kvm/api, KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG.
 /// Ownership: host memory belongs to the embedding VMM; this only refers to it.
-/// Threading: lookups from any thread, lock-free against one immutable table; set_region and the
-///            dirty-log calls are serialised. After a change the generation differs; the engine
+/// Threading: lookups from any thread, lock-free against one immutable table (table() itself takes a
+///            reference under a short lock: hold the table and compare generation(), which is one load);
+///            set_region and the dirty-log calls are serialised. After a change the generation differs; the engine
 ///            makes every vCPU drop what it cached before set_region's caller is answered.
 /// Trust:     guest addresses come from the guest; slots from the VMM.
 namespace ring3::memory {
@@ -42,6 +43,7 @@ struct Slot {
 struct SlotTable {
   std::vector<Slot> slots;
   u64 generation = 0;
+  bool has_aliases = false;  ///< two slots share host memory: one byte has more than one guest-physical address
   const Slot* find(Gpa a) const;  ///< null: no memory there (MMIO)
 };
 
@@ -53,14 +55,23 @@ class GuestMemory {
   std::shared_ptr<const SlotTable> table() const;
   u64 generation() const;
 
-  /// KVM_SET_USER_MEMORY_REGION: create, move, change flags, or delete (size 0).
-  /// Returns 0 or -errno as the kernel does (-EINVAL, -EEXIST, -ENOMEM).
+  /// KVM_SET_USER_MEMORY_REGION: create, move, change flags, or delete (size 0). slot is the ABI's
+  /// field: the address space in its upper half (only 0 exists) and the id in its lower half.
+  /// Returns 0 or -errno as the kernel does (-EINVAL, -EEXIST, -ENOMEM). The hva range must be user
+  /// address space; whether it is mapped is the VMM's business.
   int set_region(u32 slot, u32 flags, Gpa gpa, u64 size, Hva hva);
+
+  /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with KVM_DIRTY_LOG_INITIALLY_SET: bitmaps of slots that start
+  /// logging from now on begin with every page dirty.
+  void set_dirty_initially_set(bool on);
 
   /// KVM_GET_DIRTY_LOG: copies the bitmap to out (size/4096/8 rounded up to 8 bytes) and, unless
   /// manual_protect, clears it. 0 or -errno.
   int get_dirty_log(u32 slot, void* out, bool manual_protect);
-  /// KVM_CLEAR_DIRTY_LOG. 0 or -errno.
+  /// KVM_CLEAR_DIRTY_LOG: clears the pages whose bits are set in bitmap. 0 or -errno.
+  ///
+  /// Either call clears bits while vCPUs may hold writable translations: the caller makes them drop
+  /// those (PhysicalTracker::dirty_log_changed) before it answers the VMM, which then reads the pages.
   int clear_dirty_log(u32 slot, u64 first_page, u32 num_pages, const void* bitmap);
 
   /// Copies between host and guest-physical memory; false when any byte is not backed (nothing is
@@ -72,6 +83,7 @@ class GuestMemory {
   mutable std::mutex mutex_;
   std::shared_ptr<const SlotTable> table_;  // guarded by std::atomic_load/store
   std::atomic<u64> generation_{1};
+  bool initially_set_ = false;  // guarded by mutex_
 };
 
 }  // namespace ring3::memory
