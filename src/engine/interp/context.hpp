@@ -1,6 +1,7 @@
 #pragma once
 #include <atomic>
 #include <bitset>
+#include <functional>
 
 #include "engine/decode/insn.hpp"
 #include "engine/interp/environment.hpp"
@@ -16,9 +17,11 @@ enum class Exec : u8 {
   Branch,  ///< retired; RIP, mode, privilege or translation may have changed: look the next block up
   Stop,    ///< not retired (Fault, Exit) or retired with a Trap: Context::stop() says what
   Halt,    ///< HLT (or MWAIT) retired
+  BlockEnd,  ///< the run loop's own: no instruction here, look the next block up; handlers never return it
 };
 
 struct Context;
+struct Event;
 /// On entry s.rip is already the address of the NEXT instruction; on Stop (Fault, Exit) the caller
 /// puts it back. Handlers change architectural state only after their last possible stop.
 using Handler = Exec (*)(Context&, const DecodedInsn&);
@@ -62,11 +65,18 @@ struct Context {
   u8 cpl = 0;
   CodeMode code_mode = CodeMode::Bits16;
   u8 stack_size = 2;          ///< bytes used of rSP: 2, 4, 8
-  u8 flat_segments = 0;       ///< bit per Seg: base 0, limit 4 GiB, usable, writable or code: no check needed
+  u8 flat_segments = 0;       ///< bit per Seg: legacy mode; base 0, limit 4 GiB, usable, writable data: no check needed
+  bool linear64 = false;      ///< code64 and no alignment checking: an offset is its linear address but for FS/GS
+  bool alignment_check = false;  ///< CR0.AM, RFLAGS.AC and CPL 3
   bool slow_step = false;     ///< TF, code breakpoints, guest-debug: one instruction at a time with checks
   bool fpu_ok = true;         ///< CR0.EM/TS clear
   u32 instruction_bytes = 0;  ///< unused by handlers; statistics
   u64 retired = 0;            ///< instructions retired
+  u32 fetch_key = 0;          ///< mode bits that decoded code and its lookup depend on
+
+  /// Tests and tracing: sees every event that an instruction raised before its delivery. true: it is
+  /// not delivered, and Interpreter::run() returns Debug with s.rip as the event's return address.
+  std::function<bool(const Event&)> event_filter;
 
   /// Guest debugging by the VMM (KVM_SET_GUEST_DEBUG).
   bool guest_debug_step = false;
@@ -93,6 +103,7 @@ struct Context {
   /// Effective address to linear for size bytes: adds the segment base, checks limit, type and (64-bit)
   /// canonical form. false: stop() is set (#GP(0), or #SS(0) for SS).
   bool linear(Seg seg, u64 offset, unsigned size, bool write, u64* out);
+  bool linear_slow(Seg seg, u64 offset, unsigned size, bool write, u64* out);  ///< (interp/mode.cpp)
 };
 
 /// Delivery of events; interp/event.cpp.

@@ -34,6 +34,9 @@ class Interpreter final : public CodeObserver {
   /// Delivers an external interrupt, NMI, or exception given by the VMM, before run().
   Delivered inject(const Event& event);
 
+  /// At most n instructions in a block (0: the default). For tests: block boundaries hide bugs.
+  void set_max_block_insns(unsigned n);
+
   u64 debug_dr6() const;      ///< for Result::Debug
   u8 debug_vector() const;    ///< 1 or 3
 

@@ -163,6 +163,9 @@ class Mmu {
   /// KVM_RUN entry, and at interrupt delivery while paging is off: the points at which a guest can
   /// learn that a device has written code without a TLB fill of its own.
   void expire_fetches();
+  /// Changes whenever an execute translation that fetch() gave may have become wrong: every flush_*,
+  /// set_cr3 and expire_fetches. What was looked up by linear address under another value is looked up again.
+  u64 fetch_generation() const { return fetch_generation_; }
 
   /// For KVM_TRANSLATE, INVLPG checks, tests: a walk without side effects.
   struct Translation {
@@ -202,6 +205,7 @@ class Mmu {
   bool rmw_begin_slow(u64 linear, unsigned size, Seg seg, Rmw* rmw);
   bool rmw_end_slow(Rmw& rmw, const void* value, unsigned size);
 
+  u64 fetch_generation_ = 1;
   TlbBank* bank_ = nullptr;  ///< for Privilege::Current, data and fetch
   Stop stop_;
   VcpuState& state_;
