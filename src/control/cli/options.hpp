@@ -1,0 +1,51 @@
+#pragma once
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "base/result.hpp"
+#include "base/types.hpp"
+#include "control/cli/engines.hpp"
+
+/// The command line of `ring3`, taken apart and checked as far as it can be without touching the host.
+namespace ring3::control {
+
+struct RunOptions {
+  std::string name = "ring3";
+  u64 memory_bytes = u64{1} << 30;
+  u32 cpus = 1;
+  std::optional<EngineKind> engine;  ///< nothing: auto
+  std::string cpu = "default";
+  std::string kernel;
+  std::string initrd;
+  std::optional<std::string> append;
+  std::string console = "stdio";     ///< stdio, pty, none or file:PATH
+  bool no_reboot = false;
+  bool test_device = false;
+  std::string log = "warn";
+  EngineOptionMap engine_options;
+};
+
+struct DoctorOptions {
+  bool json = false;
+};
+
+struct VersionOptions {
+  bool json = false;
+};
+
+/// Text that was asked for (--help): to be printed, and success.
+struct HelpText {
+  std::string text;
+};
+
+using Command = std::variant<RunOptions, DoctorOptions, VersionOptions, HelpText>;
+
+/// argv[1]... Errors: EINVAL, one line for people.
+Result<Command> parse_command_line(const std::vector<std::string>& arguments);
+
+/// "0.1.0"
+const char* version();
+
+}  // namespace ring3::control

@@ -1,0 +1,215 @@
+#include "base/linux_kvm.hpp"
+
+#include <fcntl.h>
+#include <spdlog/sinks/stdout_sinks.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <mutex>
+
+#include "base/log.hpp"
+#include "control/cli/commands.hpp"
+#include "control/cli/host.hpp"
+#include "control/cli/signals.hpp"
+#include "control/cli/stream_console.hpp"
+#include "control/cli/terminal.hpp"
+#include "control/cli/text.hpp"
+#include "vmm/machine/machine.hpp"
+
+namespace ring3::control {
+
+namespace {
+
+void set_up_log(const std::string& level) {
+  auto logger = std::make_shared<spdlog::logger>("ring3", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+  logger->set_pattern("ring3: %v");
+  logger->set_level(spdlog::level::from_str(level));
+  spdlog::set_default_logger(std::move(logger));
+}
+
+/// Why the VM is being ended from outside, and the machine to tell. Shared by the signal, console and main threads.
+class Ending {
+ public:
+  void set_machine(vmm::Machine* machine) {
+    const std::lock_guard lock(mutex_);
+    machine_ = machine;
+    if (machine_ != nullptr && status_) machine_->request_stop();
+  }
+  /// The first reason counts.
+  void request(int status, const std::string& why) {
+    const std::lock_guard lock(mutex_);
+    if (!status_) {
+      status_ = status;
+      why_ = why;
+    }
+    if (machine_ != nullptr) machine_->request_stop();
+  }
+  /// Whether a machine is there to be asked.
+  bool has_machine() {
+    const std::lock_guard lock(mutex_);
+    return machine_ != nullptr;
+  }
+  std::optional<int> status() {
+    const std::lock_guard lock(mutex_);
+    return status_;
+  }
+  std::string why() {
+    const std::lock_guard lock(mutex_);
+    return why_;
+  }
+
+ private:
+  std::mutex mutex_;
+  vmm::Machine* machine_ = nullptr;
+  std::optional<int> status_;
+  std::string why_;
+};
+
+/// Says at once what is wrong with a file, before an engine is chosen. The machine reads and checks it.
+Status check_file(const std::string& option, const std::string& path) {
+  struct stat info {};
+  if (stat(path.c_str(), &info) != 0) return Error::from_errno(option + " " + printable(path));
+  if (S_ISDIR(info.st_mode)) return Error::of(EISDIR, option + " " + printable(path) + " is a directory, not a file");
+  if (access(path.c_str(), R_OK) != 0) return Error::from_errno(option + " " + printable(path));
+  return Ok{};
+}
+
+Status check_memory_can_be_had(u64 bytes) {
+  const u64 ceiling = host_memory_ceiling();
+  if (ceiling != 0 && bytes > ceiling) {
+    return Error::of(ENOMEM, "--memory: " + format_size(bytes) + " is more than this host has (" + format_size(ceiling) +
+                                 " with swap)");
+  }
+  return Ok{};
+}
+
+Result<std::unique_ptr<StreamConsole>> make_console(const std::string& where, StreamConsole::Callbacks callbacks) {
+  if (where == "stdio") return StreamConsole::standard_io(std::move(callbacks));
+  if (where == "none") return StreamConsole::none();
+  if (where == "pty") {
+    std::string path;
+    auto console = StreamConsole::pseudo_terminal(path, std::move(callbacks));
+    if (console) std::fprintf(stderr, "ring3: the console is on %s\n", path.c_str());
+    return console;
+  }
+  return StreamConsole::file(where.substr(std::string("file:").size()), std::move(callbacks));
+}
+
+Result<std::unique_ptr<kvm::Endpoint>> make_engine(const RunOptions& options) {
+  EngineKind kind;
+  if (options.engine) {
+    kind = *options.engine;
+    log::info("engine {}: asked for", to_string(kind));
+  } else {
+    // A wrong switch is the user's mistake, not a reason to take the other engine.
+    if (!options.engine_options.empty()) {
+      if (auto soft = open_engine(EngineKind::kSoft, options.engine_options); !soft) return soft.error();
+    }
+    const auto limit = std::chrono::milliseconds(300);
+    const EngineChoice choice =
+        choose(examine(EngineKind::kKvm, {}, limit), examine(EngineKind::kSoft, options.engine_options, limit));
+    if (!choice.kind) return Error::of(ENODEV, choice.reason);
+    kind = *choice.kind;
+    log::info("engine {}: {}", to_string(kind), choice.reason);
+  }
+  auto system = open_engine(kind, options.engine_options);
+  if (!system) return system.error();
+  const long most = (*system)->ioctl(KVM_CHECK_EXTENSION, KVM_CAP_MAX_VCPUS);
+  if (most > 0 && options.cpus > static_cast<unsigned long>(most)) {
+    return Error::of(EINVAL, "--cpus: " + std::to_string(options.cpus) + " is more than the " + to_string(kind) +
+                                 " engine can run (" + std::to_string(most) + ")");
+  }
+  return system;
+}
+
+vmm::MachineConfig machine_config(const RunOptions& options) {
+  vmm::MachineConfig config;
+  config.name = options.name;
+  config.memory_bytes = options.memory_bytes;
+  config.cpus = options.cpus;
+  config.cpu = options.cpu;
+  config.kernel = options.kernel;
+  config.initrd = options.initrd;
+  // A test guest reads its command line as arguments of its own; a kernel wants to be told its console.
+  config.append = options.append.value_or(options.test_device ? "" : "console=ttyS0");
+  config.reboot = !options.no_reboot;
+  config.test_device = options.test_device;
+  return config;
+}
+
+int report(const vmm::Outcome& outcome, Ending& ending) {
+  using Kind = vmm::Outcome::Kind;
+  // What was lost of the output is not made good by a guest that ends well.
+  if (ending.status() == kFailure) return fail(ending.why());
+  const std::string detail = outcome.message.empty() ? "" : ": " + outcome.message;
+  switch (outcome.kind) {
+    case Kind::kPoweredOff: log::info("the guest powered off"); return kSuccess;
+    case Kind::kReboot: log::info("the guest rebooted"); return kSuccess;
+    case Kind::kPanic: fail("the guest panicked" + detail); return kGuestFailure;
+    case Kind::kTripleFault: fail("the guest triple-faulted" + detail); return kGuestFailure;
+    case Kind::kTestExit: return outcome.status;
+    case Kind::kStopped: {
+      if (const auto why = ending.why(); !why.empty()) fail(why);
+      return ending.status().value_or(kKeyboard);
+    }
+    case Kind::kHostError: break;
+  }
+  return fail(outcome.message.empty() ? "the VM ended for an unknown reason" : outcome.message);
+}
+
+}  // namespace
+
+int run(const RunOptions& options) {
+  set_up_log(options.log);
+  if (auto status = check_file("--kernel", options.kernel); !status) return fail(status.error().message);
+  if (!options.initrd.empty()) {
+    if (auto status = check_file("--initrd", options.initrd); !status) return fail(status.error().message);
+  }
+  if (auto status = check_memory_can_be_had(options.memory_bytes); !status) return fail(status.error().message);
+
+  // Before any other thread: they inherit the signal mask.
+  Ending ending;
+  SignalWatcher* watcher_for_callbacks = nullptr;
+  SignalWatcher watcher([&](int signal) {
+    const int status = SignalWatcher::exit_status(signal);
+    if (!ending.has_machine()) {
+      restore_terminal();
+      _exit(status);
+    }
+    ending.request(status, signal == SIGINT ? "" : std::string("ended by signal ") + strsignal(signal));
+    watcher_for_callbacks->begin_stop(status);
+  });
+  watcher_for_callbacks = &watcher;
+
+  StreamConsole::Callbacks callbacks;
+  callbacks.on_stop = [&] {
+    ending.request(kKeyboard, "");
+    watcher.begin_stop(kKeyboard);
+  };
+  callbacks.on_help = [] { std::fputs(kKeysHelp, stderr); };
+  callbacks.on_output_lost = [&](const std::string& why) {
+    ending.request(kFailure, why);
+    watcher.begin_stop(kFailure);
+  };
+  auto console = make_console(options.console, std::move(callbacks));
+  if (!console) return fail(console.error().message);
+  auto system = make_engine(options);
+  if (!system) return fail(system.error().message);
+  auto machine = vmm::Machine::create(machine_config(options), std::move(*system), **console);
+  if (!machine) return fail(machine.error().message);
+
+  vmm::Outcome outcome;
+  {
+    Result<RawTerminal> terminal =
+        options.console == "stdio" ? RawTerminal::enter(STDIN_FILENO) : RawTerminal::enter(-1);
+    if (!terminal) return fail(terminal.error().message);
+    ending.set_machine(machine->get());
+    outcome = (*machine)->run();
+    ending.set_machine(nullptr);
+  }
+  return report(outcome, ending);
+}
+
+}  // namespace ring3::control

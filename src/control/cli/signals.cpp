@@ -1,0 +1,74 @@
+#include "control/cli/signals.hpp"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <optional>
+#include <utility>
+
+#include "control/cli/terminal.hpp"
+
+namespace ring3::control {
+
+namespace {
+/// Wakes the watcher for its own end; directed at its thread only.
+constexpr int kWakeSignal = SIGUSR2;
+}  // namespace
+
+SignalWatcher::SignalWatcher(std::function<void(int)> on_end) : on_end_(std::move(on_end)) {
+  sigemptyset(&set_);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT, kWakeSignal}) sigaddset(&set_, signal);
+  pthread_sigmask(SIG_BLOCK, &set_, &former_);
+  thread_ = std::thread([this] { watch(); });
+}
+
+SignalWatcher::~SignalWatcher() {
+  done_ = true;
+  pthread_kill(thread_.native_handle(), kWakeSignal);
+  thread_.join();
+  pthread_sigmask(SIG_SETMASK, &former_, nullptr);
+}
+
+void SignalWatcher::begin_stop(int status) {
+  int none = -1;
+  stop_status_.compare_exchange_strong(none, status);
+  pthread_kill(thread_.native_handle(), kWakeSignal);
+}
+
+void SignalWatcher::watch() {
+  pthread_setname_np(pthread_self(), "signals");
+  using Clock = std::chrono::steady_clock;
+  std::optional<Clock::time_point> deadline;
+  bool asked = false;
+  const auto end_now = [&](int status, const char* why) {
+    restore_terminal();
+    if (why != nullptr) std::fprintf(stderr, "ring3: %s\n", why);
+    _exit(status);
+  };
+
+  while (!done_) {
+    if (stop_status_ >= 0 && !deadline) deadline = Clock::now() + std::chrono::seconds(kPatienceSeconds);
+    const timespec tick{0, 250'000'000};
+    const int signal = deadline ? sigtimedwait(&set_, nullptr, &tick) : sigwaitinfo(&set_, nullptr);
+    if (done_) return;
+    if (deadline && Clock::now() > *deadline) end_now(stop_status_, "the VM did not stop; ended it");
+    if (signal < 0 || signal == kWakeSignal) continue;
+
+    switch (signal) {
+      case SIGTSTP:
+        suspend_terminal();
+        kill(getpid(), SIGSTOP);
+        break;
+      case SIGCONT: resume_terminal(); break;
+      default:
+        if (asked) end_now(exit_status(signal), nullptr);
+        asked = true;
+        on_end_(signal);
+    }
+  }
+}
+
+}  // namespace ring3::control
