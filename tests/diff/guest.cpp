@@ -1,0 +1,168 @@
+#include "guest.hpp"
+
+#include <cpuid.h>
+#include <sys/mman.h>
+
+#include <cstring>
+
+#include "engine/interp/features.hpp"
+
+namespace ring3::diff {
+
+using namespace engine;  // NOLINT: a test of that room
+
+/// Nothing an unprivileged instruction does reaches the environment.
+class GuestRunner::NoEnvironment final : public Environment {
+ public:
+  bool mmio_read(Gpa, void*, unsigned) override { return false; }
+  bool mmio_write(Gpa, const void*, unsigned) override { return false; }
+  Answer port_in(u16, unsigned, u32*) override { return Answer::Exit; }
+  Answer port_out(u16, unsigned, u32) override { return Answer::Exit; }
+  Answer rdmsr(u32, u64*) override { return Answer::Fault; }
+  Answer wrmsr(u32, u64) override { return Answer::Fault; }
+  void cpuid(u32 leaf, u32 subleaf, u32 out[4]) override {
+    __cpuid_count(leaf, subleaf, out[0], out[1], out[2], out[3]);
+  }
+  u64 rdtsc() override { return 0; }
+  u64 get_cr8() override { return 0; }
+  void set_cr8(u64) override {}
+  u64 hypercall(u64, const u64*) override { return 0; }
+  void nmi_unblocked() override {}
+  void retired() override {}
+};
+
+namespace {
+
+Segment flat(u16 selector, u8 type, bool code64, bool code32) {
+  Segment s;
+  s.selector = selector;
+  s.base = 0;
+  s.limit = 0xffffffff;
+  s.type = type;
+  s.dpl = 3;
+  s.g = 1;
+  s.l = code64;
+  s.db = code32;
+  return s;
+}
+
+Segment null_segment() {
+  Segment s;
+  s.selector = 0;
+  s.limit = 0;
+  s.unusable = 1;
+  s.present = 0;
+  return s;
+}
+
+}  // namespace
+
+u8* GuestRunner::map_ram() {
+  void* p = ::mmap(nullptr, kRamSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  CHECK(p != MAP_FAILED);
+  return static_cast<u8*>(p);
+}
+
+VcpuState& GuestRunner::prepare() {
+  s_.reset();
+  s_.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
+  s_.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::UMIP;
+  s_.cr3 = kTables;
+  s_.efer = efer::SCE | efer::LME | efer::LMA | efer::NX;
+  s_.xcr0 = 7;
+  s_.seg[CS] = flat(compat32_ ? 0x23 : 0x33, 11, !compat32_, compat32_);
+  s_.seg[SS] = flat(0x2b, 3, false, true);
+  for (Seg r : {DS, ES}) s_.seg[r] = compat32_ ? flat(0x2b, 3, false, true) : null_segment();
+  for (Seg r : {FS, GS}) s_.seg[r] = null_segment();
+  s_.gdtr = {0xffff800000000000, 0x7f};  // not mapped: no instruction under test gets that far
+  s_.idtr = {0xffff800000001000, 0xfff};
+  return s_;
+}
+
+void GuestRunner::map(u64 linear, u64 gpa, bool writable) {
+  u64 table = kTables;
+  for (unsigned shift = 39; shift > 12; shift -= 9) {
+    u64 entry;
+    u8* at = ram_ + table + 8 * (linear >> shift & 0x1ff);
+    std::memcpy(&entry, at, 8);
+    if (!(entry & 1)) {
+      entry = next_table_ | 7;
+      next_table_ += 0x1000;
+      std::memcpy(at, &entry, 8);
+    }
+    table = entry & 0xffffffffff000;
+  }
+  const u64 entry = gpa | 5 | (writable ? 2 : 0);
+  std::memcpy(ram_ + table + 8 * (linear >> 12 & 0x1ff), &entry, 8);
+}
+
+GuestRunner::GuestRunner(bool compat32)
+    : compat32_(compat32), ram_(map_ram()), tracker_(memory_), mmu_(prepare(), memory_, tracker_, 0),
+      env_(std::make_unique<NoEnvironment>()) {
+  CHECK(memory_.set_region(0, 0, Gpa(0), kRamSize, Hva(reinterpret_cast<u64>(ram_))) == 0);
+  mmu_.set_port(env_.get());
+  interpreter_ = Interpreter::create(s_, mmu_, *env_, 1u << 20);
+  tracker_.register_vcpu(0, &mmu_, &context().attention, 1);
+  tracker_.enter_guest(0);
+  map(kCode, kCodeGpa, false);
+  for (u64 i = 0; i < kDataPages; ++i) map(kData + i * kPageSize, kDataGpa + i * kPageSize, true);
+  map(kReadOnly, kReadOnlyGpa, false);
+  context().features = host_features();
+  context().event_filter = [this](const Event& event) {
+    has_event_ = true;
+    event_ = event;
+    return true;
+  };
+  context().mode_changed();
+}
+
+GuestRunner::~GuestRunner() {
+  tracker_.leave_guest(0);
+  tracker_.unregister_vcpu(0);
+  interpreter_.reset();
+  ::munmap(ram_, kRamSize);
+}
+
+void GuestRunner::set_code(const u8* page) {
+  std::memcpy(ram_ + kCodeGpa, page, kCodeSize);
+  interpreter_->code_flush();
+}
+
+std::optional<Outcome> GuestRunner::run(Registers* regs, u64 fall_through) {
+  std::memcpy(s_.gpr, regs->gpr, sizeof(s_.gpr));
+  s_.rip = regs->rip;
+  s_.rflags = regs->rflags | rflags::FIXED1 | rflags::IF;
+  std::memcpy(s_.xsave.bytes, regs->xsave, sizeof(regs->xsave));
+  context().mode_changed();
+  has_event_ = false;
+  // A repeated string instruction may stop between iterations, as for an interrupt.
+  Interpreter::Result result;
+  do {
+    result = interpreter_->run(1);
+  } while (!has_event_ && s_.rip == regs->rip &&
+           (result == Interpreter::Result::Budget || result == Interpreter::Result::Attention));
+
+  std::memcpy(regs->gpr, s_.gpr, sizeof(s_.gpr));
+  regs->rflags = s_.rflags;
+  std::memcpy(regs->xsave, s_.xsave.bytes, sizeof(regs->xsave));
+  Outcome out;
+  if (has_event_) {
+    out.kind = Outcome::Kind::Fault;
+    out.vector = event_.vector;
+    if (event_.vector == vec::GP || event_.vector == vec::PF) out.error = event_.error;
+    if (event_.vector == vec::PF) out.cr2 = event_.payload;
+    regs->rip = s_.rip;
+    return out;
+  }
+  if (result != Interpreter::Result::Budget && result != Interpreter::Result::Attention) return std::nullopt;
+  if (s_.rip == fall_through) {
+    out.kind = Outcome::Kind::FellThrough;
+  } else if (s_.rip == regs->rip + kFarPad) {
+    out.kind = Outcome::Kind::Branched;
+  } else {
+    return std::nullopt;
+  }
+  return out;
+}
+
+}  // namespace ring3::diff
