@@ -1,9 +1,9 @@
 #pragma once
-#include <linux/kvm.h>
-
+#include <atomic>
 #include <functional>
 #include <mutex>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 #include "engine/irq/apic_bus.hpp"
 
@@ -22,8 +22,9 @@ class IoApic {
   static constexpr u64 kDefaultBase = 0xfec00000;
   static constexpr u64 kSize = 0x100;
 
-  /// acked(pin): the guest ended an interrupt of the pin. handled_changed: the set of vectors in use changed.
-  IoApic(ApicBus& bus, std::function<void(unsigned)> acked, std::function<void()> redirection_changed);
+  /// acked(pin): the guest ended an interrupt of the pin. changed(unmasked): redirection entries changed;
+  /// unmasked holds a bit for each pin that was unmasked. Both are called without the lock.
+  IoApic(ApicBus& bus, std::function<void(unsigned)> acked, std::function<void(u32)> changed);
 
   bool contains(Gpa a) const;
   /// offset within the 256-byte window. Other offsets and sizes read 0 and ignore writes.
@@ -53,15 +54,15 @@ class IoApic {
     void set_remote_irr(bool v) { bits = (bits & ~(1ull << 14)) | (static_cast<u64>(v) << 14); }
   };
   u32 read_window() const;
-  bool write_window(u32 value);
+  bool write_window(u32 value, u32* unmasked);
   int raise_locked(unsigned pin);
   int service_locked(unsigned pin);
 
   ApicBus& bus_;
   const std::function<void(unsigned)> acked_;
-  const std::function<void()> redirection_changed_;
+  const std::function<void(u32)> changed_;
   mutable std::mutex mutex_;
-  u64 base_ = kDefaultBase;
+  std::atomic<u64> base_{kDefaultBase};
   u32 select_ = 0;
   u32 id_ = 0;
   u32 irr_ = 0;

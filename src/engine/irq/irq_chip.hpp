@@ -1,12 +1,11 @@
 #pragma once
-#include <linux/kvm.h>
-
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 #include "engine/irq/apic_bus.hpp"
 #include "engine/irq/ioapic.hpp"
@@ -75,6 +74,9 @@ class IrqChip final : public EoiListener {
   u64 add_ack_notifier(u32 gsi, std::function<void()> notify);
   void remove_ack_notifier(u64 id);
 
+  /// Calls notify (no lock held) when the guest unmasks the PIC line or IOAPIC pin of gsi. One per VM: the PIT's.
+  void set_unmask_notifier(u32 gsi, std::function<void()> notify);
+
   // EoiListener
   void eoi(Lapic& from, u8 vector, bool level, bool suppress) override;
 
@@ -88,6 +90,7 @@ class IrqChip final : public EoiListener {
     std::mutex running;
   };
   void notify_acked(u32 gsi);
+  void notify_unmasked(u32 gsi);
   void update_eoi_vectors();
   void extint_raised();
 
@@ -98,6 +101,8 @@ class IrqChip final : public EoiListener {
   mutable std::mutex notifiers_mutex_;
   std::map<u64, std::shared_ptr<Notifier>> notifiers_;  // guarded by notifiers_mutex_
   u64 next_notifier_ = 1;
+  u32 unmask_gsi_ = RoutingTable::kNoGsi;               // guarded by notifiers_mutex_
+  std::shared_ptr<std::function<void()>> unmask_notify_;  // guarded by notifiers_mutex_
   std::mutex eoi_vectors_mutex_;
   std::atomic<u64> split_level_[4] = {};  // split: level-triggered vectors of the reserved pins' routes
   std::unique_ptr<Pic> pic_;

@@ -1,11 +1,10 @@
 #pragma once
-#include <linux/kvm.h>
-
 #include <array>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 
 /// The GSI routing table.

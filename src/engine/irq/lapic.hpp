@@ -1,10 +1,9 @@
 #pragma once
-#include <linux/kvm.h>
-
 #include <array>
 #include <atomic>
 #include <mutex>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 #include "engine/irq/apic_bus.hpp"
 #include "engine/timer/timer_queue.hpp"
@@ -101,10 +100,12 @@ class Lapic {
 
   /// One message that is addressed to this LAPIC. 1: taken; 0: merged with a pending one; -1: refused (disabled).
   int accept(const InterruptMessage& message);
-  /// A pulse on LINT0 or LINT1 (pin 0 or 1), thermal, performance or CMCI-less error sources, through its
+  /// A pulse on LINT0 or LINT1 (pin 0 or 1), or a local source, through its
   /// LVT entry. False when masked.
   enum class Source { kTimer, kThermal, kPerf, kLint0, kLint1, kError };
   bool local_event(Source source);
+  /// The PIT pulses LINT0: counts only when that is set to NMI.
+  void lint0_nmi();
   /// Whether dest addresses this LAPIC. ipi: sent by a LAPIC, whose mode then says what broadcast is.
   bool matches(u32 dest, bool logical, const Lapic* source) const;
   /// 8-bit id in xAPIC mode, 32-bit in x2APIC mode.

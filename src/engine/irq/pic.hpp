@@ -1,10 +1,9 @@
 #pragma once
-#include <linux/kvm.h>
-
 #include <atomic>
 #include <functional>
 #include <mutex>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 
 /// The two cascaded 8259A interrupt controllers of a PC, with the ELCR.
@@ -17,7 +16,9 @@ namespace ring3::engine {
 class Pic {
  public:
   /// output(true): INTR rose; acked(irq): the guest ended irq (0–15), or AEOI did.
-  Pic(std::function<void()> output_raised, std::function<void(unsigned)> acked);
+  /// unmasked(irqs): lines that were just unmasked, a bit each.
+  Pic(std::function<void()> output_raised, std::function<void(unsigned)> acked,
+      std::function<void(u32)> unmasked);
 
   static bool handles(u16 port) {
     return port == 0x20 || port == 0x21 || port == 0xa0 || port == 0xa1 || port == 0x4d0 || port == 0x4d1;
@@ -39,24 +40,28 @@ class Pic {
   void reset();
 
  private:
-  struct Chip {
-    kvm_pic_state s{};
-    u8 spurious = 0;
+  // What a locked section leaves to be told without the lock: lines as bits.
+  struct Told {
+    u32 acked = 0, unmasked = 0;
+    bool was_high = false;
   };
-  static int priority(const Chip& c, u8 mask);
-  int pending_irq(unsigned chip) const;
-  int set_irq_locked(unsigned irq, bool level);
-  void update_locked();
-  void intack_locked(unsigned chip, unsigned irq, u32* acked);
-  void write_command(unsigned chip, u8 value, u32* acked);
-  void write_data(unsigned chip, u8 value);
-  u8 poll_read(unsigned chip, u32* acked);
-  void finish(bool was, u32 acked);
+  static unsigned priority(const kvm_pic_state& c, u8 mask);
+  int request(unsigned chip) const;
+  int set_input(unsigned irq, bool level);
+  void update();
+  void end(unsigned chip, unsigned irq, Told* told);
+  void take(unsigned chip, unsigned irq, Told* told);
+  void initialise(unsigned chip, u8 icw1, Told* told);
+  void write_command(unsigned chip, u8 value, Told* told);
+  void write_data(unsigned chip, u8 value, Told* told);
+  u8 poll(unsigned chip, Told* told);
+  void tell(const Told& told);
 
   const std::function<void()> raised_;
   const std::function<void(unsigned)> acked_;
+  const std::function<void(u32)> unmasked_;
   mutable std::mutex mutex_;
-  Chip chips_[2];
+  kvm_pic_state chips_[2] = {};
   u32 sources_[16] = {};
   std::atomic<bool> output_{false};
 };

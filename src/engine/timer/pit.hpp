@@ -1,9 +1,8 @@
 #pragma once
-#include <linux/kvm.h>
-
 #include <functional>
 #include <mutex>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 #include "engine/timer/timer_queue.hpp"
 
@@ -46,13 +45,17 @@ class Pit {
   bool reinject() const;
   /// The guest acknowledged (EOI) GSI 0: wire it to IrqChip::add_ack_notifier(0, …). Any lock may be held.
   void irq_acked();
+  /// The guest unmasked GSI 0 at the PIC or IOAPIC: ticks it missed while masked are forgotten. Wire it to
+  /// IrqChip::set_unmask_notifier(0, …). Any lock may be held.
+  void irq_unmasked();
 
  private:
   struct Channel : kvm_pit_channel_state {
-    u64 loaded_ns() const { return static_cast<u64>(count_load_time); }
+    u64 loaded_ns = 0;  // when counting began
+    u64 paused_ns = 0;  // when the gate stopped it; 0: it runs
   };
   void write_control(u8 value);
-  void load(unsigned channel, u32 value, bool start_timer);
+  void load(unsigned channel, u32 value);
   void start_timer();
   u64 elapsed_ticks(const Channel& c) const;
   u32 counter(const Channel& c) const;
@@ -60,9 +63,10 @@ class Pit {
   void latch_count(Channel& c);
   void latch_status(Channel& c);
   void set_gate(unsigned channel, bool level);
+  void restore(const kvm_pit_channel_state (&channels)[3], u32 flags);
   void on_timer();
+  void inject();
 
-  TimerQueue& timers_;
   const Clock& clock_;
   const std::function<void()> tick_;
   const bool speaker_port_;

@@ -1,10 +1,9 @@
 #pragma once
-#include <linux/kvm.h>
-
 #include <atomic>
 #include <functional>
 #include <mutex>
 
+#include "base/linux_kvm.hpp"
 #include "base/types.hpp"
 #include "engine/timer/clock.hpp"
 #include "engine/timer/tsc.hpp"
@@ -58,16 +57,17 @@ class KvmClock {
  private:
   friend class PvClock;
   struct Reference {  // one instant, so that all vCPUs' pages describe one line
-    u64 host_tsc, mono_ns, clock_ns;
-    u64 wall_at_zero_ns;  // CLOCK_REALTIME when the VM's clock read 0
+    u64 host_tsc, clock_ns;
   };
   Reference reference() const;
-  void refresh_locked();
+  u64 at_locked(u64 host_tsc, u64 mono_ns) const;
 
   const Clock& clock_;
   mutable std::mutex mutex_;
-  u64 offset_;  // VM clock = CLOCK_MONOTONIC + offset_
-  u64 ref_tsc_, ref_mono_;
+  const TscScale scale_;  // host TSC to ns
+  // The clock read ref_clock_ at this instant. With a stable host TSC it advances by that, so that the host's
+  // view and the guest's stay the same line; otherwise by CLOCK_MONOTONIC.
+  u64 ref_tsc_, ref_mono_, ref_clock_ = 0;
   std::atomic<bool> old_msr_{false};  // the boot vCPU uses MSR 0x12: its guest may not know the stable flag
   u32 wall_version_ = 0;
 };

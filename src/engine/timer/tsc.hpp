@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <set>
 
 #include "base/types.hpp"
 #include "engine/timer/clock.hpp"
@@ -12,6 +13,8 @@
 /// Spec:      SDM vol. 3B 18.17 (TSC, IA32_TSC_ADJUST); virt/kvm/api KVM_GET/SET_TSC_KHZ, KVM_VCPU_TSC_OFFSET.
 /// Threading: reads from any thread, lock-free; writes by the vCPU's owner.
 namespace ring3::engine {
+
+class Tsc;
 
 /// VM-wide: keeps the TSCs of vCPUs that are set to nearly the same value exactly equal, as KVM does
 /// for a VMM that writes each vCPU's TSC in turn. Internally locked.
@@ -23,10 +26,9 @@ class TscSync {
  private:
   friend class Tsc;
   mutable std::mutex mutex_;
-  unsigned vcpus_ = 0, matched_ = 0;
-  u64 generation_ = 0;
-  u64 last_ns_ = 0, last_value_ = 0, last_ratio_ = 0, offset_ = 0;
-  bool any_ = false;
+  std::set<const Tsc*> vcpus_;
+  // The last host-side write, and the offset it led to.
+  u64 last_ns_ = 0, last_value_ = 0, last_ratio_ = 0, last_offset_ = 0;
 };
 
 class Tsc {
@@ -71,8 +73,9 @@ class Tsc {
   const Clock& clock() const { return clock_; }
 
  private:
+  friend class TscSync;
   static constexpr u64 kUnity = 1ull << 48;
-  void move_to(u64 offset);
+  u64 scaled(u64 host_tsc) const { return at(host_tsc) - offset_.load(std::memory_order_relaxed); }
 
   const Clock& clock_;
   TscSync& sync_;
@@ -81,8 +84,6 @@ class Tsc {
   std::atomic<u64> offset_{0};
   std::atomic<u64> adjust_{0};
   std::atomic<u32> khz_;
-  u64 generation_ = 0;     // guarded by sync_.mutex_
-  bool matched_ = false;   // guarded by sync_.mutex_
 };
 
 }  // namespace ring3::engine
