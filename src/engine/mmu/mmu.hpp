@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "base/types.hpp"
+#include "engine/mmu/guest_access.hpp"
 #include "engine/mmu/stop.hpp"
 #include "engine/state/vcpu_state.hpp"
 #include "memory/guest_memory.hpp"
@@ -30,22 +31,25 @@ class MmioPort {
 /// Guest pages that hold decoded code, shared by the vCPUs of a VM.
 ///
 /// A vCPU that decodes from a page calls add_code_page() before it reads the bytes; from then on no
-/// vCPU has a TLB entry that lets a store reach the page without code_written(). See shootdown().
+/// vCPU has a TLB entry that lets a store reach the page without code_written(), until every vCPU that
+/// added the page has released it. Only vCPUs that added a page are told of writes to it. Pages that
+/// several memslots show at different guest-physical addresses are one page here.
 class PhysicalTracker;
 
 /// What the owner of decoded code is told.
 class CodeObserver {
  public:
   virtual ~CodeObserver() = default;
-  /// Bytes [gpa, gpa+size) were, or are about to be, changed by this vCPU or by the host on the VMM's
-  /// behalf. Called on the writing vCPU's thread after the store; other vCPUs' observers learn of it
-  /// through a request that they serve before they run another block.
+  /// Bytes [gpa, gpa+size) were changed by a vCPU or by the host on the VMM's behalf; never crosses a
+  /// page. Called on the observing vCPU's thread: right after the store when it stored itself, else from
+  /// serve_requests(), before it runs another block. May call release_code_page().
   virtual void code_written(Gpa gpa, unsigned size) = 0;
   /// An execute translation for this page was just made (TLB fill). The VMM stores to guest memory
   /// unseen by the engine (device DMA), so what was decoded from the page is compared with its
   /// content now, and dropped when it differs. host: 4096 readable bytes.
   virtual void validate_page(Gpa page, const u8* host) = 0;
-  /// Drop everything (memslots changed, too many writes to describe).
+  /// Drop everything (memslots changed, too many writes to describe). All pages that this vCPU had
+  /// added count as released when this returns. Called from serve_requests() only.
   virtual void code_flush() = 0;
 };
 
@@ -65,7 +69,8 @@ class Mmu {
     u64 exec_tag = kNoTag;
     u64 addend = 0;  ///< host address = linear + addend
   };
-  static constexpr u64 kNoTag = 1;
+  /// No page address, also after its low bits up to any access size were kept.
+  static constexpr u64 kNoTag = 1u << 11;
   static constexpr unsigned kTlbBits = 10, kTlbSize = 1u << kTlbBits;
   enum Bank : u8 { kUser, kSupervisor, kSupervisorNoUser /* SMAP in force */, kBanks };
 
@@ -76,6 +81,11 @@ class Mmu {
 
   void set_port(MmioPort* port) { port_ = port; }
   void set_code_observer(CodeObserver* observer) { observer_ = observer; }
+  /// What CPUID offers: physical-address width in bits (32..52), no-execute, 1 GiB pages, PCID. amd: bit 8
+  /// of a PML4E or PDPTE that refers to a table is reserved. Before this: 40 bits, all of them, not amd.
+  void set_features(unsigned maxphyaddr, bool nx, bool page1g, bool pcid, bool amd = false);
+  /// Breakpoints of the VMM's debugger replace the guest's DR0-3 and DR7; dr null: the guest's again.
+  void override_breakpoints(const u64 dr[4], u64 dr7);
 
   // ---- data accesses: false means stop() says why; nothing was changed ----
 
@@ -83,9 +93,13 @@ class Mmu {
   template <class T>
   bool read(u64 linear, T* out, Seg seg = DS) {
     const TlbEntry& e = bank_->entries[index(linear)];
-    if (e.read_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - sizeof(T)) [[likely]] {
-      // SAFETY: a tag is only set for a page whose memslot backs all of it at linear + addend.
-      std::memcpy(out, reinterpret_cast<const void*>(linear + e.addend), sizeof(T));
+    // SAFETY: a tag is only set for a page whose memslot backs all of it at linear + addend.
+    if (e.read_tag == (linear & kAligned<T>)) [[likely]] {
+      guest_load(linear + e.addend, out);
+      return true;
+    }
+    if (e.read_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - sizeof(T)) {
+      guest_load(linear + e.addend, out);
       return true;
     }
     return read_slow(linear, out, sizeof(T), seg, Privilege::Current);
@@ -93,9 +107,13 @@ class Mmu {
   template <class T>
   bool write(u64 linear, T value, Seg seg = DS) {
     const TlbEntry& e = bank_->entries[index(linear)];
-    if (e.write_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - sizeof(T)) [[likely]] {
-      // SAFETY: as in read().
-      std::memcpy(reinterpret_cast<void*>(linear + e.addend), &value, sizeof(T));
+    // SAFETY: as in read().
+    if (e.write_tag == (linear & kAligned<T>)) [[likely]] {
+      guest_store(linear + e.addend, value);
+      return true;
+    }
+    if (e.write_tag == (linear & kPageMask) && (linear & ~kPageMask) <= kPageSize - sizeof(T)) {
+      guest_store(linear + e.addend, value);
       return true;
     }
     return write_slow(linear, &value, sizeof(T), seg, Privilege::Current);
@@ -154,8 +172,13 @@ class Mmu {
   /// a fault (the fault, if reached, stands in stop()).
   unsigned fetch_bytes(u64 linear, u8* out, unsigned size);
   /// The page is about to be decoded from. Any thread's later stores to it reach CodeObserver. When it
-  /// returns, no vCPU has an older writable TLB entry for the page.
+  /// returns, no vCPU has an older writable TLB entry for the page. Cheap when this vCPU has it already.
+  /// It may wait for other vCPUs; the observer is not called meanwhile. Pages without RAM are ignored.
   void add_code_page(Gpa page);
+  /// This vCPU holds nothing decoded from the page any more: once no vCPU does, stores to it are fast again.
+  void release_code_page(Gpa page);
+  /// The same for all pages that this vCPU added.
+  void release_code_pages();
 
   // ---- translations ----
 
@@ -178,19 +201,22 @@ class Mmu {
 
   void flush_all();                       ///< also global entries (CR0/CR4/EFER changes, memslots)
   void flush_non_global();                ///< MOV CR3 without PCID
-  void flush_page(u64 linear);            ///< INVLPG
+  void flush_page(u64 linear);            ///< INVLPG: also global; the whole of a large page
+  void flush_page(u64 linear, u16 pcid);  ///< INVPCID of one address
   void flush_pcid(u16 pcid);
-  void set_cr3(u64 value, bool no_flush); ///< state.cr3 was already checked; sets it and flushes what PCID rules say
-  /// CPL, EFLAGS.AC, CR0, CR4, EFER or DR7 changed: selects bank and slow-path conditions.
+  void set_cr3(u64 value, bool no_flush); ///< value was already checked; sets state.cr3, flushes what PCID rules say
+  /// CPL, EFLAGS.AC, CR0, CR4, EFER or DR0-3/DR7 changed: selects bank and slow-path conditions. Flushes
+  /// by itself when CR0, CR4, EFER or (other than by set_cr3()) CR3 changed in a way that calls for it.
   void mode_changed();
   /// Loads and checks the four PAE PDPTEs for cr3 (SDM 4.4.1); false: reserved bits set, nothing changed.
+  /// The caller flushes (set_cr3() or mode_changed() with it).
   bool load_pdptrs(u64 cr3);
 
   /// Data-breakpoint matches since the last call, as DR6 bits.
   u64 take_breakpoint_hits();
 
   /// Requests of other threads (shootdowns, memslot changes, code writes): served here, on the vCPU's
-  /// thread, before it runs another block. Cheap when there are none.
+  /// thread, before it runs another block. Cheap when there are none. Clears the registered attention bit.
   void serve_requests();
 
   const Stop& stop() const { return stop_; }
@@ -198,6 +224,10 @@ class Mmu {
 
  private:
   struct TlbBank { TlbEntry entries[kTlbSize]; };
+  template <class T>
+  static constexpr u64 kAligned = (sizeof(T) & (sizeof(T) - 1)) == 0 && sizeof(T) <= 64
+                                      ? kPageMask | (sizeof(T) - 1)
+                                      : kPageMask | (kPageSize - 1);  // odd sizes: only the second check hits
   static unsigned index(u64 linear) { return (linear >> kPageShift) & (kTlbSize - 1); }
 
   bool read_slow(u64 linear, void* out, unsigned size, Seg seg, Privilege p);
@@ -211,6 +241,7 @@ class Mmu {
   VcpuState& state_;
   MmioPort* port_ = nullptr;
   CodeObserver* observer_ = nullptr;
+  friend class PhysicalTracker;
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
@@ -226,12 +257,19 @@ class PhysicalTracker {
   explicit PhysicalTracker(memory::GuestMemory& memory);
   ~PhysicalTracker();
 
-  /// The flag polled by vCPU index's run loop; registered by abi/ before the vCPU runs. raise() must be
-  /// safe from any thread. wake is called after a request is posted.
+  /// The flag polled by vCPU index's run loop; registered by abi/ before the vCPU runs. The bit is set by
+  /// any thread after a request was posted and cleared by Mmu::serve_requests(). A vCPU that waits (HLT)
+  /// is outside guest code and need not be woken: it serves when it enters again. At most 4096 vCPUs.
   void register_vcpu(unsigned index, Mmu* mmu, std::atomic<u32>* attention, u32 attention_bit);
   void unregister_vcpu(unsigned index);
 
-  /// Bracket guest execution. enter() serves pending requests.
+  /// Bracket guest execution (every use of the vCPU's Mmu while other vCPUs run). enter() serves pending
+  /// requests. Inside, the vCPU reaches serve_requests() soon after its attention bit was raised. No nesting.
+  ///
+  /// Memory ordering: enter stores `in guest`, then loads `pending`; a poster stores `pending`, then loads
+  /// `in guest`; all four sequentially consistent, so that at least one of them sees the other: either the
+  /// poster waits for the request to be served, or the vCPU serves it before it runs. leave is a release
+  /// and the poster's load an acquire: what the vCPU stored before it left is visible to the poster.
   void enter_guest(unsigned index);
   void leave_guest(unsigned index);
 
@@ -241,7 +279,7 @@ class PhysicalTracker {
   /// Dirty logging was switched on or its bitmap cleared: every vCPU drops writable entries before this returns.
   void dirty_log_changed();
   /// The engine itself wrote guest memory outside a vCPU's Mmu (pvclock pages, KVM_* ioctls). Other
-  /// host stores are found by CodeObserver::validate_page().
+  /// host stores are found by CodeObserver::validate_page(). Any thread; after the bytes were stored.
   void host_wrote(Gpa gpa, u64 size);
 
  private:

@@ -1,0 +1,142 @@
+#pragma once
+#include <vector>
+
+#include "engine/mmu/mmu.hpp"
+#include "engine/mmu/tlb.hpp"
+#include "engine/mmu/tracker_impl.hpp"
+
+namespace ring3::engine {
+
+/// What stands behind Mmu. Owned by the vCPU's thread.
+struct Mmu::Impl {
+  using Bank = TlbBankWithSets<TlbBank>;
+  enum class Access : u8 { Read, Write, Exec };
+
+  /// Why a walk is made.
+  struct WalkFor {
+    bool write = false;
+    bool fetch = false;
+    bool user = false;     ///< a user-mode access
+    bool no_user = false;  ///< SMAP forbids this supervisor access pages of the user
+  };
+  struct Walk {
+    bool ok = false;
+    u32 error = 0;  ///< #PF error code
+    Gpa gpa;
+    u8 shift = 12;
+    bool writable = false, user = false, no_execute = false, global = false;  ///< all levels combined
+  };
+
+  /// One page's part of an access.
+  struct Part {
+    u8* host = nullptr;  ///< null: MMIO
+    Gpa gpa;
+    unsigned size = 0;
+    bool tracked = false;  ///< a write to a page that holds code
+  };
+  struct Parts {
+    Part part[2];
+    unsigned count = 0;
+  };
+
+  /// The TLB of one address space.
+  struct Space {
+    Bank bank[kBanks];
+    i32 pcid = -1;  ///< -1: holds nothing that counts
+    bool stale = false;  ///< flush before use
+    u64 used = 0;
+    u64 exec_epoch = 0;
+  };
+  static constexpr unsigned kSpaces = 8;
+
+  enum class Paging : u8 { None, Legacy, Pae, Long };
+
+  Impl(Mmu& m, memory::GuestMemory& mem, PhysicalTracker::Impl& t, unsigned index)
+      : mmu(m), s(m.state_), memory(mem), shared(t), tracker(t.core), vcpu(index), box(t.core.mailbox(index)) {}
+
+  // walk.cpp
+  void configure();  ///< paging mode and permissions from the control registers
+  bool walk(u64 linear, const WalkFor& why, bool set_flags, Walk* out);
+  bool is_canonical(u64 linear) const;
+
+  // impl.cpp
+  const memory::Slot* find(Gpa gpa);
+  void refresh_table();
+  bool linear_ok(u64 linear, unsigned size, Seg seg);
+  u64 wrap(u64 linear, Privilege p) const;
+  Bank& bank_for(Privilege p);
+  /// One page: from the TLB, or by walking and filling.
+  bool page(u64 linear, Access access, Bank& bank, Part* out);
+  bool fill(u64 linear, Access access, Bank& bank, Part* out);
+  bool resolve(u64 linear, unsigned size, Access access, Privilege p, Seg seg, Parts* out);
+  bool misaligned(u64 linear, unsigned size) const;
+  void stored(const Part& part);  ///< after a store to a tracked page
+  void note_breakpoints(u64 linear, unsigned size, bool read, bool write);
+  bool read_parts(const Parts& parts, u8* out);
+  bool write_parts(const Parts& parts, const u8* data);
+
+  // spaces.cpp
+  void activate(u16 pcid);
+  void select_bank();
+  void update_breakpoints();
+  void flush_everything();
+  template <class F>
+  void for_each_bank(F f) {
+    for (auto& sp : spaces) {
+      if (sp->pcid < 0) continue;
+      for (Bank& b : sp->bank) f(b);
+    }
+  }
+  void serve_tlb();
+  void serve_all();
+  void drop_own_writes(u64 host);
+
+  Mmu& mmu;
+  VcpuState& s;
+  memory::GuestMemory& memory;
+  PhysicalTracker::Impl& shared;
+  TrackerCore& tracker;
+  const unsigned vcpu;
+  Mailbox& box;
+
+  std::shared_ptr<const memory::SlotTable> table;
+  const memory::Slot* last_slot = nullptr;
+
+  // Features.
+  unsigned maxphyaddr = 40;
+  bool has_nx = true, has_1g = true, has_pcid = true, amd = false;
+
+  // From the control registers, by configure().
+  Paging paging = Paging::None;
+  bool wp = false, nxe = false, smep = false, pse = false, pge = false;
+  u64 reserved_high = 0;  ///< bits of a 64-bit entry above MAXPHYADDR (and NX when off)
+  u64 seen_cr0 = ~0ull, seen_cr4 = ~0ull, seen_efer = ~0ull, seen_cr3 = 0;
+
+  // From the mode, by mode_changed().
+  bool user_mode = false;
+  bool smap = false;  ///< CR4.SMAP with paging on
+  bool check_alignment = false;
+  Bank* current = nullptr;  ///< the bank of Privilege::Current (bank_ is the empty one under alignment checks)
+
+  std::vector<std::unique_ptr<Space>> spaces;
+  Space* space = nullptr;
+  u64 use_clock = 0;
+  u64 exec_epoch = 0;
+  TlbBank empty;  ///< never filled
+
+  struct Breakpoint {
+    u64 start = 0, size = 0;
+    bool on_read = false, on_write = false;
+    u8 bit = 0;
+  };
+  std::array<Breakpoint, 4> breakpoints{};
+  unsigned breakpoint_count = 0;
+  bool override_on = false;
+  u64 override_dr[4] = {}, override_dr7 = 0;
+  u64 seen_dr[4] = {}, seen_dr7 = 0;
+  u64 hits = 0;
+
+  Parts open_rmw;  ///< of the Rmw that has no host pointer
+};
+
+}  // namespace ring3::engine

@@ -1,0 +1,114 @@
+#pragma once
+#include <algorithm>
+#include <array>
+#include <memory>
+
+#include "engine/mmu/mmu.hpp"
+
+/// The software TLB: a few address spaces (one per PCID in use), each with a bank per privilege. Private
+/// to this room and to one vCPU's thread.
+///
+/// Flushes cost what was filled, not what there is: each bank keeps bitmaps of its filled entries.
+namespace ring3::engine {
+
+template <unsigned Size>
+struct IndexSet {
+  u64 words[Size / 64] = {};
+  void set(unsigned i) { words[i / 64] |= 1ull << (i % 64); }
+  void clear(unsigned i) { words[i / 64] &= ~(1ull << (i % 64)); }
+  bool test(unsigned i) const { return (words[i / 64] >> (i % 64)) & 1; }
+  template <class F>
+  void for_each(F f) const {
+    for (unsigned w = 0; w < Size / 64; w++) {
+      for (u64 bits = words[w]; bits != 0; bits &= bits - 1) {
+        f(w * 64 + static_cast<unsigned>(__builtin_ctzll(bits)));
+      }
+    }
+  }
+};
+
+/// Entry is Mmu::TlbEntry; BankBase is Mmu's array of them, which the inline fast paths index.
+template <class BankBase>
+struct TlbBankWithSets : BankBase {
+  static constexpr unsigned kSize = Mmu::kTlbSize;
+  static constexpr u64 kNone = Mmu::kNoTag;
+
+  u64 gpa[kSize];     ///< page address of the entry; meaningful where filled
+  u8 shift[kSize];    ///< log2 of the page size of the guest's mapping
+  IndexSet<kSize> filled, global, large, writable, executable;
+  u64 large_low = ~0ull, large_high = 0;  ///< all large pages seen since the last full flush lie in [low, high]
+
+  void reset(unsigned i) {
+    this->entries[i] = Mmu::TlbEntry{};
+    filled.clear(i);
+    global.clear(i);
+    large.clear(i);
+    writable.clear(i);
+    executable.clear(i);
+  }
+  u64 page_of(unsigned i) const {
+    const Mmu::TlbEntry& e = this->entries[i];
+    return e.read_tag != kNone ? e.read_tag : e.write_tag != kNone ? e.write_tag : e.exec_tag;
+  }
+  void flush(bool keep_global) {
+    bool kept = false;
+    filled.for_each([&](unsigned i) {
+      if (keep_global && global.test(i)) {
+        kept = true;
+      } else {
+        reset(i);
+      }
+    });
+    if (!kept) large_low = ~0ull, large_high = 0;
+  }
+  void flush_page(u64 linear) {
+    const u64 page = linear & kPageMask;
+    const unsigned at = static_cast<unsigned>(linear >> kPageShift) & (kSize - 1);
+    if (filled.test(at) && page_of(at) == page) {
+      if (large.test(at)) {
+        flush_large(linear, shift[at]);
+        return;
+      }
+      reset(at);
+    }
+    // The page itself may have left the TLB while others of the same large page are still there.
+    if (page < large_low || page > large_high) return;
+    large.for_each([&](unsigned i) {
+      if (((page_of(i) ^ linear) >> shift[i]) == 0) reset(i);
+    });
+  }
+  void flush_large(u64 linear, unsigned s) {
+    large.for_each([&](unsigned i) {
+      if (((page_of(i) ^ linear) >> std::max<unsigned>(s, shift[i])) == 0) reset(i);
+    });
+  }
+  void drop_writes() {
+    writable.for_each([&](unsigned i) {
+      this->entries[i].write_tag = kNone;
+      writable.clear(i);
+      reset_if_empty(i);
+    });
+  }
+  /// Write tags of pages at this host address.
+  void drop_writes_to(u64 host) {
+    writable.for_each([&](unsigned i) {
+      Mmu::TlbEntry& e = this->entries[i];
+      if (e.write_tag + e.addend != host) return;
+      e.write_tag = kNone;
+      writable.clear(i);
+      reset_if_empty(i);
+    });
+  }
+  void drop_exec() {
+    executable.for_each([&](unsigned i) {
+      this->entries[i].exec_tag = kNone;
+      executable.clear(i);
+      reset_if_empty(i);
+    });
+  }
+  void reset_if_empty(unsigned i) {
+    if (page_of(i) == kNone) reset(i);
+  }
+};
+
+}  // namespace ring3::engine
