@@ -2,6 +2,7 @@
 #include <atomic>
 #include <bitset>
 #include <functional>
+#include <memory>
 
 #include "engine/decode/insn.hpp"
 #include "engine/interp/environment.hpp"
@@ -22,6 +23,7 @@ enum class Exec : u8 {
 
 struct Context;
 struct Event;
+struct VectorUnit;  ///< interp/vector.hpp
 /// On entry s.rip is already the address of the NEXT instruction; on Stop (Fault, Exit) the caller
 /// puts it back. Handlers change architectural state only after their last possible stop.
 using Handler = Exec (*)(Context&, const DecodedInsn&);
@@ -53,6 +55,7 @@ struct Context {
   Mmu& mmu;
   Environment& env;
   GuestFeatures features;
+  std::shared_ptr<VectorUnit> vector;  ///< host-executed instructions' stubs; attach_vector_unit() makes it
 
   /// Raised by other threads and by handlers: leave the block loop at the next boundary. Bits are
   /// the owner's (abi/); the interpreter only compares with zero.

@@ -1,0 +1,126 @@
+#include "engine/interp/host_fault.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <mutex>
+
+namespace ring3::engine {
+namespace {
+
+/// Nodes are reused, never freed: the handler may be walking the list at any time.
+struct Node {
+  std::atomic<u64> begin{0}, end{0};  // end 0: free
+  std::atomic<u64> exit_fpe{0}, exit_other{0};
+  Node* next = nullptr;
+};
+
+std::atomic<Node*> g_nodes{nullptr};
+std::mutex g_mutex;  // registration and installation, not the handler
+
+constexpr int kSignals[] = {SIGFPE, SIGILL, SIGSEGV, SIGBUS};
+constexpr unsigned kSignalCount = sizeof kSignals / sizeof kSignals[0];
+struct sigaction g_previous[kSignalCount];
+
+unsigned slot_of(int sig) {
+  for (unsigned i = 0; i < kSignalCount; ++i)
+    if (kSignals[i] == sig) return i;
+  return 0;
+}
+
+void chain(int sig, siginfo_t* info, void* context) {
+  const struct sigaction& previous = g_previous[slot_of(sig)];
+  if (previous.sa_flags & SA_SIGINFO) {
+    previous.sa_sigaction(sig, info, context);
+    return;
+  }
+  if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+    previous.sa_handler(sig);
+    return;
+  }
+  const bool sent = info->si_code <= 0;  // by kill(2) and its like; a fault is raised again by itself
+  if (sent && previous.sa_handler == SIG_IGN) return;
+  struct sigaction fallback;
+  std::memset(&fallback, 0, sizeof fallback);
+  fallback.sa_handler = SIG_DFL;
+  ::sigaction(sig, &fallback, nullptr);
+  if (sent) ::syscall(SYS_tgkill, ::getpid(), ::syscall(SYS_gettid), sig);
+}
+
+void handler(int sig, siginfo_t* info, void* context) {
+  ucontext_t* uc = static_cast<ucontext_t*>(context);
+  greg_t* regs = uc->uc_mcontext.gregs;
+  const u64 rip = static_cast<u64>(regs[REG_RIP]);
+  if (info->si_code > 0) {
+    for (Node* n = g_nodes.load(std::memory_order_acquire); n != nullptr; n = n->next) {
+      const u64 end = n->end.load(std::memory_order_acquire);
+      if (rip >= end || rip < n->begin.load(std::memory_order_relaxed)) continue;
+      const bool fpe = sig == SIGFPE;
+      regs[REG_RAX] = static_cast<greg_t>(fpe ? HostFault::FloatingPoint : HostFault::Other);
+      regs[REG_RIP] = static_cast<greg_t>((fpe ? n->exit_fpe : n->exit_other).load(std::memory_order_relaxed));
+      return;
+    }
+  }
+  chain(sig, info, context);
+}
+
+bool is_ours(const struct sigaction& action) {
+  return (action.sa_flags & SA_SIGINFO) && action.sa_sigaction == handler;
+}
+
+void install(int sig) {
+  struct sigaction current;
+  if (::sigaction(sig, nullptr, &current) != 0 || is_ours(current)) return;
+  g_previous[slot_of(sig)] = current;
+  struct sigaction ours;
+  std::memset(&ours, 0, sizeof ours);
+  ours.sa_sigaction = handler;
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
+  sigemptyset(&ours.sa_mask);
+  ::sigaction(sig, &ours, nullptr);
+}
+
+}  // namespace
+
+HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other) {
+  const std::lock_guard lock(g_mutex);
+  for (const int sig : kSignals) install(sig);
+  Node* node = nullptr;
+  for (Node* n = g_nodes.load(); n != nullptr && node == nullptr; n = n->next)
+    if (n->end.load() == 0) node = n;
+  const bool fresh = node == nullptr;
+  if (fresh) node = new Node;
+  node->begin.store(reinterpret_cast<u64>(begin));
+  node->exit_fpe.store(reinterpret_cast<u64>(exit_fpe));
+  node->exit_other.store(reinterpret_cast<u64>(exit_other));
+  node->end.store(reinterpret_cast<u64>(end), std::memory_order_release);
+  if (fresh) {
+    node->next = g_nodes.load();
+    g_nodes.store(node, std::memory_order_release);
+  }
+  node_ = node;
+}
+
+HostFaultRange::~HostFaultRange() { static_cast<Node*>(node_)->end.store(0, std::memory_order_release); }
+
+void arm_host_faults() {
+  thread_local bool unblocked = false;
+  if (!unblocked) {
+    sigset_t set;
+    sigemptyset(&set);
+    for (const int sig : kSignals) sigaddset(&set, sig);
+    ::pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+    unblocked = true;
+  }
+  struct sigaction current;
+  if (::sigaction(SIGFPE, nullptr, &current) == 0 && is_ours(current)) return;
+  const std::lock_guard lock(g_mutex);
+  install(SIGFPE);
+}
+
+}  // namespace ring3::engine

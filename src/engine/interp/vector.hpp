@@ -1,0 +1,89 @@
+#pragma once
+#include <memory>
+#include <string>
+#include <unordered_map>
+
+#include "base/result.hpp"
+#include "engine/codecache/code_arena.hpp"
+#include "engine/interp/context.hpp"
+#include "engine/interp/host_fault.hpp"
+#include "engine/interp/vector_stub.hpp"
+
+/// Vector, MMX and x87 instructions: executed by the host's own units, through stubs (vector_stub.hpp).
+///
+/// Spec:      Intel SDM vol. 1 ch. 8-14, vol. 2 (exception classes 1-9, 12), vol. 3A 2.5, 13.
+/// Faults:    #UD and #NM by CR0.EM/TS, CR4.OSFXSR/OSXSAVE and XCR0, alignment #GP, and page faults come
+///            before the stub runs; SIMD exceptions come out of it (host_fault.hpp) as #XM.
+/// x87:       FIP, FDP and FOP are the guest's, kept here and never the host's. They are updated by every
+///            non-control x87 instruction. Inside IA-32e mode FCS and FDS are stored as zero.
+/// Deviation: with CR0.NE = 0 a pending x87 exception is #MF too; FERR# and IRQ 13 are not modelled.
+namespace ring3::engine {
+
+/// A stub ready to run.
+struct Stub {
+  StubFunction run = nullptr;
+  u16 flags = 0;  ///< StubFlags
+  u16 mem_size = 0;
+  u16 fop = 0;
+};
+
+/// A vCPU's stubs, bounded: when the arena is full, all are dropped. Owned by Context; the vCPU's thread.
+struct VectorUnit {
+  static Result<std::shared_ptr<VectorUnit>> create();
+
+  /// The stub for insn, made at first use; null when the host cannot run it (#UD).
+  const Stub* find(const DecodedInsn& insn, CodeMode mode) {
+    const Key key = key_of(insn, mode);
+    const Slot& slot = slots_[slot_of(key)];
+    if (slot.key.low == key.low && slot.key.high == key.high) [[likely]] return slot.stub;
+    return find_slow(insn, mode, key);
+  }
+  std::size_t stub_count() const { return stubs_.size(); }
+
+  StubFrame frame;
+
+ private:
+  static constexpr unsigned kSlotBits = 11;
+  static constexpr std::size_t kArenaSize = 512 * 1024;
+  struct Key {
+    u64 low = 0, high = 0;  ///< the instruction's bytes; the mode in the last one
+  };
+  struct Slot {
+    Key key;
+    const Stub* stub = nullptr;
+  };
+
+  explicit VectorUnit(std::unique_ptr<CodeArena> arena);
+  static Key key_of(const DecodedInsn& insn, CodeMode mode);
+  static unsigned slot_of(const Key& key) {
+    return static_cast<unsigned>(((key.low ^ (key.high << 1 | key.high >> 63)) * 0x9e3779b97f4a7c15ull) >> (64 - kSlotBits));
+  }
+  const Stub* find_slow(const DecodedInsn& insn, CodeMode mode, const Key& key);
+  void flush();
+
+  std::unique_ptr<CodeArena> arena_;
+  std::size_t exits_size_ = 0;  ///< the fault exits at the arena's start
+  std::unique_ptr<HostFaultRange> faults_;
+  GuestFeatures host_;
+  bool avx_ = false;
+  std::unique_ptr<Slot[]> slots_;
+  std::unordered_map<std::string, Stub> stubs_;  ///< by what the stub depends on
+};
+
+/// Gives the context its VectorUnit. Called by whoever builds the vCPU, so that a host that refuses
+/// memory for code is found out early; an instruction that finds none tries itself.
+Status attach_vector_unit(Context& c);
+
+// ---- shared by vector.cpp, vector_memory.cpp and xstate.cpp ----
+
+/// An unmasked x87 exception waits for the next waiting instruction.
+inline bool x87_pending(VcpuState& s) { return s.xsave.fsw() & ~s.xsave.fcw() & 0x3f; }
+/// #UD/#NM checks; false: stop() is set.
+bool sse_available(Context& c);  ///< legacy SSE
+bool avx_available(Context& c);  ///< VEX
+bool mmx_available(Context& c);  ///< MMX: also #MF for a pending x87 exception
+
+/// vector_memory.cpp: element-wise memory instructions.
+Handler select_vector_memory(const DecodedInsn& insn);
+
+}  // namespace ring3::engine

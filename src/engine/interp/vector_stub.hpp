@@ -1,0 +1,71 @@
+#pragma once
+#include <array>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "engine/decode/insn.hpp"
+#include "engine/state/vcpu_state.hpp"
+
+/// Re-encoding: from a guest's vector, MMX or x87 instruction to a short host function, a stub, that
+/// loads the guest registers the instruction uses, executes the instruction itself with its memory
+/// operand pointed at a buffer of ours, and stores what it wrote.
+///
+/// Confinement: no guest byte is copied but the opcode, ModRM's register numbers and immediates. An
+///            instruction is only taken when decode called it a Host* operation, its opcode stands in this
+///            file's own list of opcodes without implicit memory or system effect, and the rebuilt
+///            bytes decode as the same operation on the same operands with [RSI] as their memory.
+/// Registers: RDI = XsaveArea, RSI = StubFrame, RDX = the guest's gpr[16]; RAX returns a HostFault.
+/// Pure functions; any thread.
+namespace ring3::engine {
+
+/// What a stub works on beside the guest state. One per vCPU.
+struct alignas(64) StubFrame {
+  u8 buffer[1024] = {};   ///< the memory operand
+  u32 host_mxcsr = 0x1f80;
+  u16 host_fcw = 0x37f;
+  u16 unused = 0;
+  u32 flags = 0;          ///< LAHF in bits 15:8, OF in bit 0; in and out
+};
+inline constexpr u32 kFrameMxcsr = 1024, kFrameFcw = 1028, kFrameFlags = 1032;
+
+using StubFunction = u32 (*)(XsaveArea*, StubFrame*, u64* gpr);
+
+enum StubFlags : u16 {
+  kStubReadsFlags = 1 << 0,
+  kStubWritesFlags = 1 << 1,
+  kStubMxcsr = 1 << 2,     ///< runs under the guest's MXCSR: may raise SIMD exceptions
+  kStubX87 = 1 << 3,       ///< the whole FXSAVE image is loaded and stored
+  kStubMemRead = 1 << 4,
+  kStubMemWrite = 1 << 5,
+  kStubAligned = 1 << 6,
+  kStubX87Control = 1 << 7,  ///< leaves FIP, FDP and FOP alone
+  kStubX87NoWait = 1 << 8,   ///< executes although an unmasked exception is pending
+  kStubTouchesXmm = 1 << 9,  ///< an MMX instruction that needs CR4.OSFXSR
+};
+
+/// What the generator found out; the caller executes by it.
+struct StubCode {
+  std::array<u8, 256> bytes;
+  unsigned size = 0;
+  u16 flags = 0;      ///< StubFlags
+  u16 mem_size = 0;   ///< bytes of the memory operand
+  u16 fop = 0;        ///< x87: the opcode as FOP holds it
+  std::array<u8, 16> host_insn{};  ///< the rebuilt instruction, for tests
+  u8 host_insn_size = 0;
+
+  std::span<const u8> code() const { return {bytes.data(), size}; }
+};
+
+/// Null when the instruction is not one that may run on the host. avx: the host has it.
+/// Ops: HostVec, HostMmx, HostX87, Emms.
+std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool avx);
+
+/// The code that faults inside stubs go to, at the start of an arena; *exit_other is the offset of the
+/// exit for what is not a floating-point exception.
+StubCode make_fault_exit(bool avx, unsigned* exit_other);
+
+/// True when the instruction's result or exceptions depend on MXCSR. map: 1 = 0F, 2 = 0F38, 3 = 0F3A.
+bool uses_mxcsr(unsigned map, u8 opcode);
+
+}  // namespace ring3::engine
