@@ -30,6 +30,10 @@ Handler select_msr(const DecodedInsn& insn);      // msr.cpp: RDMSR, WRMSR
 
 // ---- operands of system instructions (system.cpp) ----
 
+/// Operand size of instructions that do not default to 64 bits in 64-bit mode: from 66h, REX.W and CS.D.
+unsigned far_operand_size(const Context& c, const DecodedInsn& insn);
+/// The last segment override among the prefixes, or DS: for implicit [rAX] operands.
+Seg override_segment(const Context& c, const DecodedInsn& insn);
 /// Linear address of insn.mem for size bytes, checked.
 bool mem_linear(Context& c, const DecodedInsn& insn, unsigned size, bool write, u64* out);
 /// Writes a general register: 4 bytes zero-extend, 2 keep the rest.
