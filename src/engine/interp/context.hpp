@@ -55,7 +55,7 @@ struct Context {
   Mmu& mmu;
   Environment& env;
   GuestFeatures features;
-  std::shared_ptr<VectorUnit> vector;  ///< host-executed instructions' stubs; attach_vector_unit() makes it
+  std::shared_ptr<VectorUnit> vector_unit;  ///< host-executed instructions' stubs; attach_vector_unit() makes it
 
   /// Raised by other threads and by handlers: leave the block loop at the next boundary. Bits are
   /// the owner's (abi/); the interpreter only compares with zero.

@@ -84,10 +84,10 @@ const Stub* VectorUnit::find_slow(const DecodedInsn& insn, CodeMode mode, const 
 }
 
 Status attach_vector_unit(Context& c) {
-  if (c.vector) return Ok{};
+  if (c.vector_unit) return Ok{};
   auto unit = VectorUnit::create();
   if (!unit) return unit.error();
-  c.vector = std::move(*unit);
+  c.vector_unit = std::move(*unit);
   return Ok{};
 }
 
@@ -130,10 +130,10 @@ bool mmx_available(Context& c) {
 namespace {
 
 VectorUnit* unit_of(Context& c) {
-  if (!c.vector) [[unlikely]] {
+  if (!c.vector_unit) [[unlikely]] {
     if (!attach_vector_unit(c)) return nullptr;
   }
-  return c.vector.get();
+  return c.vector_unit.get();
 }
 
 template <unsigned N>
