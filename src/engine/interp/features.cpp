@@ -101,6 +101,13 @@ GuestFeatures distil(const Lookup& cpuid) {
   f.efer_reserved = ~efer;
 
   const Leaf addresses = cpuid(0x80000008, 0);
+  // MSRs that are there only when CPUID says so.
+  f.spec_ctrl = l7.bit(D, 26) || (f.amd && (addresses.bit(B, 14) || addresses.bit(B, 15) || addresses.bit(B, 24)));
+  f.ibpb = l7.bit(D, 26) || (f.amd && addresses.bit(B, 12));
+  f.flush_l1d = l7.bit(D, 28);
+  f.arch_capabilities = l7.bit(D, 29);
+  f.osvw = f.amd && ext.bit(C, 9);
+  f.null_clears_base = !f.amd || cpuid(0x80000021, 0).bit(A, 6);
   const u8 physical = static_cast<u8>(addresses.r[0]), linear = static_cast<u8>(addresses.r[0] >> 8);
   f.maxphyaddr = physical >= 32 && physical <= 52 ? physical : 36;
   f.linear_bits = linear == 57 ? 57 : 48;
