@@ -50,18 +50,50 @@ bool Mmu::Impl::page(u64 linear, Access access, Bank& bank, Part* out) {
     out->tracked = false;
     return true;
   }
+  if (access == Access::Write && e.read_tag == (linear & kPageMask) && bank.write_walked.test(i)) {
+    // The tag was dropped for the dirty log or for code; the translation still holds.
+    out->gpa = Gpa(bank.gpa[i] | (linear & ~kPageMask));
+    if (const Slot* slot = find(out->gpa); slot != nullptr && !slot->readonly()) {
+      out->host = reinterpret_cast<u8*>(linear + e.addend);
+      out->tracked = prepare_store(*slot, out->gpa);
+      if (!out->tracked) {
+        bank.entries[i].write_tag = linear & kPageMask;
+        bank.writable.set(i);
+      }
+      return true;
+    }
+  }
   return fill(linear, access, bank, out);
 }
 
-bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
+Mmu::Impl::WalkFor Mmu::Impl::walk_for(Access access, const Bank& bank) const {
   const auto which = &bank - space->bank;
   WalkFor why;
   why.write = access == Access::Write;
   why.fetch = access == Access::Exec;
   why.user = which == kUser;
   why.no_user = which == kSupervisorNoUser && access != Access::Exec;
+  return why;
+}
+
+bool Mmu::Impl::probe(u64 linear, Access access, const Bank& bank) {
+  const unsigned i = index(linear);
+  const TlbEntry& e = bank.entries[i];
+  if (access == Access::Write && e.read_tag == (linear & kPageMask) && bank.write_walked.test(i)) return true;
   Walk w;
-  if (!walk(linear, why, true, &w)) {
+  if (walk(linear, walk_for(access, bank), false, &w)) return true;
+  mmu.stop_ = Stop::page_fault(linear, w.error);
+  return false;
+}
+
+bool Mmu::Impl::prepare_store(const Slot& slot, Gpa gpa) {
+  slot.mark_dirty(gpa);
+  return tracker.note_writer(TrackerCore::key(*table, slot, gpa.page()), TrackerCore::writer_bit(vcpu));
+}
+
+bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
+  Walk w;
+  if (!walk(linear, walk_for(access, bank), true, &w)) {
     mmu.stop_ = Stop::page_fault(linear, w.error);
     return false;
   }
@@ -71,12 +103,7 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
   const Slot* slot = find(w.gpa);
   if (slot == nullptr || (access == Access::Write && slot->readonly())) return true;
   out->host = slot->host(w.gpa);
-  if (access == Access::Write) {
-    slot->mark_dirty(w.gpa);
-    const Gpa key = TrackerCore::key(*table, *slot, w.gpa.page());
-    out->tracked = tracker.note_writer(key, TrackerCore::writer_bit(vcpu));
-    if (out->tracked) return true;
-  }
+  if (access == Access::Write) out->tracked = prepare_store(*slot, w.gpa);
   const u64 page_start = linear & kPageMask;
   if (access != Access::Exec) {
     for (unsigned b = 0; b < breakpoint_count; b++) {
@@ -105,8 +132,11 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
   }
   switch (access) {
     case Access::Write:
-      e.write_tag = page_start;
-      bank.writable.set(i);
+      bank.write_walked.set(i);
+      if (!out->tracked) {
+        e.write_tag = page_start;
+        bank.writable.set(i);
+      }
       [[fallthrough]];
     case Access::Read:
       e.read_tag = page_start;
@@ -138,11 +168,13 @@ bool Mmu::Impl::resolve(u64 linear, unsigned size, Access access, Privilege p, S
   const unsigned here = static_cast<unsigned>(std::min<u64>(size, kPageSize - (linear & ~kPageMask)));
   out->count = 1;
   out->part[0].size = here;
-  if (!page(linear, access, bank, &out->part[0])) return false;
-  if (here == size) [[likely]] return true;
+  if (here == size) [[likely]] return page(linear, access, bank, &out->part[0]);
   out->count = 2;
   out->part[1].size = size - here;
-  return page(wrap(linear + here, p), access, bank, &out->part[1]);
+  const u64 next = wrap(linear + here, p);
+  // No page-table flag is set for a store whose other page faults.
+  if (access == Access::Write && !(probe(linear, access, bank) && probe(next, access, bank))) return false;
+  return page(linear, access, bank, &out->part[0]) && page(next, access, bank, &out->part[1]);
 }
 
 void Mmu::Impl::stored(const Part& part) {

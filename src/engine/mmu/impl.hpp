@@ -68,6 +68,11 @@ struct Mmu::Impl {
   /// One page: from the TLB, or by walking and filling.
   bool page(u64 linear, Access access, Bank& bank, Part* out);
   bool fill(u64 linear, Access access, Bank& bank, Part* out);
+  /// Walks without setting flags or filling: whether page() would succeed; sets stop() if not.
+  bool probe(u64 linear, Access access, const Bank& bank);
+  WalkFor walk_for(Access access, const Bank& bank) const;
+  /// Dirty log and code tracking before a store. True: the page holds code.
+  bool prepare_store(const memory::Slot& slot, Gpa gpa);
   bool resolve(u64 linear, unsigned size, Access access, Privilege p, Seg seg, Parts* out);
   bool misaligned(u64 linear, unsigned size) const;
   void stored(const Part& part);  ///< after a store to a tracked page

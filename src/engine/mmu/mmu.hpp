@@ -42,7 +42,8 @@ class CodeObserver {
   virtual ~CodeObserver() = default;
   /// Bytes [gpa, gpa+size) were changed by a vCPU or by the host on the VMM's behalf; never crosses a
   /// page. Called on the observing vCPU's thread: right after the store when it stored itself, else from
-  /// serve_requests(), before it runs another block. May call release_code_page().
+  /// serve_requests(), before it runs another block. An accessed flag set by a walk is such a store too, so
+  /// any access or fetch may lead here; add_code_page() does not. May call release_code_page().
   virtual void code_written(Gpa gpa, unsigned size) = 0;
   /// An execute translation for this page was just made (TLB fill). The VMM stores to guest memory
   /// unseen by the engine (device DMA), so what was decoded from the page is compared with its
@@ -274,9 +275,10 @@ class PhysicalTracker {
   void leave_guest(unsigned index);
 
   /// Memslots changed: every vCPU drops its TLB and decoded code before this returns. Any thread that is
-  /// not inside guest code.
+  /// not inside guest code and holds no lock that a vCPU takes inside guest code.
   void memslots_changed();
   /// Dirty logging was switched on or its bitmap cleared: every vCPU drops writable entries before this returns.
+  /// Threads as for memslots_changed().
   void dirty_log_changed();
   /// The engine itself wrote guest memory outside a vCPU's Mmu (pvclock pages, KVM_* ioctls). Other
   /// host stores are found by CodeObserver::validate_page(). Any thread; after the bytes were stored.

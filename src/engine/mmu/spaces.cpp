@@ -184,7 +184,7 @@ void Mmu::mode_changed() {
     i.seen_cr3 = state_.cr3;
     i.configure();
     i.flush_everything();
-    i.activate(state_.cr4 & cr4::PCIDE ? state_.cr3 & 0xfff : 0);
+    i.activate(i.has_pcid && (state_.cr4 & cr4::PCIDE) ? state_.cr3 & 0xfff : 0);
   }
   i.update_breakpoints();
   i.select_bank();
@@ -217,7 +217,7 @@ void Mmu::flush_pcid(u16 pcid) {
 }
 
 void Mmu::set_cr3(u64 value, bool no_flush) {
-  const bool pcide = state_.cr4 & cr4::PCIDE;
+  const bool pcide = impl_->has_pcid && (state_.cr4 & cr4::PCIDE);
   state_.cr3 = impl_->seen_cr3 = value & ~(1ull << 63);
   impl_->activate(pcide ? value & 0xfff : 0);
   if (!(pcide && no_flush)) flush_non_global();

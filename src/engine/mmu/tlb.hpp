@@ -35,7 +35,9 @@ struct TlbBankWithSets : BankBase {
 
   u64 gpa[kSize];     ///< page address of the entry; meaningful where filled
   u8 shift[kSize];    ///< log2 of the page size of the guest's mapping
-  IndexSet<kSize> filled, global, large, writable, executable;
+  IndexSet<kSize> filled, global, large;
+  IndexSet<kSize> writable, executable;  ///< write_tag, exec_tag are set
+  IndexSet<kSize> write_walked;  ///< a walk for writing succeeded: a dropped write tag needs no other walk
   u64 large_low = ~0ull, large_high = 0;  ///< all large pages seen since the last full flush lie in [low, high]
 
   void reset(unsigned i) {
@@ -45,6 +47,7 @@ struct TlbBankWithSets : BankBase {
     large.clear(i);
     writable.clear(i);
     executable.clear(i);
+    write_walked.clear(i);
   }
   u64 page_of(unsigned i) const {
     const Mmu::TlbEntry& e = this->entries[i];

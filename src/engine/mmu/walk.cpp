@@ -162,9 +162,7 @@ bool Mmu::Impl::walk(u64 linear, const WalkFor& why, bool set_flags, Walk* out) 
     for (unsigned i = 0; set_flags && i < count; i++) {
       Used& u = used[i];
       if (u.want == u.value || u.host == nullptr) continue;
-      u.slot->mark_dirty(u.gpa);
-      const Gpa key = TrackerCore::key(*table, *u.slot, u.gpa.page());
-      const bool tracked = tracker.note_writer(key, TrackerCore::writer_bit(vcpu));
+      const bool tracked = prepare_store(*u.slot, u.gpa);
       if (!exchange_entry(u.host, size, u.value, u.want)) {
         again = true;  // another processor changed it, or the tables alias: look again
         break;
