@@ -192,5 +192,201 @@ TEST_F(LongTest, ReadOnlySlotsWriteToDevice) {
   EXPECT_EQ(port.log[0].data, 0x66u);
 }
 
+// ---- data breakpoints ----
+
+struct BreakpointTest : LongTest {
+  BreakpointTest() {
+    t.map(0x400000, 0x10000, kRW);
+    t.map(0x401000, 0x30000, kRW);
+  }
+  /// Breakpoint n: type 1 write, 3 read or write; length code as in DR7.
+  void arm(unsigned n, u64 at, u64 type, u64 length_code) {
+    m.state.dr[n] = at;
+    m.state.dr7 |= 1ull << (2 * n + 1) | type << (16 + 4 * n) | length_code << (18 + 4 * n);
+    m.mmu->mode_changed();
+  }
+};
+
+TEST_F(BreakpointTest, HitsByTypeAndLength) {
+  ASSERT_TRUE(m.mmu->write<u32>(0x400104, 1));  // a write tag exists before
+  arm(1, 0x400104, 1, 3);
+  arm(2, 0x400200, 3, 2);
+  u32 v;
+  ASSERT_TRUE(m.mmu->read(0x400104, &v));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+  ASSERT_TRUE(m.mmu->write<u32>(0x400104, 2));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 2u);
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+  ASSERT_TRUE(m.mmu->write<u8>(0x400107, 2));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 2u);
+  ASSERT_TRUE(m.mmu->write<u8>(0x400108, 2));
+  ASSERT_TRUE(m.mmu->write<u32>(0x400100, 2));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+  ASSERT_TRUE(m.mmu->write<u32>(0x400101, 2));  // overlaps by one byte
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 2u);
+  u8 b;
+  ASSERT_TRUE(m.mmu->read(0x400207, &b));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 4u);
+  ASSERT_TRUE(m.mmu->write<u32>(0x400104, 2));
+  ASSERT_TRUE(m.mmu->read(0x400200, &v));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 6u);  // they add up
+  Mmu::Rmw rmw;
+  ASSERT_TRUE(m.mmu->rmw_begin(0x400200, 4, DS, &rmw));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 4u);
+  EXPECT_EQ(m.mmu->bulk_pointer(0x400800, false, 8), nullptr);
+  EXPECT_NE(m.mmu->bulk_pointer(0x401800, false, 8), nullptr);
+}
+
+TEST_F(BreakpointTest, DisabledAndExecutionBreakpointsDoNotHit) {
+  arm(0, 0x400104, 0, 0);  // execution
+  arm(1, 0x400104, 2, 0);  // I/O
+  EXPECT_TRUE(m.mmu->write<u32>(0x400104, 1));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+  arm(2, 0x400104, 3, 0);
+  EXPECT_TRUE(m.mmu->write<u32>(0x400104, 1));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 4u);
+  m.state.dr7 = 0x400;
+  m.mmu->mode_changed();
+  EXPECT_TRUE(m.mmu->write<u32>(0x400104, 1));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+  EXPECT_NE(m.mmu->bulk_pointer(0x400800, false, 8), nullptr);
+}
+
+TEST_F(BreakpointTest, CrossingsFaultsAndTheDebuggersOwn) {
+  arm(3, 0x401000, 1, 0);
+  ASSERT_TRUE(m.mmu->write<u64>(0x400ffc, 1));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 8u);
+  t.unmap(0x401000);
+  m.mmu->flush_all();
+  EXPECT_FALSE(m.mmu->write<u64>(0x400ffc, 1));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+  const u64 dr[4] = {0x400008, 0, 0, 0};
+  m.mmu->override_breakpoints(dr, 1 | 3ull << 16);
+  u8 b;
+  EXPECT_TRUE(m.mmu->read(0x400008, &b));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 1u);
+  m.mmu->override_breakpoints(nullptr, 0);
+  EXPECT_TRUE(m.mmu->read(0x400008, &b));
+  EXPECT_EQ(m.mmu->take_breakpoint_hits(), 0u);
+}
+
+// ---- alignment checks ----
+
+TEST_F(LongTest, AlignmentChecksNeedAllThree) {
+  t.map(0x400000, 0x10000, kRWU);
+  const auto set = [&](u8 cpl, bool am, bool ac) {
+    m.state.cr0 = am ? m.state.cr0 | cr0::AM : m.state.cr0 & ~cr0::AM;
+    m.set_ac(ac);
+    m.set_cpl(cpl);
+  };
+  u32 v;
+  for (unsigned i = 0; i < 8; i++) {
+    set(i & 1 ? 3 : 0, i & 2, i & 4);
+    EXPECT_TRUE(m.mmu->read(0x400004, &v));
+    m.mmu->stop() = Stop{};
+    EXPECT_EQ(m.mmu->read(0x400006, &v), i != 7) << i;
+    EXPECT_EQ(m.mmu->write<u32>(0x400001, 1), i != 7) << i;
+    if (i == 7) expect_stop(m, vec::AC, 0);
+  }
+  u8 b;
+  u16 w;
+  u64 q;
+  EXPECT_TRUE(m.mmu->read(0x400003, &b));
+  EXPECT_TRUE(m.mmu->read(0x400002, &w));
+  EXPECT_FALSE(m.mmu->read(0x400003, &w));
+  EXPECT_FALSE(m.mmu->read(0x400004, &q));
+  EXPECT_TRUE(m.mmu->read(0x400008, &q));
+  u8 ten[10];
+  EXPECT_TRUE(m.mmu->read_bytes(0x400008, ten, 10));
+  EXPECT_FALSE(m.mmu->read_bytes(0x400004, ten, 10));
+  EXPECT_TRUE(m.mmu->read_bytes(0x400001, ten, 8, DS, Privilege::System));
+  Mmu::Rmw rmw;
+  EXPECT_FALSE(m.mmu->rmw_begin(0x400002, 4, DS, &rmw));
+  EXPECT_EQ(m.mmu->bulk_pointer(0x400000, false, 8), nullptr);
+  Gpa gpa;
+  const u8* host;
+  EXPECT_TRUE(m.mmu->fetch(0x400001, &gpa, &host));
+}
+
+// ---- 32-bit address space ----
+
+TEST(Mmu, LegacyAddressesWrapAtFourGiB) {
+  Machine m;
+  PageTables t(m, Mode::Legacy);
+  t.map(0xfffff000, 0x10000, kRW);
+  t.map(0, 0x30000, kRW);
+  t.activate();
+  ASSERT_TRUE(m.mmu->write<u32>(0xfffffffe, 0x44332211));
+  EXPECT_EQ(m.peek<u16>(0x10ffe), 0x2211);
+  EXPECT_EQ(m.peek<u16>(0x30000), 0x4433);
+  u32 v = 0;
+  ASSERT_TRUE(m.mmu->read(0xfffffffe, &v));
+  EXPECT_EQ(v, 0x44332211u);
+}
+
+// ---- memslots and the dirty log ----
+
+TEST_F(LongTest, MemslotChangesAreSeen) {
+  t.map(0x400000, 0x80000000, kRW);
+  FakePort port;
+  m.mmu->set_port(&port);
+  u32 v = 0;
+  ASSERT_TRUE(m.mmu->read(0x400000, &v));
+  EXPECT_EQ(port.log.size(), 1u);
+  Mapping extra = std::move(Mapping::anonymous(0x4000)).value();
+  extra.data()[0] = 42;
+  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0x80000000), 0x4000, Hva(reinterpret_cast<u64>(extra.data()))), 0);
+  m.tracker.memslots_changed();
+  m.mmu->serve_requests();
+  ASSERT_TRUE(m.mmu->read(0x400000, &v));
+  EXPECT_EQ(v, 42u);
+  EXPECT_EQ(port.log.size(), 1u);
+  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0x80000000), 0, Hva(0)), 0);
+  m.tracker.memslots_changed();
+  m.mmu->serve_requests();
+  ASSERT_TRUE(m.mmu->read(0x400000, &v));
+  EXPECT_EQ(port.log.size(), 2u);
+}
+
+TEST_F(LongTest, DirtyLogSeesEveryFirstWrite) {
+  Mapping extra = std::move(Mapping::anonymous(0x4000)).value();
+  const Hva hva(reinterpret_cast<u64>(extra.data()));
+  t.map(0x400000, 0x80000000, kRW);
+  t.map(0x401000, 0x80001000, kRW);
+  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0x80000000), 0x4000, hva), 0);
+  m.tracker.memslots_changed();
+  m.mmu->serve_requests();
+  ASSERT_TRUE(m.mmu->write<u32>(0x400000, 1));
+  ASSERT_EQ(m.memory.set_region(1, KVM_MEM_LOG_DIRTY_PAGES, Gpa(0x80000000), 0x4000, hva), 0);
+  m.tracker.memslots_changed();
+  m.mmu->serve_requests();
+  const auto log = [&] {
+    u64 bits = 0;
+    EXPECT_EQ(m.memory.get_dirty_log(1, &bits, false), 0);
+    m.tracker.dirty_log_changed();
+    m.mmu->serve_requests();
+    return bits;
+  };
+  EXPECT_EQ(log(), 0u);
+  u32 v = 0;
+  ASSERT_TRUE(m.mmu->read(0x401000, &v));
+  EXPECT_EQ(log(), 0u);
+  for (unsigned i = 0; i < 3; i++) {
+    ASSERT_TRUE(m.mmu->write<u32>(0x400000, i));
+    ASSERT_TRUE(m.mmu->write<u32>(0x400004, i));
+    EXPECT_EQ(log(), 1u);
+  }
+  ASSERT_TRUE(m.mmu->write<u64>(0x400ffc, 1));
+  EXPECT_EQ(log(), 3u);
+  // Page tables: an accessed flag dirties their page.
+  t.map(0x402000, 0x9000, kRW);
+  const u64 table_gpa = t.entry(0x402000, 1) & kPageMask;
+  std::memcpy(extra.data() + 0x2000, m.at(table_gpa), 0x1000);
+  t.store(t.entry(0x402000, 2), 0x80002000 | kRW);
+  m.mmu->flush_all();
+  ASSERT_TRUE(m.mmu->read(0x402000, &v));
+  EXPECT_EQ(log(), 4u);
+}
+
 }  // namespace
 }  // namespace ring3::engine
