@@ -69,8 +69,6 @@ struct Context {
   CodeMode code_mode = CodeMode::Bits16;
   u8 stack_size = 2;          ///< bytes used of rSP: 2, 4, 8
   u8 flat_segments = 0;       ///< bit per Seg: legacy mode; base 0, limit 4 GiB, usable, writable data: no check needed
-  bool linear64 = false;      ///< code64 and no alignment checking: an offset is its linear address but for FS/GS
-  bool alignment_check = false;  ///< CR0.AM, RFLAGS.AC and CPL 3
   bool slow_step = false;     ///< TF, code breakpoints, guest-debug: one instruction at a time with checks
   bool fpu_ok = true;         ///< CR0.EM/TS clear
   u32 instruction_bytes = 0;  ///< unused by handlers; statistics
@@ -87,6 +85,11 @@ struct Context {
   bool guest_debug_hw_bp = false;  ///< guest_dr is used in place of s.dr/s.dr7
   u64 guest_dr[4] = {};
   u64 guest_dr7 = 0x400;
+  bool breakpoints_overridden = false;  ///< mode_changed()'s own
+
+  /// Set by the owner while an interrupt waits: run() returns Attention at the first boundary where it
+  /// can be taken (IF set, no shadow). Without it, nothing tells that STI, POPF or IRET opened the window.
+  bool interrupt_window = false;
 
   Stop& stop() { return mmu.stop(); }
   Exec fault(u8 vector) { mmu.stop() = Stop::fault(vector); return Exec::Stop; }

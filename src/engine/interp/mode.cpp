@@ -18,10 +18,8 @@ void Context::mode_changed() {
   cpl = v86 ? 3 : s.protected_mode() ? s.cpl() : 0;
   code_mode = code64 ? CodeMode::Bits64 : s.seg[CS].db ? CodeMode::Bits32 : CodeMode::Bits16;
   stack_size = code64 ? 8 : s.seg[SS].db ? 4 : 2;
-  alignment_check = cpl == 3 && (s.cr0 & cr0::AM) && (s.rflags & rflags::AC);
-  linear64 = code64 && !alignment_check;
   flat_segments = 0;
-  if (!code64 && !alignment_check)
+  if (!code64)
     for (unsigned i = 0; i < kSegCount; i++)
       if (is_flat(s.seg[i])) flat_segments = static_cast<u8>(flat_segments | 1u << i);
   const bool breakpoints = (guest_debug_hw_bp ? guest_dr7 : s.dr7) & 0xff;
@@ -29,9 +27,13 @@ void Context::mode_changed() {
   fpu_ok = !(s.cr0 & (cr0::EM | cr0::TS));
   fetch_key = static_cast<u32>(code_mode) | (protected_mode ? 0u : 4u) | (cpl == 3 ? 8u : 0u);
   mmu.mode_changed();
+  if (guest_debug_hw_bp || breakpoints_overridden) {
+    breakpoints_overridden = guest_debug_hw_bp;
+    mmu.override_breakpoints(guest_debug_hw_bp ? guest_dr : nullptr, guest_dr7);
+  }
 }
 
-/// Segmentation with all of its checks (SDM vol. 3A 5.3, 5.4; vol. 3A 6.15 for #AC).
+/// Segmentation with all of its checks (SDM vol. 3A 5.3, 5.4).
 bool Context::linear_slow(Seg seg, u64 offset, unsigned size, bool write, u64* out) {
   const Segment& g = s.seg[seg];
   const u8 violation = seg == SS ? vec::SS : vec::GP;
@@ -58,17 +60,6 @@ bool Context::linear_slow(Seg seg, u64 offset, unsigned size, bool write, u64* o
       return false;
     }
     lin = static_cast<u32>(g.base + offset);
-  }
-  if (alignment_check && (size == 2 || size == 4 || size == 8 || size == 10)) {
-    const unsigned alignment = size == 10 ? 8 : size;
-    if (lin & (alignment - 1)) {
-      if (code64 && !canonical(lin)) {
-        fault(violation, 0);
-        return false;
-      }
-      fault(vec::AC, 0);
-      return false;
-    }
   }
   *out = lin;
   return true;

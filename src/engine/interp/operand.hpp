@@ -29,7 +29,7 @@ RING3_INLINE u64 Context::effective_address(const DecodedInsn& insn) const {
 }
 
 RING3_INLINE bool Context::linear(Seg seg, u64 offset, unsigned size, bool write, u64* out) {
-  if (linear64) [[likely]] {
+  if (code64) [[likely]] {
     // Not canonical is found by the Mmu, which never has a translation for it.
     *out = seg < FS ? offset : offset + s.seg[seg].base;
     return true;

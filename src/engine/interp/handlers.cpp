@@ -1,0 +1,22 @@
+#include "engine/interp/families.hpp"
+
+namespace ring3::engine {
+namespace {
+
+Exec undefined(Context& c, const DecodedInsn&) { return c.ud(); }
+
+using Selector = Handler (*)(const DecodedInsn&);
+constexpr Selector kFamilies[] = {select_alu,   select_shift, select_move,    select_stack,  select_branch, select_string,
+                                  select_flags, select_far,   select_segment, select_system, select_vector, select_xstate};
+
+}  // namespace
+
+Handler select_handler(const GuestFeatures& features, const DecodedInsn& insn) {
+  if (insn.op == Op::Invalid || insn.op == Op::Ud) return undefined;
+  if (insn.feature != Feature::Base && !features[insn.feature]) return undefined;
+  for (Selector select : kFamilies)
+    if (Handler h = select(insn)) return h;
+  return undefined;
+}
+
+}  // namespace ring3::engine
