@@ -13,7 +13,13 @@ constexpr Selector kFamilies[] = {select_alu,   select_shift, select_move,    se
 
 Handler select_handler(const GuestFeatures& features, const DecodedInsn& insn) {
   if (insn.op == Op::Invalid || insn.op == Op::Ud) return undefined;
-  if (insn.feature != Feature::Base && !features[insn.feature]) return undefined;
+  if (insn.feature != Feature::Base && !features[insn.feature]) {
+    // Without the feature these bytes are BSF and BSR with a prefix that is ignored.
+    if (insn.op != Op::Tzcnt && insn.op != Op::Lzcnt) return undefined;
+    DecodedInsn older = insn;
+    older.op = insn.op == Op::Tzcnt ? Op::Bsf : Op::Bsr;
+    return select_shift(older);
+  }
   for (Selector select : kFamilies)
     if (Handler h = select(insn)) return h;
   return undefined;
