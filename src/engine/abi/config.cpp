@@ -1,0 +1,37 @@
+#include "engine/abi/config.hpp"
+
+#include <charconv>
+
+namespace ring3::engine::abi {
+namespace {
+Result<u64> number(const std::string& name, const std::string& text, u64 low, u64 high) {
+  u64 value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size() || value < low || value > high) {
+    return Error::of(EINVAL, "engine option " + name + "=" + text + ": a number from " + std::to_string(low) + " to " +
+                                 std::to_string(high) + " is needed");
+  }
+  return value;
+}
+}  // namespace
+
+Result<Config> Config::create(const EngineOptions& options) {
+  Config config;
+  for (const auto& [name, text] : options.values) {
+    if (name == "cache-mib") {
+      auto v = number(name, text, 1, 1024);
+      if (!v) return v.error();
+      config.cache_bytes = static_cast<std::size_t>(*v) << 20;
+    } else if (name == "quantum") {
+      auto v = number(name, text, 1, ~0u);
+      if (!v) return v.error();
+      config.quantum = *v;
+    } else {
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, quantum)");
+    }
+  }
+  config.clock = std::make_shared<HostClock>();
+  return config;
+}
+
+}  // namespace ring3::engine::abi

@@ -1,0 +1,20 @@
+#pragma once
+#include <cstddef>
+#include <memory>
+
+#include "base/result.hpp"
+#include "engine/abi/provider.hpp"
+#include "engine/timer/clock.hpp"
+
+/// EngineOptions, checked.
+namespace ring3::engine::abi {
+
+struct Config {
+  std::size_t cache_bytes = 16u << 20;  ///< decoded-code cache of a VM, shared out among its vCPUs
+  u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
+  std::shared_ptr<const HostClock> clock;
+
+  static Result<Config> create(const EngineOptions& options);
+};
+
+}  // namespace ring3::engine::abi

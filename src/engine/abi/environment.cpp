@@ -1,0 +1,243 @@
+#include "engine/abi/environment.hpp"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "engine/abi/vcpu.hpp"
+#include "engine/abi/vm.hpp"
+
+namespace ring3::engine::abi {
+namespace {
+u32 size_mask(unsigned size) { return size >= 4 ? ~0u : (1u << (8 * size)) - 1; }
+
+// Hypercalls (virt/kvm/x86/hypercalls).
+constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcSchedYield = 11;
+constexpr u64 kHcNoSys = static_cast<u64>(-1000);  // -KVM_ENOSYS
+}  // namespace
+
+VcpuEnvironment::VcpuEnvironment(Vcpu& vcpu) : vcpu_(vcpu), vm_(vcpu.vm()), ioeventfds_(vcpu.vm().ioeventfds()) {}
+
+// ---- the log ----
+
+const VcpuEnvironment::Access* VcpuEnvironment::replay(Kind kind, u64 address, unsigned size) {
+  if (next_ >= log_.size()) return nullptr;
+  const Access& a = log_[next_];
+  if (a.kind != kind || a.address != address || a.size != size) {
+    // Another path than last time (another vCPU changed memory it depends on): what follows is new.
+    log_.resize(next_);
+    return nullptr;
+  }
+  next_++;
+  return &a;
+}
+
+void VcpuEnvironment::ask(Kind kind, u64 address, unsigned size, u64 data) {
+  if (log_.size() >= kMaxLog) return;  // no instruction has so many: exit_pending() stays false, an internal error
+  asked_ = Access{kind, static_cast<u8>(size), address, data};
+  exit_pending_ = true;
+  replaying = true;
+  kvm_run& run = *vcpu_.run_page();
+  if (kind == Kind::PortIn || kind == Kind::PortOut) {
+    run.exit_reason = KVM_EXIT_IO;
+    run.io.direction = kind == Kind::PortIn ? KVM_EXIT_IO_IN : KVM_EXIT_IO_OUT;
+    run.io.size = static_cast<u8>(size);
+    run.io.port = static_cast<u16>(address);
+    run.io.count = 1;
+    run.io.data_offset = KVM_PIO_PAGE_OFFSET * kPageSize;
+    u8* page = reinterpret_cast<u8*>(&run) + KVM_PIO_PAGE_OFFSET * kPageSize;
+    if (kind == Kind::PortOut) std::memcpy(page, &data, size);
+  } else {
+    run.exit_reason = KVM_EXIT_MMIO;
+    run.mmio.phys_addr = address;
+    run.mmio.len = size;
+    run.mmio.is_write = kind == Kind::MmioWrite ? 1 : 0;
+    std::memcpy(run.mmio.data, &data, 8);
+  }
+}
+
+void VcpuEnvironment::complete() {
+  if (!exit_pending_) return;
+  exit_pending_ = false;
+  const kvm_run& run = *vcpu_.run_page();
+  if (asked_.kind == Kind::PortIn) {
+    asked_.data = 0;
+    std::memcpy(&asked_.data, reinterpret_cast<const u8*>(&run) + KVM_PIO_PAGE_OFFSET * kPageSize, asked_.size);
+  } else if (asked_.kind == Kind::MmioRead) {
+    asked_.data = 0;
+    std::memcpy(&asked_.data, run.mmio.data, asked_.size);
+  }
+  log_.push_back(asked_);
+  next_ = 0;
+}
+
+void VcpuEnvironment::drop() {
+  log_.clear();
+  next_ = 0;
+  exit_pending_ = false;
+  replaying = false;
+}
+
+void VcpuEnvironment::retired() {
+  log_.clear();
+  next_ = 0;
+  replaying = false;
+  // KVM_RUN with immediate_exit only finishes the instruction: stop before the next iteration of a string instruction.
+  if (__atomic_load_n(&vcpu_.run_page()->immediate_exit, __ATOMIC_RELAXED)) vcpu_.raise(kAttendExit);
+}
+
+// ---- ports ----
+
+VcpuEnvironment::Answer VcpuEnvironment::port_in(u16 port, unsigned size, u32* value) {
+  if (const Access* a = replay(Kind::PortIn, port, size)) {
+    *value = static_cast<u32>(a->data) & size_mask(size);
+    return Answer::Done;
+  }
+  IrqChip* chip = vm_.irqchip();
+  Pit* pit = vm_.pit();
+  const auto ours = [&](u16 p) {
+    return (chip != nullptr && chip->mode() == IrqChip::Mode::kFull && Pic::handles(p)) || (pit != nullptr && pit->handles(p));
+  };
+  if (ours(port)) {
+    u32 result = 0;
+    for (unsigned i = 0; i < size; i++) {  // byte-wide devices: a wide access is one per byte
+      const u16 p = static_cast<u16>(port + i);
+      u8 byte = 0xff;
+      if (pit != nullptr && pit->handles(p)) {
+        byte = pit->read(p);
+      } else if (ours(p)) {
+        chip->pio_read(p, &byte, 1);
+      }
+      result |= u32{byte} << (8 * i);
+    }
+    *value = result;
+    return Answer::Done;
+  }
+  ask(Kind::PortIn, port, size, 0);
+  return Answer::Exit;
+}
+
+VcpuEnvironment::Answer VcpuEnvironment::port_out(u16 port, unsigned size, u32 value) {
+  if (replay(Kind::PortOut, port, size) != nullptr) return Answer::Done;
+  value &= size_mask(size);
+  IrqChip* chip = vm_.irqchip();
+  Pit* pit = vm_.pit();
+  const auto ours = [&](u16 p) {
+    return (chip != nullptr && chip->mode() == IrqChip::Mode::kFull && Pic::handles(p)) || (pit != nullptr && pit->handles(p));
+  };
+  if (ours(port)) {
+    for (unsigned i = 0; i < size; i++) {
+      const u16 p = static_cast<u16>(port + i);
+      const u8 byte = static_cast<u8>(value >> (8 * i));
+      if (pit != nullptr && pit->handles(p)) {
+        pit->write(p, byte);
+      } else if (ours(p)) {
+        chip->pio_write(p, &byte, 1);
+      }
+    }
+    return Answer::Done;
+  }
+  if (ioeventfds_.signal(true, port, size, &value)) return Answer::Done;
+  if (vm_.coalesced().write(true, port, size, &value)) return Answer::Done;
+  ask(Kind::PortOut, port, size, value);
+  return Answer::Exit;
+}
+
+// ---- device memory ----
+
+bool VcpuEnvironment::mmio_read(Gpa gpa, void* data, unsigned size) {
+  // As KVM: parts of at most eight bytes, the device's own size when it is one.
+  auto* out = static_cast<u8*>(data);
+  for (unsigned done = 0; done < size;) {
+    const unsigned n = std::min(size - done, 8u);
+    if (!mmio_read_part(gpa.value + done, out + done, n)) return false;
+    done += n;
+  }
+  return true;
+}
+
+bool VcpuEnvironment::mmio_write(Gpa gpa, const void* data, unsigned size) {
+  const auto* in = static_cast<const u8*>(data);
+  for (unsigned done = 0; done < size;) {
+    const unsigned n = std::min(size - done, 8u);
+    if (!mmio_write_part(gpa.value + done, in + done, n)) return false;
+    done += n;
+  }
+  return true;
+}
+
+bool VcpuEnvironment::mmio_read_part(u64 address, u8* data, unsigned size) {
+  if (const Access* a = replay(Kind::MmioRead, address, size)) {
+    std::memcpy(data, &a->data, size);
+    return true;
+  }
+  Lapic* lapic = vcpu_.lapic();
+  if (lapic != nullptr && lapic->mmio_contains(Gpa(address))) {
+    lapic->mmio_read(static_cast<u32>(address & ~kPageMask), data, size);
+    return true;
+  }
+  IrqChip* chip = vm_.irqchip();
+  if (chip != nullptr && chip->mmio_read(Gpa(address), data, size)) return true;
+  ask(Kind::MmioRead, address, size, 0);
+  return false;
+}
+
+bool VcpuEnvironment::mmio_write_part(u64 address, const u8* data, unsigned size) {
+  if (replay(Kind::MmioWrite, address, size) != nullptr) return true;
+  Lapic* lapic = vcpu_.lapic();
+  if (lapic != nullptr && lapic->mmio_contains(Gpa(address))) {
+    lapic->mmio_write(static_cast<u32>(address & ~kPageMask), data, size);
+    return true;
+  }
+  IrqChip* chip = vm_.irqchip();
+  if (chip != nullptr && chip->mmio_write(Gpa(address), data, size)) return true;
+  if (ioeventfds_.signal(false, address, size, data)) return true;
+  if (vm_.coalesced().write(false, address, size, data)) return true;
+  u64 value = 0;
+  std::memcpy(&value, data, size);
+  ask(Kind::MmioWrite, address, size, value);
+  return false;
+}
+
+// ---- the rest ----
+
+VcpuEnvironment::Answer VcpuEnvironment::rdmsr(u32 index, u64* value) {
+  return vcpu_.read_msr(index, false, value) == Vcpu::Msr::Ok ? Answer::Done : Answer::Fault;
+}
+VcpuEnvironment::Answer VcpuEnvironment::wrmsr(u32 index, u64 value) {
+  return vcpu_.write_msr(index, false, value) == Vcpu::Msr::Ok ? Answer::Done : Answer::Fault;
+}
+void VcpuEnvironment::cpuid(u32 leaf, u32 subleaf, u32 out[4]) { vcpu_.cpuid().lookup(leaf, subleaf, out); }
+u64 VcpuEnvironment::rdtsc() { return vcpu_.tsc().read(); }
+u64 VcpuEnvironment::get_cr8() { return vcpu_.cr8(); }
+void VcpuEnvironment::set_cr8(u64 value) {
+  const bool lowered = value < vcpu_.cr8();
+  vcpu_.set_cr8(value);
+  if (lowered && vcpu_.lapic() == nullptr) {
+    vcpu_.set_tpr_exit_ = true;
+    vcpu_.raise(kAttendExit);
+  }
+}
+
+u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
+  switch (nr) {
+    case kHcVapicPollIrq:
+      return 0;
+    case kHcKickCpu:
+      if (!vcpu_.pv_feature(pv::kUnhalt)) return kHcNoSys;
+      if (Vcpu* target = vm_.vcpu(static_cast<unsigned>(std::min<u64>(args[1], kMaxVcpus)))) target->unhalt();
+      return 0;
+    case kHcSchedYield:
+      if (!vcpu_.pv_feature(pv::kSchedYield)) return kHcNoSys;
+      sched_yield();
+      return 0;
+    default:
+      return kHcNoSys;
+  }
+}
+
+void VcpuEnvironment::nmi_unblocked() { vcpu_.raise(kAttendNmi); }
+
+}  // namespace ring3::engine::abi

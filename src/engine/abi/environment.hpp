@@ -1,0 +1,71 @@
+#pragma once
+#include <vector>
+
+#include "engine/abi/eventfd.hpp"
+#include "engine/interp/environment.hpp"
+
+namespace ring3::engine::abi {
+
+class Vcpu;
+class Vm;
+
+/// What a vCPU's instructions reach: ports, device memory, MSRs of other rooms, hypercalls.
+///
+/// In the engine: LAPIC, IOAPIC, 8259, PIT, ioeventfds, coalesced zones. Everything else is the VMM's: the access is put
+/// into the run page and the instruction stops. When KVM_RUN comes back, complete() takes the VMM's answer into
+/// a log and the instruction is executed again; its accesses are answered from the log in order, so that each reaches the
+/// VMM once, until the instruction retires.
+/// Trust: everything the guest gives; and the run page, which the VMM writes: sizes are kept here, not read back.
+class VcpuEnvironment final : public Environment {
+ public:
+  explicit VcpuEnvironment(Vcpu& vcpu);
+
+  Answer port_in(u16 port, unsigned size, u32* value) override;
+  Answer port_out(u16 port, unsigned size, u32 value) override;
+  Answer rdmsr(u32 index, u64* value) override;
+  Answer wrmsr(u32 index, u64 value) override;
+  void cpuid(u32 leaf, u32 subleaf, u32 out[4]) override;
+  u64 rdtsc() override;
+  u64 get_cr8() override;
+  void set_cr8(u64 value) override;
+  u64 hypercall(u64 nr, const u64 args[4]) override;
+  void nmi_unblocked() override;
+  void retired() override;
+  bool mmio_read(Gpa gpa, void* data, unsigned size) override;
+  bool mmio_write(Gpa gpa, const void* data, unsigned size) override;
+
+  /// Whether the run page holds an access for the VMM that it has not answered.
+  bool exit_pending() const { return exit_pending_; }
+  /// KVM_RUN entered again: the VMM has acted on the access in the run page.
+  void complete();
+  /// The vCPU's instruction pointer was changed from outside: what was recorded belongs to no instruction.
+  void drop();
+
+ private:
+  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite };
+  struct Access {
+    Kind kind;
+    u8 size;
+    u64 address;
+    u64 data;
+  };
+  // A longer log is no instruction's; see log_full().
+  static constexpr std::size_t kMaxLog = 1024;
+
+  /// The recorded answer to the next access of this instruction, or null.
+  const Access* replay(Kind kind, u64 address, unsigned size);
+  void ask(Kind kind, u64 address, unsigned size, u64 data);
+  bool mmio_read_part(u64 address, u8* data, unsigned size);
+  bool mmio_write_part(u64 address, const u8* data, unsigned size);
+
+  Vcpu& vcpu_;
+  Vm& vm_;
+  IoEventfds::View ioeventfds_;
+  std::vector<Access> log_;
+  std::size_t next_ = 0;  // the access that comes next in this execution
+  Access asked_{};
+  bool exit_pending_ = false;
+  friend class Vcpu;
+};
+
+}  // namespace ring3::engine::abi

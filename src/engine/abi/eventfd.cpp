@@ -1,0 +1,233 @@
+#include "engine/abi/eventfd.hpp"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace ring3::engine::abi {
+
+i64 eventfd_identity(int fd) {
+  if (fd < 0 || ::fcntl(fd, F_GETFD) < 0) return -EBADF;
+  char path[48];
+  std::snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+  const UniqueFd info(::open(path, O_RDONLY | O_CLOEXEC));
+  char text[512];
+  const ssize_t n = info ? ::read(info.get(), text, sizeof text - 1) : -1;
+  if (n <= 0) return static_cast<i64>(1ull << 40) + fd;  // no /proc: the fd number has to do
+  text[n] = 0;
+  if (std::strstr(text, "eventfd-count:") == nullptr) return -EINVAL;
+  const char* id = std::strstr(text, "eventfd-id:");
+  if (id == nullptr) return static_cast<i64>(1ull << 40) + fd;
+  return std::strtol(id + 11, nullptr, 10);
+}
+
+namespace {
+UniqueFd duplicate(int fd) { return UniqueFd(::fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
+void signal_eventfd(int fd) {
+  const u64 one = 1;
+  // A full counter means that the event is already there.
+  [[maybe_unused]] const ssize_t n = ::write(fd, &one, sizeof one);
+}
+}  // namespace
+
+// ---- ioeventfds ----
+
+int IoEventfds::change(const kvm_ioeventfd& r) {
+  if (r.flags & ~(KVM_IOEVENTFD_FLAG_DATAMATCH | KVM_IOEVENTFD_FLAG_PIO | KVM_IOEVENTFD_FLAG_DEASSIGN)) return -EINVAL;
+  if (r.len != 0 && r.len != 1 && r.len != 2 && r.len != 4 && r.len != 8) return -EINVAL;
+  if (r.addr + r.len < r.addr) return -EINVAL;
+  const bool wildcard = !(r.flags & KVM_IOEVENTFD_FLAG_DATAMATCH);
+  if (r.len == 0 && !wildcard) return -EINVAL;
+  const bool pio = r.flags & KVM_IOEVENTFD_FLAG_PIO;
+  const i64 id = eventfd_identity(r.fd);
+  if (id < 0) return static_cast<int>(id);
+  const u64 datamatch = wildcard ? 0 : r.datamatch;
+
+  std::lock_guard lock(mutex_);
+  auto next = std::make_shared<List>(*list_);
+  if (r.flags & KVM_IOEVENTFD_FLAG_DEASSIGN) {
+    const auto it = std::find_if(next->begin(), next->end(), [&](const auto& e) {
+      return e->id == static_cast<u64>(id) && e->address == r.addr && e->length == r.len && e->pio == pio &&
+             e->wildcard == wildcard && e->datamatch == datamatch;
+    });
+    if (it == next->end()) return -ENOENT;
+    next->erase(it);
+  } else {
+    if (next->size() >= kMax) return -ENOSPC;
+    for (const auto& e : *next) {
+      if (e->pio == pio && e->address == r.addr &&
+          (e->length == 0 || r.len == 0 ||
+           (e->length == r.len && (e->wildcard || wildcard || e->datamatch == datamatch)))) {
+        return -EEXIST;
+      }
+    }
+    auto e = std::make_shared<IoEventfd>();
+    e->fd = duplicate(r.fd);
+    if (!e->fd) return -errno;
+    e->id = static_cast<u64>(id);
+    e->address = r.addr;
+    e->length = r.len;
+    e->datamatch = datamatch;
+    e->wildcard = wildcard;
+    e->pio = pio;
+    next->push_back(std::move(e));
+  }
+  list_ = std::move(next);
+  generation_.fetch_add(1, std::memory_order_release);
+  return 0;
+}
+
+void IoEventfds::View::refresh() {
+  std::lock_guard lock(owner_.mutex_);
+  list_ = owner_.list_;
+  generation_ = owner_.generation_.load(std::memory_order_relaxed);
+}
+
+bool IoEventfds::View::signal_slow(bool pio, u64 address, unsigned size, const void* data) {
+  u64 value = 0;
+  std::memcpy(&value, data, std::min(size, 8u));
+  for (const auto& e : *list_) {
+    if (e->pio != pio || e->address != address) continue;
+    if (e->length != 0 && e->length != size) continue;
+    if (!e->wildcard) {
+      const u64 mask = size >= 8 ? ~0ull : (1ull << (8 * size)) - 1;
+      if ((e->datamatch & mask) != value) continue;
+    }
+    signal_eventfd(e->fd.get());
+    return true;
+  }
+  return false;
+}
+
+// ---- irqfds ----
+
+Irqfds::~Irqfds() {
+  if (thread_.joinable()) {
+    signal_eventfd(stop_.get());
+    thread_.join();
+  }
+  for (auto& [key, irqfd] : irqfds_) {
+    if (irqfd->notifier != 0) chip_.remove_ack_notifier(irqfd->notifier);
+  }
+}
+
+int Irqfds::change(const kvm_irqfd& r) {
+  if (r.flags & ~(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE)) return -EINVAL;
+  return r.flags & KVM_IRQFD_FLAG_DEASSIGN ? deassign(r) : assign(r);
+}
+
+int Irqfds::start_locked() {
+  if (thread_.joinable()) return 0;
+  epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
+  stop_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!epoll_ || !stop_) return -errno;
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.u64 = 0;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, stop_.get(), &event) < 0) return -errno;
+  sigset_t all, old;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &old);
+  thread_ = std::thread([this] { thread_main(); });
+  pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  return 0;
+}
+
+int Irqfds::assign(const kvm_irqfd& r) {
+  const bool resample = r.flags & KVM_IRQFD_FLAG_RESAMPLE;
+  if (r.gsi >= RoutingTable::kMaxRoutes) return -EINVAL;
+  if (resample && chip_.mode() != IrqChip::Mode::kFull) return -EINVAL;
+  const i64 id = eventfd_identity(static_cast<int>(r.fd));
+  if (id < 0) return static_cast<int>(id);
+  auto irqfd = std::make_shared<Irqfd>();
+  irqfd->fd = duplicate(static_cast<int>(r.fd));
+  if (!irqfd->fd) return -errno;
+  irqfd->id = static_cast<u64>(id);
+  irqfd->gsi = r.gsi;
+  if (resample) {
+    const i64 other = eventfd_identity(static_cast<int>(r.resamplefd));
+    if (other < 0) return static_cast<int>(other);
+    irqfd->resample = duplicate(static_cast<int>(r.resamplefd));
+    if (!irqfd->resample) return -errno;
+  }
+  std::lock_guard lock(mutex_);
+  for (const auto& [key, other] : irqfds_) {
+    if (other->id == irqfd->id) return -EBUSY;  // an eventfd has one consumer
+  }
+  if (const int error = start_locked(); error != 0) return error;
+  if (resample) {
+    Irqfd* raw = irqfd.get();  // the notifier is removed before the Irqfd goes away
+    irqfd->notifier = chip_.add_ack_notifier(r.gsi, [this, raw] {
+      chip_.set_irq(kIrqSourceResample, raw->gsi, false);
+      signal_eventfd(raw->resample.get());
+    });
+  }
+  const u64 key = next_key_++;
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.u64 = key;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, irqfd->fd.get(), &event) < 0) {
+    const int error = errno;
+    if (irqfd->notifier != 0) chip_.remove_ack_notifier(irqfd->notifier);
+    return -error;
+  }
+  irqfds_.emplace(key, std::move(irqfd));
+  return 0;
+}
+
+int Irqfds::deassign(const kvm_irqfd& r) {
+  const i64 id = eventfd_identity(static_cast<int>(r.fd));
+  if (id < 0) return static_cast<int>(id);
+  std::lock_guard lock(mutex_);
+  for (auto it = irqfds_.begin(); it != irqfds_.end();) {
+    Irqfd& irqfd = *it->second;
+    if (irqfd.id != static_cast<u64>(id) || irqfd.gsi != r.gsi) {
+      ++it;
+      continue;
+    }
+    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, irqfd.fd.get(), nullptr);
+    if (irqfd.notifier != 0) {
+      chip_.remove_ack_notifier(irqfd.notifier);
+      chip_.set_irq(kIrqSourceResample, irqfd.gsi, false);
+    }
+    it = irqfds_.erase(it);
+  }
+  return 0;  // the kernel does not tell whether there was one
+}
+
+void Irqfds::thread_main() {
+  pthread_setname_np(pthread_self(), "ring3-irqfd");
+  epoll_event events[32];
+  for (;;) {
+    const int n = ::epoll_wait(epoll_.get(), events, 32, -1);
+    if (n < 0 && errno != EINTR) return;
+    std::lock_guard lock(mutex_);
+    for (int i = 0; i < n; i++) {
+      if (events[i].data.u64 == 0) return;
+      const auto it = irqfds_.find(events[i].data.u64);
+      if (it == irqfds_.end()) continue;
+      Irqfd& irqfd = *it->second;
+      // The VMM's fd may be a blocking one that someone else has read meanwhile: look before reading.
+      u64 count = 0;
+      pollfd ready{irqfd.fd.get(), POLLIN, 0};
+      if (::poll(&ready, 1, 0) <= 0) continue;
+      if (::read(irqfd.fd.get(), &count, sizeof count) != sizeof count) continue;
+      if (irqfd.resample) {
+        chip_.set_irq(kIrqSourceResample, irqfd.gsi, true);
+      } else {
+        chip_.pulse(irqfd.gsi);
+      }
+    }
+  }
+}
+
+}  // namespace ring3::engine::abi

@@ -1,0 +1,134 @@
+#include <cerrno>
+#include <cstring>
+#include <memory>
+
+#include "engine/abi/config.hpp"
+#include "engine/abi/cpuid.hpp"
+#include "engine/abi/msr_list.hpp"
+#include "engine/abi/provider.hpp"
+#include "engine/abi/user_memory.hpp"
+#include "engine/abi/vcpu.hpp"
+#include "engine/abi/vm.hpp"
+
+namespace ring3::engine {
+namespace abi {
+namespace {
+
+class VcpuEndpoint final : public kvm::Endpoint {
+ public:
+  VcpuEndpoint(std::shared_ptr<Vm> vm, Vcpu& vcpu) : vm_(std::move(vm)), vcpu_(vcpu) {}
+  long ioctl(unsigned long request, u64 arg) override { return vcpu_.ioctl(request, arg); }
+  Result<std::unique_ptr<Endpoint>> create(unsigned long, u64) override {
+    return Error::of(ENOTTY, "a vCPU makes no other objects");
+  }
+  kvm_run* run_page() override { return vcpu_.run_page(); }
+  void kick() override { vcpu_.kick(); }
+
+ private:
+  std::shared_ptr<Vm> vm_;
+  Vcpu& vcpu_;  // the VM's
+};
+
+class VmEndpoint final : public kvm::Endpoint {
+ public:
+  explicit VmEndpoint(std::shared_ptr<Vm> vm) : vm_(std::move(vm)) {}
+  long ioctl(unsigned long request, u64 arg) override { return vm_->ioctl(request, arg); }
+  Result<std::unique_ptr<Endpoint>> create(unsigned long request, u64 arg) override {
+    if (request != KVM_CREATE_VCPU) return Error::of(ENOTTY, "a VM makes vCPUs only");
+    auto vcpu = vm_->create_vcpu(arg);
+    if (!vcpu) return vcpu.error();
+    return std::unique_ptr<Endpoint>(std::make_unique<VcpuEndpoint>(vm_, **vcpu));
+  }
+  kvm_run* run_page() override { return nullptr; }
+  void kick() override {}
+
+ private:
+  std::shared_ptr<Vm> vm_;
+};
+
+/// Answers with a list of entries behind a head that says how many there is room for.
+template <class Head, class Entry>
+long answer_list(u64 arg, const std::vector<Entry>& entries, u32 Head::*count, bool tell_needed) {
+  Head head;
+  if (!copy_in(arg, &head)) return -EFAULT;
+  const u32 room = head.*count;
+  const u32 have = static_cast<u32>(entries.size());
+  if (room < have && !tell_needed) return -E2BIG;
+  head.*count = have;
+  const u64 bytes = entries.size() * sizeof(Entry);
+  if (room >= have && !user_pointer(arg + sizeof(Head), bytes)) return -EFAULT;
+  copy_out(arg, head);
+  if (room < have) return -E2BIG;
+  std::memcpy(reinterpret_cast<void*>(arg + sizeof(Head)), entries.data(), bytes);
+  return 0;
+}
+
+class SystemEndpoint final : public kvm::Endpoint {
+ public:
+  explicit SystemEndpoint(Config config) : config_(std::move(config)) {}
+
+  long ioctl(unsigned long request, u64 arg) override {
+    switch (request) {
+      case KVM_GET_API_VERSION:
+        return arg == 0 ? KVM_API_VERSION : -EINVAL;
+      case KVM_CHECK_EXTENSION:
+        return check_extension(arg);
+      case KVM_GET_VCPU_MMAP_SIZE:
+        return arg == 0 ? static_cast<long>(Vcpu::kRunSize) : -EINVAL;
+      case KVM_GET_SUPPORTED_CPUID:
+        return answer_list<kvm_cpuid2>(arg, supported_cpuid(), &kvm_cpuid2::nent, false);
+      case KVM_GET_EMULATED_CPUID:
+        return answer_list<kvm_cpuid2>(arg, emulated_cpuid(), &kvm_cpuid2::nent, false);
+      case KVM_GET_MSR_INDEX_LIST:
+        return answer_list<kvm_msr_list>(arg, msr_index_list(), &kvm_msr_list::nmsrs, true);
+      case KVM_GET_MSR_FEATURE_INDEX_LIST:
+        return answer_list<kvm_msr_list>(arg, msr_feature_list(), &kvm_msr_list::nmsrs, true);
+      case KVM_GET_MSRS:
+        return feature_msrs(arg);
+      case KVM_X86_GET_MCE_CAP_SUPPORTED:
+        return copy_out(arg, mce_cap_supported()) ? 0 : -EFAULT;
+      default:
+        return -ENOTTY;
+    }
+  }
+  Result<std::unique_ptr<Endpoint>> create(unsigned long request, u64 arg) override {
+    if (request != KVM_CREATE_VM) return Error::of(ENOTTY, "the system makes VMs only");
+    if (arg != 0) return Error::of(EINVAL, "machine type 0 is the only one");
+    auto vm = Vm::create(config_);
+    if (!vm) return vm.error();
+    return std::unique_ptr<Endpoint>(std::make_unique<VmEndpoint>(std::move(*vm)));
+  }
+  kvm_run* run_page() override { return nullptr; }
+  void kick() override {}
+
+ private:
+  static long feature_msrs(u64 arg) {
+    kvm_msrs head;
+    if (!copy_in(arg, &head)) return -EFAULT;
+    if (head.nmsrs >= 256) return -E2BIG;
+    const u64 at = arg + sizeof head;
+    if (head.nmsrs != 0 && !user_pointer(at, head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
+    for (u32 i = 0; i < head.nmsrs; i++) {
+      kvm_msr_entry e;
+      copy_in(at + i * sizeof e, &e);
+      u64 value = 0;
+      if (!feature_msr(e.index, &value)) return i;
+      e.data = value;
+      copy_out(at + i * sizeof e, e);
+    }
+    return head.nmsrs;
+  }
+
+  const Config config_;
+};
+
+}  // namespace
+}  // namespace abi
+
+Result<std::unique_ptr<kvm::Endpoint>> create_soft_system(const EngineOptions& options) {
+  auto config = abi::Config::create(options);
+  if (!config) return config.error();
+  return std::unique_ptr<kvm::Endpoint>(std::make_unique<abi::SystemEndpoint>(std::move(*config)));
+}
+
+}  // namespace ring3::engine

@@ -1,0 +1,376 @@
+#include "engine/abi/vcpu.hpp"
+
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "engine/abi/msr_list.hpp"
+#include "engine/abi/user_memory.hpp"
+#include "engine/abi/vm.hpp"
+#include "engine/interp/features.hpp"
+
+namespace ring3::engine::abi {
+
+Vcpu::Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz)
+    : vm_(vm),
+      id_(id),
+      index_(index),
+      all_features_(make_features(supported_cpuid())),
+      tsc_(*vm.config().clock, vm.tsc_sync(), tsc_khz),
+      pvclock_(vm.clock(), vm.tsc_sync(), tsc_,
+               [&vm](Gpa to, const void* from, std::size_t n) { return vm.write_memory(to, from, n); }, id == vm.boot_vcpu()),
+      steal_([&vm](Gpa to, const void* from, std::size_t n) { return vm.write_memory(to, from, n); }),
+      env_(*this),
+      mmu_(state_, vm.memory(), vm.tracker(), index),
+      apic_base_(Lapic::kDefaultBase | Lapic::kBaseEnable | (id == vm.boot_vcpu() ? Lapic::kBaseBsp : 0)),
+      mp_state_(KVM_MP_STATE_RUNNABLE),
+      arch_capabilities_(abi::arch_capabilities()) {}
+
+Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes) {
+  std::unique_ptr<Vcpu> v(new Vcpu(vm, id, index, tsc_khz));
+  v->wake_fd_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!v->wake_fd_) return Error::from_errno("eventfd");
+  auto run = Mapping::anonymous(kRunSize);
+  if (!run) return run.error();
+  v->run_ = std::move(*run);
+  if (auto s = vm.coalesced().map_at(v->run_.data() + KVM_COALESCED_MMIO_PAGE_OFFSET * kPageSize); !s) return s.error();
+
+  const bool boot = id == vm.boot_vcpu();
+  if (vm.irqchip() != nullptr) {
+    v->lapic_ = std::make_unique<Lapic>(vm.bus(), vm.timers(), v->tsc_, id, boot);
+    if (!boot) v->mp_state_ = KVM_MP_STATE_UNINITIALIZED;
+  }
+  v->state_.reset();
+  v->state_.msr.mcg_cap = mce_cap_supported() & ~u64{0xff};
+  v->mmu_.set_port(&v->env_);
+  v->interp_ = Interpreter::create(v->state_, v->mmu_, v->env_, cache_bytes);
+  v->mmu_.set_code_observer(v->interp_.get());
+  v->interp_->context().features = v->all_features_;
+  v->state_changed();
+  vm.tracker().register_vcpu(index, &v->mmu_, &v->interp_->context().attention, kAttendMmu);
+  v->registered_ = true;
+  kvm_run& page = *v->run_page();
+  page.apic_base = v->apic_base();
+  page.ready_for_interrupt_injection = 0;
+  return v;
+}
+
+Vcpu::~Vcpu() {
+  if (registered_) vm_.tracker().unregister_vcpu(index_);
+}
+
+// ---- any thread ----
+
+void Vcpu::raise(u32 bits) {
+  interp_->context().attention.fetch_or(bits, std::memory_order_seq_cst);
+  if (waiting_.load(std::memory_order_seq_cst) != 0) {
+    const u64 one = 1;
+    [[maybe_unused]] const ssize_t n = ::write(wake_fd_.get(), &one, sizeof one);
+  }
+}
+
+void Vcpu::kick() {
+  __atomic_store_n(&run_page()->immediate_exit, u8{1}, __ATOMIC_SEQ_CST);
+  raise(kAttendKick);
+}
+
+void Vcpu::queue_nmi() {
+  u32 n = nmis_.load();
+  while (n < 2 && !nmis_.compare_exchange_weak(n, n + 1)) {
+  }
+  raise(kAttendNmi);
+}
+void Vcpu::queue_init() {
+  sipi_.store(false);
+  init_.store(true);
+  raise(kAttendInit);
+}
+void Vcpu::queue_sipi(u8 vector) {
+  sipi_vector_.store(vector);
+  sipi_.store(true);
+  raise(kAttendInit);
+}
+void Vcpu::unhalt() {
+  unhalted_.store(true);
+  raise(kAttendKick);
+}
+void Vcpu::request_clock_update() {
+  pvclock_.request_update();
+  raise(kAttendClock);
+}
+
+// ---- owner ----
+
+void Vcpu::set_cr8(u64 value) {
+  if (lapic_) {
+    lapic_->set_cr8(value);
+  } else {
+    cr8_ = value & 15;
+  }
+}
+
+void Vcpu::note_ioapic_eoi(u8 vector) {
+  eoi_exit_ = vector;
+  raise(kAttendExit);
+}
+
+void Vcpu::state_changed() { interp_->context().mode_changed(); }
+
+void Vcpu::reset(bool init) {
+  if (init) {
+    state_.init();
+  } else {
+    state_.reset();
+  }
+  if (const kvm_cpuid_entry2* e = cpuid_.find(1, 0)) state_.gpr[RDX] = e->eax;
+  if (lapic_) lapic_->reset(init);
+  nmis_.store(0);
+  nmi_injected_ = exception_injected_ = triple_fault_pending_ = false;
+  misc_features_ = 0;
+  env_.drop();
+  mmu_.flush_all();
+  state_changed();
+}
+
+long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
+  kvm_cpuid2 head;
+  if (!copy_in(arg, &head)) return -EFAULT;
+  const u64 at = arg + sizeof head;
+  if (request == KVM_GET_CPUID2) {
+    const u32 have = static_cast<u32>(cpuid_.entries().size());
+    if (head.nent < have) return -E2BIG;
+    head.nent = have;
+    const u64 bytes = have * sizeof(kvm_cpuid_entry2);
+    if (have != 0 && !user_pointer(at, bytes)) return -EFAULT;
+    copy_out(arg, head);
+    if (have != 0) std::memcpy(reinterpret_cast<void*>(at), cpuid_.entries().data(), bytes);
+    return 0;
+  }
+  if (head.nent > kMaxCpuidEntries) return -E2BIG;
+  std::vector<kvm_cpuid_entry2> entries(head.nent);
+  if (request == KVM_SET_CPUID) {  // the older struct, without sub-leaves
+    if (head.nent != 0 && !user_pointer(at, head.nent * sizeof(kvm_cpuid_entry))) return -EFAULT;
+    for (u32 i = 0; i < head.nent; i++) {
+      kvm_cpuid_entry old;
+      copy_in(at + i * sizeof old, &old);
+      entries[i] = kvm_cpuid_entry2{old.function, 0, 0, old.eax, old.ebx, old.ecx, old.edx, {}};
+    }
+  } else {
+    if (head.nent != 0 && !user_pointer(at, head.nent * sizeof(kvm_cpuid_entry2))) return -EFAULT;
+    if (head.nent != 0) std::memcpy(entries.data(), reinterpret_cast<const void*>(at), head.nent * sizeof(kvm_cpuid_entry2));
+  }
+  if (has_run_) {
+    // The kernel's rule: after the first KVM_RUN the table may only be set to what it is.
+    const auto same = [](const kvm_cpuid_entry2& a, const kvm_cpuid_entry2& b) {
+      return a.function == b.function && a.index == b.index && a.flags == b.flags && a.eax == b.eax && a.ebx == b.ebx &&
+             a.ecx == b.ecx && a.edx == b.edx;
+    };
+    const auto& now = cpuid_.entries();
+    return std::equal(entries.begin(), entries.end(), now.begin(), now.end(), same) ? 0 : -EINVAL;
+  }
+  if (const int error = cpuid_.set(entries); error != 0) return error;
+  Context& c = interp_->context();
+  if (cpuid_.empty()) {
+    c.features = all_features_;
+  } else {
+    c.features = make_features(cpuid_.entries());
+    c.features.has &= all_features_.has;  // never what the host or the engine lacks
+    c.features.xcr0_supported &= all_features_.xcr0_supported;
+    c.features.cr4_reserved |= all_features_.cr4_reserved;
+    c.features.efer_reserved |= all_features_.efer_reserved;
+  }
+  if (lapic_) {
+    Lapic::Features f;
+    f.x2apic = cpuid_.x2apic();
+    f.tsc_deadline = cpuid_.tsc_deadline();
+    f.eoi_suppression = !vm_.full_irqchip() && f.x2apic;
+    f.physical_bits = cpuid_.physical_bits();
+    lapic_->set_features(f);
+  }
+  interp_->code_flush();
+  mmu_.flush_all();
+  state_changed();
+  return 0;
+}
+
+long Vcpu::set_guest_debug(u64 arg) {
+  kvm_guest_debug dbg;
+  if (!copy_in(arg, &dbg)) return -EFAULT;
+  if (dbg.control & (KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP)) {
+    if (state_.exception.pending) return -EBUSY;
+    state_.exception = PendingException{};
+    state_.exception.pending = true;
+    state_.exception.vector = dbg.control & KVM_GUESTDBG_INJECT_DB ? vec::DB : vec::BP;
+    exception_injected_ = true;
+  }
+  guest_debug_ = dbg.control & KVM_GUESTDBG_ENABLE ? dbg.control : 0;
+  Context& c = interp_->context();
+  c.guest_debug_step = guest_debug_ & KVM_GUESTDBG_SINGLESTEP;
+  c.guest_debug_sw_bp = guest_debug_ & KVM_GUESTDBG_USE_SW_BP;
+  c.guest_debug_hw_bp = guest_debug_ & KVM_GUESTDBG_USE_HW_BP;
+  for (unsigned i = 0; i < 4; i++) c.guest_dr[i] = c.guest_debug_hw_bp ? dbg.arch.debugreg[i] : 0;
+  c.guest_dr7 = c.guest_debug_hw_bp ? (dbg.arch.debugreg[7] & 0xffff23ff) | 0x400 : 0x400;
+  state_changed();
+  return 0;
+}
+
+long Vcpu::set_signal_mask(u64 arg) {
+  if (arg == 0) {
+    have_sigmask_ = false;
+    return 0;
+  }
+  kvm_signal_mask head;
+  if (!copy_in(arg, &head)) return -EFAULT;
+  if (head.len != 8) return -EINVAL;  // the kernel's sigset_t
+  u64 set;
+  if (!copy_in(arg + sizeof head, &set)) return -EFAULT;
+  sigemptyset(&sigmask_);
+  for (int n = 1; n <= 64; n++) {
+    if (set >> (n - 1) & 1) sigaddset(&sigmask_, n);
+  }
+  sigdelset(&sigmask_, SIGKILL);
+  sigdelset(&sigmask_, SIGSTOP);
+  have_sigmask_ = true;
+  return 0;
+}
+
+long Vcpu::interrupt(u64 arg) {
+  kvm_interrupt irq;
+  if (!copy_in(arg, &irq)) return -EFAULT;
+  if (irq.irq >= KVM_NR_INTERRUPTS) return -EINVAL;
+  if (vm_.full_irqchip()) return -ENXIO;
+  if (lapic_) {  // split irqchip: from the VMM's 8259, through LINT0
+    if (user_extint_ >= 0) return -EEXIST;
+    user_extint_ = static_cast<int>(irq.irq);
+    raise(kAttendExtInt);
+    return 0;
+  }
+  state_.injected_interrupt = true;
+  state_.injected_vector = static_cast<u8>(irq.irq);
+  state_.injected_soft = false;
+  return 0;
+}
+
+long Vcpu::translate(u64 arg) {
+  kvm_translation t;
+  if (!copy_in(arg, &t)) return -EFAULT;
+  const Mmu::Translation r = mmu_.translate(t.linear_address);
+  t.physical_address = r.valid ? r.gpa.value : ~0ull;
+  t.valid = r.valid;
+  t.writeable = r.valid && r.writable;
+  t.usermode = r.valid && r.user;
+  copy_out(arg, t);
+  return 0;
+}
+
+long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
+  Msrs& m = state_.msr;
+  if (request == KVM_X86_SETUP_MCE) {
+    u64 cap;
+    if (!copy_in(arg, &cap)) return -EFAULT;
+    const u64 banks = cap & 0xff;
+    if (banks == 0 || banks > 32) return -EINVAL;
+    if (cap & ~(mce_cap_supported() | 0xff | 0xff0000)) return -EINVAL;
+    m.mcg_cap = cap;
+    m.mcg_ctl = cap & (1u << 8) ? ~0ull : 0;
+    for (u64 bank = 0; bank < banks; bank++) m.mc_banks[bank * 4] = ~0ull;
+    return 0;
+  }
+  kvm_x86_mce mce;
+  if (!copy_in(arg, &mce)) return -EFAULT;
+  constexpr u64 kValid = 1ull << 63, kOverflow = 1ull << 62, kUncorrected = 1ull << 61;
+  constexpr u64 kMcip = 1u << 2;
+  if (mce.bank >= (m.mcg_cap & 0xff) || !(mce.status & kValid)) return -EINVAL;
+  u64* bank = &m.mc_banks[static_cast<std::size_t>(mce.bank) * 4];
+  // Uncorrected errors are reported only where the guest enabled them.
+  if ((mce.status & kUncorrected) && (m.mcg_cap & (1u << 8)) && m.mcg_ctl != ~0ull) return 0;
+  if ((mce.status & kUncorrected) && bank[0] != ~0ull) return 0;
+  if (mce.status & kUncorrected) {
+    if ((m.mcg_status & kMcip) || !(state_.cr4 & cr4::MCE)) {
+      triple_fault_pending_ = true;
+      raise(kAttendKick);
+      return 0;
+    }
+    if (bank[1] & kValid) mce.status |= kOverflow;
+    bank[1] = mce.status;
+    bank[2] = mce.addr;
+    bank[3] = mce.misc;
+    m.mcg_status = mce.mcg_status;
+    state_.exception = PendingException{};
+    state_.exception.pending = true;
+    state_.exception.vector = vec::MC;
+    exception_injected_ = true;
+  } else if (!(bank[1] & kValid) || !(bank[1] & kUncorrected)) {
+    if (bank[1] & kValid) mce.status |= kOverflow;
+    bank[1] = mce.status;
+    bank[2] = mce.addr;
+    bank[3] = mce.misc;
+  } else {
+    bank[1] |= kOverflow;
+  }
+  return 0;
+}
+
+long Vcpu::tpr_ioctl(unsigned long request, u64 arg) {
+  if (request == KVM_SET_VAPIC_ADDR) {
+    kvm_vapic_addr address;
+    if (!copy_in(arg, &address)) return -EFAULT;
+    if (!lapic_) return -EINVAL;
+    vapic_addr_ = address.vapic_addr;
+    return 0;
+  }
+  kvm_tpr_access_ctl ctl;
+  if (!copy_in(arg, &ctl)) return -EFAULT;
+  if (ctl.flags != 0) return -EINVAL;
+  // Accesses to the TPR never leave the engine, so there is never one to report.
+  return copy_out(arg, ctl) ? 0 : -EFAULT;
+}
+
+long Vcpu::enable_cap(u64 arg) {
+  kvm_enable_cap cap;
+  if (!copy_in(arg, &cap)) return -EFAULT;
+  return -EINVAL;  // none of the vCPU's capabilities is offered
+}
+
+long Vcpu::ioctl(unsigned long request, u64 arg) {
+  std::lock_guard lock(mutex_);
+  switch (request) {
+    case KVM_RUN: return arg == 0 ? run() : -EINVAL;
+    case KVM_SET_CPUID:
+    case KVM_SET_CPUID2:
+    case KVM_GET_CPUID2: return cpuid_ioctl(request, arg);
+    case KVM_GET_MSRS:
+    case KVM_SET_MSRS: return msrs_ioctl(request, arg);
+    case KVM_INTERRUPT: return interrupt(arg);
+    case KVM_NMI: queue_nmi(); return 0;
+    case KVM_TRANSLATE: return translate(arg);
+    case KVM_SET_GUEST_DEBUG: return set_guest_debug(arg);
+    case KVM_SET_SIGNAL_MASK: return set_signal_mask(arg);
+    case KVM_X86_SETUP_MCE:
+    case KVM_X86_SET_MCE: return mce_ioctl(request, arg);
+    case KVM_TPR_ACCESS_REPORTING:
+    case KVM_SET_VAPIC_ADDR: return tpr_ioctl(request, arg);
+    case KVM_GET_TSC_KHZ: return tsc_.khz();
+    case KVM_SET_TSC_KHZ: {
+      if (arg > 0xffffffff) return -EINVAL;
+      const int result = tsc_.set_khz(static_cast<u32>(arg));
+      if (result == 0) {
+        if (lapic_) lapic_->tsc_changed();
+        request_clock_update();
+      }
+      return result;
+    }
+    case KVM_KVMCLOCK_CTRL: {
+      const int result = pvclock_.guest_stopped();
+      if (result == 0) raise(kAttendClock);
+      return result;
+    }
+    case KVM_ENABLE_CAP: return enable_cap(arg);
+    default: return registers_ioctl(request, arg);
+  }
+}
+
+}  // namespace ring3::engine::abi

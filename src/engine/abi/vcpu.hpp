@@ -1,0 +1,194 @@
+#pragma once
+#include "base/linux_kvm.hpp"
+
+#include <signal.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "base/mapping.hpp"
+#include "base/result.hpp"
+#include "base/unique_fd.hpp"
+#include "engine/abi/cpuid.hpp"
+#include "engine/abi/environment.hpp"
+#include "engine/interp/interpreter.hpp"
+#include "engine/irq/lapic.hpp"
+#include "engine/mmu/mmu.hpp"
+#include "engine/timer/pvclock.hpp"
+#include "engine/timer/tsc.hpp"
+
+namespace ring3::engine::abi {
+
+class Vm;
+
+/// Bits of Context::attention. The first two are Attention's.
+enum AttentionBit : u32 {
+  kAttendInterrupt = 1u << 0,
+  kAttendExtInt = 1u << 1,
+  kAttendKick = 1u << 2,
+  kAttendMmu = 1u << 3,
+  kAttendNmi = 1u << 4,
+  kAttendInit = 1u << 5,   ///< INIT or SIPI
+  kAttendClock = 1u << 6,  ///< the kvmclock page is out of date
+  kAttendExit = 1u << 7,   ///< leave after the current instruction: EOI exits, immediate_exit during a replay
+};
+
+/// One vCPU.
+///
+/// Spec:      virt/kvm/api, "vcpu ioctl" entries.
+/// Threading: ioctl() from any thread, serialised by mutex_; KVM_RUN holds it, and the guest runs on its caller's thread.
+///            raise() and what stands beside it: any thread, at any time.
+class Vcpu {
+ public:
+  static constexpr std::size_t kRunSize = 3 * kPageSize;
+
+  static Result<std::unique_ptr<Vcpu>> create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes);
+  ~Vcpu();
+
+  long ioctl(unsigned long request, u64 arg);
+  kvm_run* run_page() const { return reinterpret_cast<kvm_run*>(run_.data()); }
+  void kick();
+
+  // --- any thread ---------------------------------------------------------------------------------
+
+  /// Sets attention bits, and wakes the vCPU's thread when it waits.
+  void raise(u32 bits);
+  void queue_nmi();
+  void queue_init();
+  void queue_sipi(u8 vector);
+  /// KVM_HC_KICK_CPU: ends a HLT.
+  void unhalt();
+  void request_clock_update();
+  unsigned id() const { return id_; }
+
+  // --- the vCPU's owner -----------------------------------------------------------------------------
+
+  Vm& vm() { return vm_; }
+  VcpuState& state() { return state_; }
+  Lapic* lapic() { return lapic_.get(); }
+  Tsc& tsc() { return tsc_; }
+  PvClock& pvclock() { return pvclock_; }
+  StealTime& steal_time() { return steal_; }
+  const Cpuid& cpuid() const { return cpuid_; }
+  u64 cr8() const { return lapic_ ? lapic_->cr8() : cr8_; }
+  void set_cr8(u64 value);
+  u64 apic_base() const { return lapic_ ? lapic_->apic_base() : apic_base_; }
+  bool pv_feature(u32 bit) const;
+  void note_ioapic_eoi(u8 vector);
+  enum class Msr { Ok, Fault };
+  /// MSRs that are neither the core's nor unknown; Fault for the rest. (vcpu_msrs.cpp)
+  Msr read_msr(u32 index, bool host, u64* value);
+  Msr write_msr(u32 index, bool host, u64 value);
+
+ private:
+  friend class VcpuEnvironment;
+  Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz);
+
+  // vcpu.cpp
+  void reset(bool init);
+  void state_changed();
+  long set_guest_debug(u64 arg);
+  long set_signal_mask(u64 arg);
+  long interrupt(u64 arg);
+  long translate(u64 arg);
+  long mce_ioctl(unsigned long request, u64 arg);
+  long tpr_ioctl(unsigned long request, u64 arg);
+  long cpuid_ioctl(unsigned long request, u64 arg);
+  long enable_cap(u64 arg);
+
+  // vcpu_run.cpp
+  long run();
+  long run_loop();
+  long interrupted();
+  long run_uninitialised();
+  enum class Step { Again, Exit, Run };
+  Step prepare(long* result);
+  bool inject_events(bool* want_window);
+  bool deliver(const Event& event);
+  bool interrupt_allowed() const;
+  bool nmi_allowed() const;
+  bool has_interrupt() const;
+  bool runnable() const;
+  bool accept_init_sipi();
+  /// Waits until an attention bit is set or a signal arrives. False: a signal came.
+  bool wait();
+  bool signal_pending() const;
+  void fill_exit_state();
+  bool ready_for_injection() const;
+  void update_guest_time(bool after_wait);
+  long internal_error(u32 suberror);
+  void apply_payload();
+
+  // vcpu_state_io.cpp
+  void get_regs(kvm_regs* out) const;
+  void set_regs(const kvm_regs& in);
+  void get_sregs(kvm_sregs* out) const;
+  template <class S>
+  int set_sregs_common(const S& in);
+  int set_sregs(const kvm_sregs& in);
+  void get_sregs2(kvm_sregs2* out) const;
+  int set_sregs2(const kvm_sregs2& in);
+  void get_fpu(kvm_fpu* out) const;
+  int set_fpu(const kvm_fpu& in);
+  void get_xsave(u8* out) const;
+  int set_xsave(const u8* in);
+  int set_xcrs(const kvm_xcrs& in);
+  void get_debugregs(kvm_debugregs* out) const;
+  int set_debugregs(const kvm_debugregs& in);
+  void get_events(kvm_vcpu_events* out);
+  int set_events(const kvm_vcpu_events& in);
+  u32 get_mp_state();
+  int set_mp_state(u32 state);
+  long registers_ioctl(unsigned long request, u64 arg);
+  long msrs_ioctl(unsigned long request, u64 arg);
+  bool get_one_msr(u32 index, u64* value);
+  bool set_one_msr(u32 index, u64 value);
+
+  Vm& vm_;
+  const unsigned id_, index_;
+  std::mutex mutex_;
+  Mapping run_;
+
+  VcpuState state_;
+  Cpuid cpuid_;
+  GuestFeatures all_features_;  // before KVM_SET_CPUID2: what the engine has
+  Tsc tsc_;
+  PvClock pvclock_;
+  StealTime steal_;
+  std::unique_ptr<Lapic> lapic_;
+  VcpuEnvironment env_;
+  Mmu mmu_;
+  std::unique_ptr<Interpreter> interp_;
+  bool registered_ = false;
+
+  u64 cr8_ = 0, apic_base_;      // without a LAPIC
+  u32 mp_state_;
+  bool has_run_ = false;
+  bool exception_injected_ = false;  // state_.exception: its side effects were applied already
+  bool nmi_injected_ = false;        // taken from nmi_pending, not yet delivered
+  int user_extint_ = -1;             // split irqchip: KVM_INTERRUPT's vector
+  std::optional<u8> eoi_exit_;
+  bool triple_fault_pending_ = false;
+  bool delivering_ = false;          // what the environment replays is the delivery of an event
+  bool want_window_ = false, look_for_signals_ = false;
+  bool set_tpr_exit_ = false;        // CR8 was lowered without an irqchip
+  u32 guest_debug_ = 0;
+  bool have_sigmask_ = false;
+  sigset_t sigmask_{};
+  sigset_t caller_mask_{};           // during KVM_RUN: the mask while waiting
+  u64 vapic_addr_ = 0;
+  u64 last_steal_ns_ = 0;
+  u64 arch_capabilities_, platform_info_ = 0, misc_features_ = 0, power_ctl_ = 0, smi_count_ = 0, poll_control_ = 1,
+      feature_control_ = 0;
+
+  // any thread
+  std::atomic<u32> nmis_{0};
+  std::atomic<bool> init_{false}, sipi_{false}, unhalted_{false};
+  std::atomic<u8> sipi_vector_{0};
+  std::atomic<u32> waiting_{0};
+  UniqueFd wake_fd_;
+};
+
+}  // namespace ring3::engine::abi

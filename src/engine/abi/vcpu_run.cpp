@@ -1,0 +1,419 @@
+// KVM_RUN: the loop between the guest's code, its events and the VMM.
+#include <poll.h>
+#include <pthread.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "engine/abi/vcpu.hpp"
+#include "engine/abi/vm.hpp"
+
+namespace ring3::engine::abi {
+namespace {
+
+/// While KVM_RUN is in progress the thread takes signals only where it waits, so that none is handled unseen: KVM_RUN then
+/// ends with EINTR, as the kernel's does. Faults of the process itself stay deliverable.
+class SignalGuard {
+ public:
+  explicit SignalGuard(sigset_t* caller_mask) : caller_mask_(caller_mask) {
+    sigset_t blocked;
+    sigfillset(&blocked);
+    for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, s);
+    pthread_sigmask(SIG_SETMASK, &blocked, caller_mask_);
+    saved_ = *caller_mask_;
+  }
+  ~SignalGuard() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
+  SignalGuard(const SignalGuard&) = delete;
+  SignalGuard& operator=(const SignalGuard&) = delete;
+
+ private:
+  sigset_t* caller_mask_;
+  sigset_t saved_;
+};
+
+bool immediate_exit(const kvm_run& run) { return __atomic_load_n(&run.immediate_exit, __ATOMIC_SEQ_CST) != 0; }
+
+constexpr u64 kStealPeriodNs = 10'000'000;
+
+}  // namespace
+
+bool Vcpu::signal_pending() const {
+  sigset_t pending;
+  if (sigpending(&pending) != 0) return false;
+  for (int n = 1; n < NSIG; n++) {
+    if (sigismember(&pending, n) == 1 && sigismember(&caller_mask_, n) == 0) return true;
+  }
+  return false;
+}
+
+bool Vcpu::wait() {
+  auto& attention = interp_->context().attention;
+  waiting_.store(1, std::memory_order_seq_cst);
+  bool no_signal = true;
+  if (attention.load(std::memory_order_seq_cst) == 0 && !immediate_exit(*run_page())) {
+    pollfd fd{wake_fd_.get(), POLLIN, 0};
+    no_signal = ::ppoll(&fd, 1, nullptr, &caller_mask_) >= 0 || errno != EINTR;
+  }
+  waiting_.store(0, std::memory_order_seq_cst);
+  u64 drained;
+  while (::read(wake_fd_.get(), &drained, sizeof drained) == sizeof drained) {
+  }
+  return no_signal;
+}
+
+// ---- events ----
+
+bool Vcpu::interrupt_allowed() const {
+  return (state_.rflags & rflags::IF) && !state_.sti_shadow && !state_.mov_ss_shadow && !(guest_debug_ & KVM_GUESTDBG_BLOCKIRQ);
+}
+bool Vcpu::nmi_allowed() const { return !state_.nmi_blocked && !state_.mov_ss_shadow && !state_.sti_shadow; }
+
+bool Vcpu::has_interrupt() const {
+  if (!lapic_) return false;
+  if (user_extint_ >= 0 && lapic_->accepts_extint()) return true;
+  return vm_.irqchip()->has_interrupt(*lapic_);
+}
+
+bool Vcpu::runnable() const {
+  return state_.exception.pending || nmi_injected_ || state_.injected_interrupt || triple_fault_pending_ ||
+         ((state_.nmi_pending != 0 || nmis_.load() != 0) && nmi_allowed()) || (interrupt_allowed() && has_interrupt());
+}
+
+bool Vcpu::accept_init_sipi() {
+  bool changed = false;
+  if (init_.exchange(false)) {
+    reset(true);
+    mp_state_ = id_ == vm_.boot_vcpu() ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED;
+    changed = true;
+  }
+  if (sipi_.exchange(false) && mp_state_ == KVM_MP_STATE_INIT_RECEIVED) {
+    const u8 vector = sipi_vector_.load();
+    Segment& cs = state_.seg[CS];
+    cs.selector = static_cast<u16>(vector << 8);
+    cs.base = static_cast<u64>(vector) << 12;
+    state_.rip = 0;
+    mp_state_ = KVM_MP_STATE_RUNNABLE;
+    state_changed();
+    changed = true;
+  }
+  return changed;
+}
+
+void Vcpu::apply_payload() {
+  PendingException& e = state_.exception;
+  if (!e.has_payload) return;
+  if (e.vector == vec::PF) state_.cr2 = e.payload;
+  if (e.vector == vec::DB) state_.dr6 = (state_.dr6 & ~0xfull) | e.payload | 0xffff0ff0;
+  e.has_payload = false;
+  e.payload = 0;
+}
+
+/// False: the VMM is needed, or the guest is dead (triple_fault_pending_); the event stays where it was.
+bool Vcpu::deliver(const Event& event) {
+  switch (interp_->inject(event)) {
+    case Delivered::Ok:
+      env_.drop();
+      delivering_ = false;
+      return true;
+    case Delivered::Exit:
+      delivering_ = true;
+      return false;
+    case Delivered::TripleFault:
+      triple_fault_pending_ = true;
+      return false;
+  }
+  return false;
+}
+
+bool Vcpu::inject_events(bool* want_window) {
+  // Events that were taken before come first (they may have been interrupted, or restored by the VMM).
+  if (state_.exception.pending) {
+    apply_payload();
+    const PendingException& e = state_.exception;
+    Event event;
+    event.type = Event::Type::Exception;
+    event.vector = e.vector;
+    event.has_error = e.has_error;
+    event.error = e.error;
+    event.payload = e.vector == vec::PF ? state_.cr2 : 0;
+    if (!deliver(event)) return false;
+    state_.exception.pending = exception_injected_ = false;
+  } else if (nmi_injected_) {
+    Event event;
+    event.type = Event::Type::Nmi;
+    event.vector = vec::NMI;
+    if (!deliver(event)) return false;
+    nmi_injected_ = false;
+  } else if (state_.injected_interrupt) {
+    Event event;
+    event.type = state_.injected_soft ? Event::Type::Software : Event::Type::External;
+    event.vector = state_.injected_vector;
+    if (!deliver(event)) return false;
+    state_.injected_interrupt = false;
+  }
+  if (nmis_.load(std::memory_order_relaxed) != 0) {
+    const u32 n = state_.nmi_pending + nmis_.exchange(0);
+    const u32 limit = state_.nmi_blocked ? 1 : 2;  // one in service, one waiting
+    state_.nmi_pending = static_cast<u8>(n < limit ? n : limit);
+  }
+  if (state_.nmi_pending != 0 && nmi_allowed()) {
+    state_.nmi_pending--;
+    nmi_injected_ = true;
+    Event event;
+    event.type = Event::Type::Nmi;
+    event.vector = vec::NMI;
+    if (!deliver(event)) return false;
+    nmi_injected_ = false;
+    state_.nmi_blocked = true;
+  }
+  if (has_interrupt()) {
+    if (!interrupt_allowed()) {
+      *want_window = true;
+      return true;
+    }
+    int vector;
+    if (user_extint_ >= 0 && lapic_->accepts_extint()) {
+      vector = user_extint_;
+      user_extint_ = -1;
+    } else {
+      vector = vm_.irqchip()->ack_interrupt(*lapic_);
+    }
+    if (vector >= 0) {
+      state_.injected_interrupt = true;
+      state_.injected_soft = false;
+      state_.injected_vector = static_cast<u8>(vector);
+      Event event;
+      event.type = Event::Type::External;
+      event.vector = static_cast<u8>(vector);
+      if (!deliver(event)) return false;
+      state_.injected_interrupt = false;
+      if (has_interrupt()) *want_window = true;
+    }
+  }
+  return true;
+}
+
+bool Vcpu::ready_for_injection() const {
+  if (!interrupt_allowed() || state_.exception.pending || nmi_injected_ || state_.injected_interrupt) return false;
+  return !lapic_ || (user_extint_ < 0 && lapic_->accepts_extint());
+}
+
+// ---- the loop ----
+
+void Vcpu::update_guest_time(bool after_wait) {
+  if (!(steal_.read_msr() & 1)) return;
+  const u64 now = vm_.config().clock->monotonic_ns();
+  if (!after_wait && now - last_steal_ns_ < kStealPeriodNs) return;
+  last_steal_ns_ = now;
+  steal_.update();
+}
+
+long Vcpu::internal_error(u32 suberror) {
+  kvm_run& run = *run_page();
+  run.exit_reason = KVM_EXIT_INTERNAL_ERROR;
+  run.internal.suberror = suberror;
+  run.internal.ndata = 0;
+  return 0;
+}
+
+long Vcpu::interrupted() {
+  run_page()->exit_reason = KVM_EXIT_INTR;
+  return -EINTR;
+}
+
+long Vcpu::run_uninitialised() {
+  for (;;) {
+    interp_->context().attention.exchange(0, std::memory_order_seq_cst);
+    if (immediate_exit(*run_page())) return interrupted();
+    accept_init_sipi();
+    if (mp_state_ != KVM_MP_STATE_UNINITIALIZED) {
+      raise(kAttendInit | kAttendMmu);  // bits taken above belong to the loop that comes next
+      return -EAGAIN;
+    }
+    if (!wait()) return interrupted();
+  }
+}
+
+/// Before guest code runs. Again: look at everything once more; Exit: KVM_RUN returns *result; Run: go.
+Vcpu::Step Vcpu::prepare(long* result) {
+  kvm_run& run = *run_page();
+  const u32 bits = interp_->context().attention.exchange(0, std::memory_order_seq_cst);
+  mmu_.serve_requests();
+  if (bits & kAttendClock) {
+    pvclock_.update();
+    update_guest_time(true);
+  }
+  if (env_.replaying && !delivering_) return Step::Run;  // an instruction is half done: nothing comes before its end
+
+  if (eoi_exit_) {
+    run.exit_reason = KVM_EXIT_IOAPIC_EOI;
+    run.eoi.vector = *eoi_exit_;
+    eoi_exit_.reset();
+    *result = 0;
+    return Step::Exit;
+  }
+  if (set_tpr_exit_) {
+    set_tpr_exit_ = false;
+    run.exit_reason = KVM_EXIT_SET_TPR;
+    *result = 0;
+    return Step::Exit;
+  }
+  if (immediate_exit(run) || ((bits & kAttendKick || look_for_signals_) && signal_pending())) {
+    *result = interrupted();
+    return Step::Exit;
+  }
+  look_for_signals_ = false;
+  accept_init_sipi();
+  if (triple_fault_pending_) {
+    triple_fault_pending_ = false;
+    run.exit_reason = KVM_EXIT_SHUTDOWN;
+    *result = 0;
+    return Step::Exit;
+  }
+  if (mp_state_ != KVM_MP_STATE_RUNNABLE) {
+    const bool kicked = unhalted_.exchange(false);
+    if (mp_state_ == KVM_MP_STATE_HALTED && (kicked || runnable())) {
+      mp_state_ = KVM_MP_STATE_RUNNABLE;
+      return Step::Again;
+    }
+    vm_.tracker().leave_guest(index_);
+    const bool no_signal = wait();
+    update_guest_time(true);
+    vm_.tracker().enter_guest(index_);
+    mmu_.expire_fetches();  // a device may have written while the vCPU slept
+    if (!no_signal) {
+      *result = interrupted();
+      return Step::Exit;
+    }
+    return Step::Again;
+  }
+
+  bool window = false;
+  if (!inject_events(&window)) {
+    if (triple_fault_pending_) return Step::Again;
+    *result = env_.exit_pending() ? 0 : internal_error(KVM_INTERNAL_ERROR_DELIVERY_EV);
+    return Step::Exit;
+  }
+  if (run.request_interrupt_window && !vm_.full_irqchip()) {
+    if (ready_for_injection()) {
+      run.exit_reason = KVM_EXIT_IRQ_WINDOW_OPEN;
+      *result = 0;
+      return Step::Exit;
+    }
+    window = true;
+  }
+  want_window_ = window;
+  return Step::Run;
+}
+
+long Vcpu::run_loop() {
+  kvm_run& run = *run_page();
+  Context& c = interp_->context();
+  for (;;) {
+    long result = 0;
+    switch (prepare(&result)) {
+      case Step::Again: continue;
+      case Step::Exit: return result;
+      case Step::Run: break;
+    }
+    const bool replaying = env_.replaying;
+    const u64 rip = state_.rip;
+    const bool shadow = state_.sti_shadow || state_.mov_ss_shadow;
+    c.interrupt_window = want_window_;
+    const Interpreter::Result r = interp_->run(replaying || shadow ? 1 : vm_.config().quantum);
+    // The instruction is over, unless it needs the VMM again or was not even begun.
+    if (replaying && env_.replaying && r != Interpreter::Result::Exit && state_.rip != rip) env_.drop();
+    switch (r) {
+      case Interpreter::Result::Attention: break;
+      case Interpreter::Result::Budget:
+        look_for_signals_ = true;
+        update_guest_time(false);
+        break;
+      case Interpreter::Result::Exit:
+        return env_.exit_pending() ? 0 : internal_error(KVM_INTERNAL_ERROR_EMULATION);
+      case Interpreter::Result::Halted:
+        if (!lapic_) {
+          run.exit_reason = KVM_EXIT_HLT;
+          return 0;
+        }
+        mp_state_ = KVM_MP_STATE_HALTED;
+        break;
+      case Interpreter::Result::TripleFault:
+        run.exit_reason = KVM_EXIT_SHUTDOWN;
+        return 0;
+      case Interpreter::Result::Debug:
+        run.exit_reason = KVM_EXIT_DEBUG;
+        run.debug.arch.exception = interp_->debug_vector();
+        run.debug.arch.pad = 0;
+        run.debug.arch.pc = state_.seg[CS].base + state_.rip;
+        run.debug.arch.dr6 = interp_->debug_dr6() | 0xffff0ff0;
+        run.debug.arch.dr7 = c.guest_dr7;
+        return 0;
+    }
+  }
+}
+
+void Vcpu::fill_exit_state() {
+  kvm_run& run = *run_page();
+  run.if_flag = (state_.rflags & rflags::IF) != 0;
+  run.cr8 = cr8();
+  run.apic_base = apic_base();
+  run.ready_for_interrupt_injection = vm_.full_irqchip() || ready_for_injection();
+}
+
+long Vcpu::run() {
+  kvm_run& run = *run_page();
+  SignalGuard guard(&caller_mask_);
+  if (have_sigmask_) caller_mask_ = sigmask_;
+  has_run_ = true;
+  run.flags = 0;
+  long result;
+  if (mp_state_ == KVM_MP_STATE_UNINITIALIZED) {
+    result = run_uninitialised();
+    fill_exit_state();
+    return result;
+  }
+
+  constexpr u64 kSync = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+  if ((run.kvm_valid_regs & ~kSync) || (run.kvm_dirty_regs & ~kSync)) return -EINVAL;
+  if (run.kvm_dirty_regs != 0) {
+    // Copies: the VMM may write the page meanwhile.
+    const u64 dirty = run.kvm_dirty_regs;
+    if (dirty & KVM_SYNC_X86_REGS) {
+      const kvm_regs regs = run.s.regs.regs;
+      set_regs(regs);
+    }
+    if (dirty & KVM_SYNC_X86_SREGS) {
+      const kvm_sregs sregs = run.s.regs.sregs;
+      if (set_sregs(sregs) != 0) return -EINVAL;
+    }
+    if (dirty & KVM_SYNC_X86_EVENTS) {
+      const kvm_vcpu_events events = run.s.regs.events;
+      if (set_events(events) != 0) return -EINVAL;
+    }
+    run.kvm_dirty_regs = 0;
+  }
+  if (!lapic_) {
+    const u64 cr8_in = run.cr8;
+    if (cr8_in > 15) return -EINVAL;
+    cr8_ = cr8_in;
+  }
+
+  env_.complete();
+  if (!env_.replaying && immediate_exit(run)) {
+    result = -EINTR;
+  } else {
+    vm_.tracker().enter_guest(index_);
+    mmu_.expire_fetches();
+    result = run_loop();
+    vm_.tracker().leave_guest(index_);
+  }
+  fill_exit_state();
+  if (run.kvm_valid_regs & KVM_SYNC_X86_REGS) get_regs(&run.s.regs.regs);
+  if (run.kvm_valid_regs & KVM_SYNC_X86_SREGS) get_sregs(&run.s.regs.sregs);
+  if (run.kvm_valid_regs & KVM_SYNC_X86_EVENTS) get_events(&run.s.regs.events);
+  return result;
+}
+
+}  // namespace ring3::engine::abi

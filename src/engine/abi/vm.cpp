@@ -1,0 +1,358 @@
+#include "engine/abi/vm.hpp"
+
+#include <cerrno>
+#include <cstring>
+
+#include "engine/abi/user_memory.hpp"
+#include "engine/abi/vcpu.hpp"
+
+namespace ring3::engine::abi {
+
+Vm::Vm(const Config& config) : config_(config), timers_(*config.clock), clock_(*config.clock) {}
+
+Vm::~Vm() {
+  irqfds_.reset();
+  pit_.store(nullptr);
+  pit_owner_.reset();
+  vcpus_.clear();
+  irqchip_.store(nullptr);
+  irqchip_owner_.reset();
+}
+
+Result<std::shared_ptr<Vm>> Vm::create(const Config& config) {
+  std::shared_ptr<Vm> vm(new Vm(config));
+  if (auto s = vm->coalesced_.create(); !s) return s.error();
+  return vm;
+}
+
+bool Vm::write_memory(Gpa to, const void* from, std::size_t size) {
+  if (!memory_.write(to, from, size)) return false;
+  tracker_.host_wrote(to, size);
+  return true;
+}
+
+// ---- VcpuSink ----
+
+void Vm::wake(unsigned vcpu_id, Attention why) {
+  if (Vcpu* v = vcpu(vcpu_id)) v->raise(why == Attention::kInterrupt ? kAttendInterrupt : kAttendExtInt);
+}
+void Vm::nmi(unsigned vcpu_id) {
+  if (Vcpu* v = vcpu(vcpu_id)) v->queue_nmi();
+}
+void Vm::smi(unsigned) {}  // system management mode is not offered: its interrupt is lost
+void Vm::init(unsigned vcpu_id) {
+  if (Vcpu* v = vcpu(vcpu_id)) v->queue_init();
+}
+void Vm::sipi(unsigned vcpu_id, u8 vector) {
+  if (Vcpu* v = vcpu(vcpu_id)) v->queue_sipi(vector);
+}
+void Vm::ioapic_eoi(unsigned vcpu_id, u8 vector) {
+  if (Vcpu* v = vcpu(vcpu_id)) v->note_ioapic_eoi(vector);
+}
+
+// ---- ioctls ----
+
+Result<Vcpu*> Vm::create_vcpu(u64 id) {
+  std::lock_guard lock(mutex_);
+  if (id >= kMaxVcpus) return Error::of(EINVAL, "vCPU id out of range");
+  if (vcpus_.size() >= kMaxVcpus) return Error::of(EINVAL, "too many vCPUs");
+  const unsigned n = static_cast<unsigned>(id);
+  if (vcpu(n) != nullptr) return Error::of(EEXIST, "a vCPU with this id exists");
+  // The decoded-code budget is the VM's: half to the first vCPU, an ever smaller share to each later one, so that
+  // the sum stays below it however many come.
+  const std::size_t index = vcpus_.size();
+  std::size_t cache = config_.cache_bytes / 2;
+  for (std::size_t i = 0; i < index && cache > (1u << 20); i++) cache = cache * 3 / 4;
+  auto vcpu = Vcpu::create(*this, n, static_cast<unsigned>(index), default_tsc_khz_, cache);
+  if (!vcpu) return vcpu.error();
+  Vcpu* raw = (*vcpu).get();
+  vcpus_.push_back(std::move(*vcpu));
+  by_id_[n].store(raw, std::memory_order_release);
+  return raw;
+}
+
+long Vm::set_memory_region(u64 arg) {
+  kvm_userspace_memory_region r;
+  if (!copy_in(arg, &r)) return -EFAULT;
+  std::lock_guard lock(memory_mutex_);
+  const int result = memory_.set_region(r.slot, r.flags, Gpa(r.guest_phys_addr), r.memory_size, Hva(r.userspace_addr));
+  if (result == 0) tracker_.memslots_changed();
+  return result;
+}
+
+long Vm::dirty_log(unsigned long request, u64 arg) {
+  std::lock_guard lock(memory_mutex_);
+  const bool manual = manual_dirty_log_.load(std::memory_order_relaxed) & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+  if (request == KVM_GET_DIRTY_LOG) {
+    kvm_dirty_log log;
+    if (!copy_in(arg, &log)) return -EFAULT;
+    if (!user_pointer(log.padding2)) return -EFAULT;
+    const int result = memory_.get_dirty_log(log.slot, log.dirty_bitmap, manual);
+    if (result == 0 && !manual) tracker_.dirty_log_changed();
+    return result;
+  }
+  kvm_clear_dirty_log log;
+  if (!copy_in(arg, &log)) return -EFAULT;
+  if (!user_pointer(log.padding2)) return -EFAULT;
+  const int result = memory_.clear_dirty_log(log.slot, log.first_page, log.num_pages, log.dirty_bitmap);
+  if (result == 0) tracker_.dirty_log_changed();
+  return result;
+}
+
+long Vm::enable_cap(u64 arg) {
+  kvm_enable_cap cap;
+  if (!copy_in(arg, &cap)) return -EFAULT;
+  if (cap.flags != 0) return -EINVAL;
+  const u64 value = cap.args[0];
+  switch (cap.cap) {
+    case KVM_CAP_SPLIT_IRQCHIP:
+      if (value > IoApic::kPins) return -EINVAL;
+      return create_irqchip(IrqChip::Mode::kSplit, static_cast<unsigned>(value));
+    case KVM_CAP_X2APIC_API:
+      if (value & ~u64{KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK}) return -EINVAL;
+      if (value & KVM_X2APIC_API_USE_32BIT_IDS) bus_.options().x2apic_format = true;
+      if (value & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK) bus_.options().no_broadcast_quirk = true;
+      return 0;
+    case KVM_CAP_EXCEPTION_PAYLOAD:
+      exception_payload_.store(value != 0, std::memory_order_relaxed);
+      return 0;
+    case KVM_CAP_X86_TRIPLE_FAULT_EVENT:
+      triple_fault_event_.store(value != 0, std::memory_order_relaxed);
+      return 0;
+    case KVM_CAP_MSR_PLATFORM_INFO:
+      platform_info_.store(value != 0, std::memory_order_relaxed);
+      return 0;
+    case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: {
+      u64 allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+      if (value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE) allowed |= KVM_DIRTY_LOG_INITIALLY_SET;
+      if (value & ~allowed) return -EINVAL;
+      manual_dirty_log_.store(static_cast<u32>(value), std::memory_order_relaxed);
+      memory_.set_dirty_initially_set(value & KVM_DIRTY_LOG_INITIALLY_SET);
+      return 0;
+    }
+    default:
+      return -EINVAL;
+  }
+}
+
+long Vm::create_irqchip(IrqChip::Mode mode, unsigned pins) {
+  std::lock_guard lock(mutex_);
+  if (irqchip() != nullptr) return -EEXIST;
+  if (!vcpus_.empty()) return mode == IrqChip::Mode::kSplit ? -EEXIST : -EINVAL;
+  irqchip_owner_ = std::make_unique<IrqChip>(bus_, mode, pins);
+  irqfds_ = std::make_unique<Irqfds>(*irqchip_owner_);
+  split_pins_ = pins;
+  irqchip_.store(irqchip_owner_.get(), std::memory_order_release);
+  return 0;
+}
+
+long Vm::create_pit(u32 flags) {
+  std::lock_guard lock(mutex_);
+  if (!full_irqchip()) return -ENOENT;
+  if (pit() != nullptr) return -EEXIST;
+  IrqChip* chip = irqchip();
+  pit_owner_ = std::make_unique<Pit>(timers_, [chip] { chip->pit_tick(); }, (flags & KVM_PIT_SPEAKER_DUMMY) != 0);
+  Pit* p = pit_owner_.get();
+  chip->add_ack_notifier(0, [p] { p->irq_acked(); });
+  chip->set_unmask_notifier(0, [p] { p->irq_unmasked(); });
+  pit_.store(p, std::memory_order_release);
+  return 0;
+}
+
+long Vm::irqchip_ioctl(unsigned long request, u64 arg) {
+  if (!user_pointer(arg, sizeof(kvm_irqchip))) return -EFAULT;
+  if (!full_irqchip()) return -ENXIO;
+  kvm_irqchip chip;
+  std::memcpy(&chip, reinterpret_cast<const void*>(arg), sizeof chip);
+  if (request == KVM_SET_IRQCHIP) return irqchip()->set_irqchip(chip);
+  const u32 id = chip.chip_id;
+  std::memset(&chip, 0, sizeof chip);
+  chip.chip_id = id;
+  if (const int error = irqchip()->get_irqchip(&chip); error != 0) return error;
+  copy_out(arg, chip);
+  return 0;
+}
+
+long Vm::pit_ioctl(unsigned long request, u64 arg) {
+  const std::size_t size = request == KVM_GET_PIT || request == KVM_SET_PIT ? sizeof(kvm_pit_state) : sizeof(kvm_pit_state2);
+  if (request == KVM_REINJECT_CONTROL) {
+    kvm_reinject_control control;
+    if (!copy_in(arg, &control)) return -EFAULT;
+    if (pit() == nullptr) return -ENXIO;
+    pit()->set_reinject(control.pit_reinject != 0);
+    return 0;
+  }
+  if (!user_pointer(arg, size)) return -EFAULT;
+  if (pit() == nullptr) return -ENXIO;
+  switch (request) {
+    case KVM_GET_PIT: {
+      kvm_pit_state s{};
+      pit()->get_state(&s);
+      copy_out(arg, s);
+      return 0;
+    }
+    case KVM_SET_PIT: {
+      kvm_pit_state s;
+      copy_in(arg, &s);
+      return pit()->set_state(s);
+    }
+    case KVM_GET_PIT2: {
+      kvm_pit_state2 s{};
+      pit()->get_state(&s);
+      copy_out(arg, s);
+      return 0;
+    }
+    default: {
+      kvm_pit_state2 s;
+      copy_in(arg, &s);
+      return pit()->set_state(s);
+    }
+  }
+}
+
+long Vm::irq_ioctl(unsigned long request, u64 arg) {
+  switch (request) {
+    case KVM_IRQ_LINE:
+    case KVM_IRQ_LINE_STATUS: {
+      kvm_irq_level line;
+      if (!copy_in(arg, &line)) return -EFAULT;
+      if (irqchip() == nullptr) return -ENXIO;
+      const int status = irqchip()->set_irq(kIrqSourceUser, line.irq, line.level != 0);
+      if (request == KVM_IRQ_LINE_STATUS) {
+        line.status = status;
+        copy_out(arg, line);
+      }
+      return 0;
+    }
+    case KVM_SIGNAL_MSI: {
+      kvm_msi msi;
+      if (!copy_in(arg, &msi)) return -EFAULT;
+      if (irqchip() == nullptr || msi.flags != 0) return -EINVAL;
+      return bus_.deliver_msi(msi.address_lo, msi.address_hi, msi.data);
+    }
+    case KVM_SET_GSI_ROUTING: {
+      kvm_irq_routing head;
+      if (!copy_in(arg, &head)) return -EFAULT;
+      if (irqchip() == nullptr) return -EINVAL;
+      if (head.nr > RoutingTable::kMaxRoutes || head.flags != 0) return -EINVAL;
+      const u64 at = arg + sizeof head;
+      const u64 bytes = u64{head.nr} * sizeof(kvm_irq_routing_entry);
+      if (head.nr != 0 && !user_pointer(at, bytes)) return -EFAULT;
+      std::vector<kvm_irq_routing_entry> entries(head.nr);
+      if (head.nr != 0) std::memcpy(entries.data(), reinterpret_cast<const void*>(at), bytes);
+      return irqchip()->set_routing(entries.data(), head.nr, head.flags);
+    }
+    case KVM_IRQFD: {
+      kvm_irqfd irqfd;
+      if (!copy_in(arg, &irqfd)) return -EFAULT;
+      std::lock_guard lock(mutex_);
+      if (!irqfds_) return irqfd.flags & KVM_IRQFD_FLAG_DEASSIGN ? -EINVAL : -EAGAIN;
+      return irqfds_->change(irqfd);
+    }
+    default:
+      return -ENOTTY;
+  }
+}
+
+long Vm::clock_ioctl(unsigned long request, u64 arg) {
+  if (request == KVM_GET_CLOCK) {
+    kvm_clock_data data{};
+    clock_.get(&data, tsc_sync_.all_matched());
+    return copy_out(arg, data) ? 0 : -EFAULT;
+  }
+  kvm_clock_data data;
+  if (!copy_in(arg, &data)) return -EFAULT;
+  if (data.flags & ~static_cast<u32>(KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC)) return -EINVAL;
+  const int result = clock_.set(data);
+  if (result == 0) {
+    std::lock_guard lock(mutex_);
+    for (auto& v : vcpus_) v->request_clock_update();
+  }
+  return result;
+}
+
+long Vm::ioctl(unsigned long request, u64 arg) {
+  switch (request) {
+    case KVM_CHECK_EXTENSION:
+      return check_extension(arg);
+    case KVM_SET_USER_MEMORY_REGION:
+      return set_memory_region(arg);
+    case KVM_GET_DIRTY_LOG:
+    case KVM_CLEAR_DIRTY_LOG:
+      return dirty_log(request, arg);
+    case KVM_SET_TSS_ADDR:
+      if (arg > static_cast<u32>(-3 * static_cast<int>(kPageSize))) return -EINVAL;
+      tss_addr_ = arg;  // hardware without unrestricted guests needs those pages; here nothing does
+      return 0;
+    case KVM_SET_IDENTITY_MAP_ADDR: {
+      u64 address;
+      if (!copy_in(arg, &address)) return -EFAULT;
+      std::lock_guard lock(mutex_);
+      if (!vcpus_.empty()) return -EINVAL;
+      identity_map_addr_ = address == 0 ? 0xfffbc000 : address;
+      return 0;
+    }
+    case KVM_SET_NR_MMU_PAGES:
+      return arg < 20 ? -EINVAL : 0;  // there are no shadow pages to limit
+    case KVM_ENABLE_CAP:
+      return enable_cap(arg);
+    case KVM_CREATE_IRQCHIP:
+      return create_irqchip(IrqChip::Mode::kFull, 0);
+    case KVM_CREATE_PIT:
+      return create_pit(KVM_PIT_SPEAKER_DUMMY);
+    case KVM_CREATE_PIT2: {
+      kvm_pit_config config;
+      if (!copy_in(arg, &config)) return -EFAULT;
+      return create_pit(config.flags);
+    }
+    case KVM_GET_IRQCHIP:
+    case KVM_SET_IRQCHIP:
+      return irqchip_ioctl(request, arg);
+    case KVM_GET_PIT:
+    case KVM_SET_PIT:
+    case KVM_GET_PIT2:
+    case KVM_SET_PIT2:
+    case KVM_REINJECT_CONTROL:
+      return pit_ioctl(request, arg);
+    case KVM_IRQ_LINE:
+    case KVM_IRQ_LINE_STATUS:
+    case KVM_SIGNAL_MSI:
+    case KVM_SET_GSI_ROUTING:
+    case KVM_IRQFD:
+      return irq_ioctl(request, arg);
+    case KVM_IOEVENTFD: {
+      kvm_ioeventfd request_data;
+      if (!copy_in(arg, &request_data)) return -EFAULT;
+      return ioeventfds_.change(request_data);
+    }
+    case KVM_REGISTER_COALESCED_MMIO:
+    case KVM_UNREGISTER_COALESCED_MMIO: {
+      kvm_coalesced_mmio_zone zone;
+      if (!copy_in(arg, &zone)) return -EFAULT;
+      return request == KVM_REGISTER_COALESCED_MMIO ? coalesced_.add(zone) : coalesced_.remove(zone);
+    }
+    case KVM_GET_CLOCK:
+    case KVM_SET_CLOCK:
+      return clock_ioctl(request, arg);
+    case KVM_SET_BOOT_CPU_ID: {
+      std::lock_guard lock(mutex_);
+      if (!vcpus_.empty()) return -EBUSY;
+      boot_vcpu_ = arg < kMaxVcpus ? static_cast<unsigned>(arg) : kMaxVcpus;
+      return 0;
+    }
+    case KVM_SET_TSC_KHZ: {
+      std::lock_guard lock(mutex_);
+      if (arg > 100'000'000) return -EINVAL;
+      default_tsc_khz_ = static_cast<u32>(arg);
+      return 0;
+    }
+    case KVM_GET_TSC_KHZ: {
+      std::lock_guard lock(mutex_);
+      return default_tsc_khz_ != 0 ? default_tsc_khz_ : config_.clock->host_tsc_khz();
+    }
+    default:
+      return -ENOTTY;
+  }
+}
+
+}  // namespace ring3::engine::abi

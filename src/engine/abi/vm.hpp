@@ -1,0 +1,125 @@
+#pragma once
+#include "base/linux_kvm.hpp"
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "base/result.hpp"
+#include "engine/abi/coalesced.hpp"
+#include "engine/abi/config.hpp"
+#include "engine/abi/eventfd.hpp"
+#include "engine/irq/irq_chip.hpp"
+#include "engine/mmu/mmu.hpp"
+#include "engine/timer/pit.hpp"
+#include "engine/timer/pvclock.hpp"
+#include "engine/timer/timer_queue.hpp"
+#include "engine/timer/tsc.hpp"
+#include "kvm/endpoint.hpp"
+#include "memory/guest_memory.hpp"
+
+namespace ring3::engine::abi {
+
+class Vcpu;
+
+inline constexpr unsigned kMaxVcpus = ApicBus::kMaxVcpus;
+
+/// KVM_CHECK_EXTENSION: 0 for what is not offered. The same on the system and on VMs.
+int check_extension(u64 capability);
+
+/// One VM: memory, interrupt controllers, timers, and its vCPUs.
+///
+/// Spec:      virt/kvm/api, "vm ioctl" entries.
+/// Lifetime:  endpoints share it: it ends when the VM's and all its vCPUs' endpoints have gone.
+/// Threading: ioctls from any thread; mutex_ serialises those that change the set of things. vCPUs read
+///            irqchip(), pit() and vcpu() without it.
+class Vm final : public VcpuSink {
+ public:
+  static Result<std::shared_ptr<Vm>> create(const Config& config);
+  ~Vm() override;
+
+  long ioctl(unsigned long request, u64 arg);
+  /// KVM_CREATE_VCPU.
+  Result<Vcpu*> create_vcpu(u64 id);
+
+  // --- what vCPUs use ---------------------------------------------------------------------------
+
+  const Config& config() const { return config_; }
+  memory::GuestMemory& memory() { return memory_; }
+  PhysicalTracker& tracker() { return tracker_; }
+  TimerQueue& timers() { return timers_; }
+  TscSync& tsc_sync() { return tsc_sync_; }
+  KvmClock& clock() { return clock_; }
+  ApicBus& bus() { return bus_; }
+  IoEventfds& ioeventfds() { return ioeventfds_; }
+  CoalescedRing& coalesced() { return coalesced_; }
+
+  /// Null until KVM_CREATE_IRQCHIP or KVM_CAP_SPLIT_IRQCHIP; then for the VM's lifetime.
+  IrqChip* irqchip() const { return irqchip_.load(std::memory_order_acquire); }
+  bool full_irqchip() const { return irqchip() != nullptr && irqchip()->mode() == IrqChip::Mode::kFull; }
+  Pit* pit() const { return pit_.load(std::memory_order_acquire); }
+  Vcpu* vcpu(unsigned id) const { return id < kMaxVcpus ? by_id_[id].load(std::memory_order_acquire) : nullptr; }
+  unsigned boot_vcpu() const { return boot_vcpu_; }
+  bool exception_payload() const { return exception_payload_.load(std::memory_order_relaxed); }
+  bool triple_fault_event() const { return triple_fault_event_.load(std::memory_order_relaxed); }
+  bool platform_info_readable() const { return platform_info_.load(std::memory_order_relaxed); }
+  unsigned reserved_ioapic_pins() const { return split_pins_; }
+
+  /// A store by the engine itself. False when it is not writable memory. Any thread; a vCPU's thread is outside
+  /// guest code meanwhile.
+  bool write_memory(Gpa to, const void* from, std::size_t size);
+
+  // VcpuSink
+  void wake(unsigned vcpu, Attention why) override;
+  void nmi(unsigned vcpu) override;
+  void smi(unsigned vcpu) override;
+  void init(unsigned vcpu) override;
+  void sipi(unsigned vcpu, u8 vector) override;
+  void ioapic_eoi(unsigned vcpu, u8 vector) override;
+
+ private:
+  explicit Vm(const Config& config);
+
+  long set_memory_region(u64 arg);
+  long dirty_log(unsigned long request, u64 arg);
+  long enable_cap(u64 arg);
+  long create_irqchip(IrqChip::Mode mode, unsigned pins);
+  long create_pit(u32 flags);
+  long irqchip_ioctl(unsigned long request, u64 arg);
+  long pit_ioctl(unsigned long request, u64 arg);
+  long irq_ioctl(unsigned long request, u64 arg);
+  long clock_ioctl(unsigned long request, u64 arg);
+
+  const Config config_;
+  memory::GuestMemory memory_;
+  PhysicalTracker tracker_{memory_};
+  TimerQueue timers_;
+  TscSync tsc_sync_;
+  KvmClock clock_;
+  ApicBus bus_{*this};
+  IoEventfds ioeventfds_;
+  CoalescedRing coalesced_;
+
+  std::mutex mutex_;
+  std::mutex memory_mutex_;  // one memslot or dirty-log change at a time, with its shootdown
+  unsigned boot_vcpu_ = 0;
+  unsigned split_pins_ = 0;
+  u32 default_tsc_khz_ = 0;
+  u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
+  std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, platform_info_{true};
+  std::atomic<u32> manual_dirty_log_{0};
+
+  // Destroyed in reverse order: first the threads that raise interrupts, then the vCPUs with their LAPICs, then the chips.
+  std::unique_ptr<IrqChip> irqchip_owner_;
+  std::unique_ptr<Pit> pit_owner_;
+  std::vector<std::unique_ptr<Vcpu>> vcpus_;
+  std::unique_ptr<Irqfds> irqfds_;
+  std::atomic<IrqChip*> irqchip_{nullptr};
+  std::atomic<Pit*> pit_{nullptr};
+  std::array<std::atomic<Vcpu*>, kMaxVcpus> by_id_{};
+};
+
+}  // namespace ring3::engine::abi
