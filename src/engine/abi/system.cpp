@@ -110,7 +110,7 @@ class SystemEndpoint final : public kvm::Endpoint {
     if (head.nmsrs != 0 && !user_pointer(at, head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
     for (u32 i = 0; i < head.nmsrs; i++) {
       kvm_msr_entry e;
-      copy_in(at + i * sizeof e, &e);
+      if (!copy_in(at + i * sizeof e, &e)) return -EFAULT;
       u64 value = 0;
       if (!feature_msr(e.index, &value)) return i;
       e.data = value;

@@ -190,7 +190,7 @@ long Vcpu::msrs_ioctl(unsigned long request, u64 arg) {
   if (head.nmsrs != 0 && !user_pointer(at, head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
   for (u32 i = 0; i < head.nmsrs; i++) {
     kvm_msr_entry e;
-    copy_in(at + i * sizeof e, &e);
+    if (!copy_in(at + i * sizeof e, &e)) return -EFAULT;
     if (request == KVM_SET_MSRS) {
       if (!set_one_msr(e.index, e.data)) return i;
     } else {

@@ -193,7 +193,7 @@ long Vm::pit_ioctl(unsigned long request, u64 arg) {
     }
     case KVM_SET_PIT: {
       kvm_pit_state s;
-      copy_in(arg, &s);
+      if (!copy_in(arg, &s)) return -EFAULT;
       return pit()->set_state(s);
     }
     case KVM_GET_PIT2: {
@@ -204,7 +204,7 @@ long Vm::pit_ioctl(unsigned long request, u64 arg) {
     }
     default: {
       kvm_pit_state2 s;
-      copy_in(arg, &s);
+      if (!copy_in(arg, &s)) return -EFAULT;
       return pit()->set_state(s);
     }
   }
