@@ -17,6 +17,9 @@ struct WallClock {
   u32 version, sec, nsec;
 };
 
+// x86 keeps stores in order; only the compiler must be told.
+void order_stores() { std::atomic_signal_fence(std::memory_order_release); }
+
 }  // namespace
 
 TscScale tsc_to_ns_scale(u32 khz) {
@@ -121,7 +124,7 @@ void PvClock::write_msr(u32 index, u64 value, bool host_initiated) {
         wall = {version - 1, static_cast<u32>(base / kNsPerSecond), static_cast<u32>(base % kNsPerSecond)};
       }
       if (!writer_(Gpa(value), &wall, sizeof wall)) break;
-      std::atomic_thread_fence(std::memory_order_release);
+      order_stores();
       (void)writer_(Gpa(value), &version, sizeof version);
       break;
     }
@@ -148,9 +151,9 @@ void PvClock::update() {
   stopped_ = false;
   // The version goes odd before anything else changes, even after all of it has.
   if (!writer_(page, &info.version, sizeof info.version)) return;
-  std::atomic_thread_fence(std::memory_order_release);
+  order_stores();
   if (!writer_(page, &info, sizeof info)) return;
-  std::atomic_thread_fence(std::memory_order_release);
+  order_stores();
   version_ += 2;
   (void)writer_(page, &version_, sizeof version_);
 }
@@ -215,14 +218,14 @@ void StealTime::update_to(u64 run_delay_ns) {
   const Gpa record(msr_ & ~0x3full);
   const u32 odd = version_ + 1;
   if (!writer_(record + 8, &odd, sizeof odd)) return;
-  std::atomic_thread_fence(std::memory_order_release);
+  order_stores();
   const u32 flags = 0;
   const u8 preempted = 0;
   if (!writer_(record, &steal_, sizeof steal_) || !writer_(record + 12, &flags, sizeof flags) ||
       !writer_(record + 16, &preempted, sizeof preempted)) {
     return;
   }
-  std::atomic_thread_fence(std::memory_order_release);
+  order_stores();
   version_ += 2;
   (void)writer_(record + 8, &version_, sizeof version_);
 }
