@@ -35,7 +35,7 @@ struct Outcome {
     kPoweredOff,   ///< the guest asked for it (ACPI S5)
     kReboot,       ///< the guest reset itself and MachineConfig::reboot is false
     kPanic,        ///< the guest said so through pvpanic
-    kTripleFault,  ///< a vCPU shut down (KVM_EXIT_SHUTDOWN)
+    kTripleFault,  ///< a vCPU shut down, or executed what this KVM cannot emulate
     kTestExit,     ///< the test device's exit port; `status` holds value*2+1, low 8 bits
     kStopped,      ///< request_stop(), or the console said so
     kHostError,    ///< KVM or the host failed; `message` says what. Registers are in the log.
