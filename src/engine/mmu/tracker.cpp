@@ -188,8 +188,6 @@ void TrackerCore::slots_changed() {
 
 void TrackerCore::host_wrote(Gpa gpa, u64 size) {
   const auto table = memory_.table();
-  // The bytes were stored before; a decoder sets the code bit before it reads them.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
   for (u64 done = 0; done < size;) {
     const Gpa at = gpa + done;
     const u64 n = std::min(size - done, kPageSize - at.page_offset());
@@ -197,7 +195,9 @@ void TrackerCore::host_wrote(Gpa gpa, u64 size) {
     const Slot* slot = table->find(at);
     if (slot == nullptr) continue;
     const Gpa page = key(*table, *slot, at.page());
-    if ((word(page).load(std::memory_order_seq_cst) & kCode) == 0) continue;
+    // A read-modify-write, to stand after the stores of the bytes: a decoder sets the code bit in the same
+    // way before it reads them, so either it reads the new bytes or its bit is seen here.
+    if ((word(page).fetch_or(0, std::memory_order_seq_cst) & kCode) == 0) continue;
     code_stored(page, at.page_offset(), static_cast<unsigned>(n), ~0u, [](Gpa, unsigned) {});
   }
 }
