@@ -117,7 +117,7 @@ class Interactive(Guest):
             at = terminal.expect(rb"Stopped", since=at, timeout=60)
             self.assertIsNotNone(at, terminal.output[-1000:])
             at = terminal.expect(prompt, since=at)
-            terminal.type(b"kill %1; cat | wc -c\r")
+            terminal.type(b"kill -9 %1; cat | wc -c\r")
             time.sleep(2)
             terminal.type(b"12345\r\x04")
             at = terminal.expect(rb"\n6\r*\n", since=at, timeout=60)
