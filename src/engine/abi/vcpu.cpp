@@ -2,6 +2,7 @@
 
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/signalfd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -233,6 +234,14 @@ long Vcpu::set_signal_mask(u64 arg) {
   }
   sigdelset(&sigmask_, SIGKILL);
   sigdelset(&sigmask_, SIGSTOP);
+  sigset_t through;
+  sigemptyset(&through);
+  for (int n = 1; n <= 64; n++) {
+    if (!sigismember(&sigmask_, n) && n != SIGKILL && n != SIGSTOP) sigaddset(&through, n);
+  }
+  const int fd = ::signalfd(signal_fd_.get(), &through, SFD_CLOEXEC | SFD_NONBLOCK);
+  if (fd < 0) return -errno;
+  if (fd != signal_fd_.get()) signal_fd_.reset(fd);
   have_sigmask_ = true;
   return 0;
 }

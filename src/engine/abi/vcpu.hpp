@@ -120,6 +120,7 @@ class Vcpu {
   void update_guest_time(bool after_wait);
   long internal_error(u32 suberror);
   void apply_payload();
+  void collect_nmis();
 
   // vcpu_state_io.cpp
   void get_regs(kvm_regs* out) const;
@@ -177,7 +178,8 @@ class Vcpu {
   u32 guest_debug_ = 0;
   bool have_sigmask_ = false;
   sigset_t sigmask_{};
-  sigset_t caller_mask_{};           // during KVM_RUN: the mask while waiting
+  sigset_t thread_mask_{};           // during KVM_RUN: the thread's own mask
+  UniqueFd signal_fd_;               // readable when a signal that sigmask_ lets through is pending
   u64 vapic_addr_ = 0;
   u64 last_steal_ns_ = 0;
   u64 arch_capabilities_, platform_info_ = 0, misc_features_ = 0, power_ctl_ = 0, smi_count_ = 0, poll_control_ = 1,

@@ -16,19 +16,19 @@ namespace {
 /// ends with EINTR, as the kernel's does. Faults of the process itself stay deliverable.
 class SignalGuard {
  public:
-  explicit SignalGuard(sigset_t* caller_mask) : caller_mask_(caller_mask) {
+  explicit SignalGuard(sigset_t* thread_mask) : thread_mask_(thread_mask) {
     sigset_t blocked;
     sigfillset(&blocked);
     for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, s);
-    pthread_sigmask(SIG_SETMASK, &blocked, caller_mask_);
-    saved_ = *caller_mask_;
+    pthread_sigmask(SIG_SETMASK, &blocked, thread_mask_);
+    saved_ = *thread_mask_;
   }
   ~SignalGuard() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
   SignalGuard(const SignalGuard&) = delete;
   SignalGuard& operator=(const SignalGuard&) = delete;
 
  private:
-  sigset_t* caller_mask_;
+  sigset_t* thread_mask_;
   sigset_t saved_;
 };
 
@@ -42,7 +42,7 @@ bool Vcpu::signal_pending() const {
   sigset_t pending;
   if (sigpending(&pending) != 0) return false;
   for (int n = 1; n < NSIG; n++) {
-    if (sigismember(&pending, n) == 1 && sigismember(&caller_mask_, n) == 0) return true;
+    if (sigismember(&pending, n) == 1 && sigismember(have_sigmask_ ? &sigmask_ : &thread_mask_, n) == 0) return true;
   }
   return false;
 }
@@ -52,8 +52,12 @@ bool Vcpu::wait() {
   waiting_.store(1, std::memory_order_seq_cst);
   bool no_signal = true;
   if (attention.load(std::memory_order_seq_cst) == 0 && !immediate_exit(*run_page())) {
-    pollfd fd{wake_fd_.get(), POLLIN, 0};
-    no_signal = ::ppoll(&fd, 1, nullptr, &caller_mask_) >= 0 || errno != EINTR;
+    // With KVM_SET_SIGNAL_MASK a signal ends the wait although the thread blocks it; it then stays pending for the VMM.
+    sigset_t mask = thread_mask_;
+    if (have_sigmask_) sigorset(&mask, &thread_mask_, &sigmask_);
+    pollfd fds[2] = {{wake_fd_.get(), POLLIN, 0}, {signal_fd_.get(), POLLIN, 0}};
+    const int n = ::ppoll(fds, have_sigmask_ ? 2 : 1, nullptr, &mask);
+    no_signal = n >= 0 ? !(have_sigmask_ && (fds[1].revents & POLLIN)) : errno != EINTR;
   }
   waiting_.store(0, std::memory_order_seq_cst);
   u64 drained;
@@ -109,6 +113,13 @@ void Vcpu::apply_payload() {
   e.payload = 0;
 }
 
+void Vcpu::collect_nmis() {
+  if (nmis_.load(std::memory_order_relaxed) == 0) return;
+  const u32 n = state_.nmi_pending + nmis_.exchange(0);
+  const u32 limit = state_.nmi_blocked || nmi_injected_ ? 1 : 2;  // one in service, one waiting
+  state_.nmi_pending = static_cast<u8>(n < limit ? n : limit);
+}
+
 /// False: the VMM is needed, or the guest is dead (triple_fault_pending_); the event stays where it was.
 bool Vcpu::deliver(const Event& event) {
   switch (interp_->inject(event)) {
@@ -152,11 +163,7 @@ bool Vcpu::inject_events(bool* want_window) {
     if (!deliver(event)) return false;
     state_.injected_interrupt = false;
   }
-  if (nmis_.load(std::memory_order_relaxed) != 0) {
-    const u32 n = state_.nmi_pending + nmis_.exchange(0);
-    const u32 limit = state_.nmi_blocked ? 1 : 2;  // one in service, one waiting
-    state_.nmi_pending = static_cast<u8>(n < limit ? n : limit);
-  }
+  collect_nmis();
   if (state_.nmi_pending != 0 && nmi_allowed()) {
     state_.nmi_pending--;
     nmi_injected_ = true;
@@ -169,7 +176,8 @@ bool Vcpu::inject_events(bool* want_window) {
   }
   if (has_interrupt()) {
     if (!interrupt_allowed()) {
-      *want_window = true;
+      // The guest's own RFLAGS and shadows tell when; a debugger that blocks interrupts ends that itself.
+      *want_window = !(guest_debug_ & KVM_GUESTDBG_BLOCKIRQ);
       return true;
     }
     int vector;
@@ -301,7 +309,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
       *result = 0;
       return Step::Exit;
     }
-    window = true;
+    window = !(guest_debug_ & KVM_GUESTDBG_BLOCKIRQ);
   }
   want_window_ = window;
   return Step::Run;
@@ -317,14 +325,8 @@ long Vcpu::run_loop() {
       case Step::Exit: return result;
       case Step::Run: break;
     }
-    const bool replaying = env_.replaying;
-    const u64 rip = state_.rip;
-    const bool shadow = state_.sti_shadow || state_.mov_ss_shadow;
     c.interrupt_window = want_window_;
-    const Interpreter::Result r = interp_->run(replaying || shadow ? 1 : vm_.config().quantum);
-    // The instruction is over, unless it needs the VMM again or was not even begun.
-    if (replaying && env_.replaying && r != Interpreter::Result::Exit && state_.rip != rip) env_.drop();
-    switch (r) {
+    switch (interp_->run(vm_.config().quantum)) {
       case Interpreter::Result::Attention: break;
       case Interpreter::Result::Budget:
         look_for_signals_ = true;
@@ -364,8 +366,7 @@ void Vcpu::fill_exit_state() {
 
 long Vcpu::run() {
   kvm_run& run = *run_page();
-  SignalGuard guard(&caller_mask_);
-  if (have_sigmask_) caller_mask_ = sigmask_;
+  SignalGuard guard(&thread_mask_);
   has_run_ = true;
   run.flags = 0;
   long result;

@@ -323,7 +323,7 @@ int Vcpu::set_debugregs(const kvm_debugregs& in) {
 
 void Vcpu::get_events(kvm_vcpu_events* out) {
   std::memset(out, 0, sizeof *out);
-  state_.nmi_pending = static_cast<u8>(std::min<u32>(2, state_.nmi_pending + nmis_.exchange(0)));
+  collect_nmis();
   const PendingException& e = state_.exception;
   // Without the payload capability a pending exception reads as an injected one, so its side effects happen now.
   if (e.pending && !exception_injected_ && !vm_.exception_payload()) apply_payload();
@@ -364,7 +364,7 @@ int Vcpu::set_events(const kvm_vcpu_events& in) {
   if ((in.flags & KVM_VCPUEVENT_VALID_SMM) && (in.smi.smm || in.smi.pending || in.smi.smm_inside_nmi)) return -EINVAL;
   if ((in.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT) && !vm_.triple_fault_event()) return -EINVAL;
 
-  state_.nmi_pending = static_cast<u8>(std::min<u32>(2, state_.nmi_pending + nmis_.exchange(0)));
+  collect_nmis();
   PendingException& e = state_.exception;
   e.pending = injected || pending;
   exception_injected_ = injected;

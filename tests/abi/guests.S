@@ -1,0 +1,480 @@
+# Guests of the ABI tests. Real-mode ones run at 0:0x1000 (CS, DS, ES, SS base 0), stack below 0x8000.
+# Results go to 0x500 and on; port 0xf4 ends a guest.
+    .section .rodata
+    .macro guest name
+    .balign 16
+    .global guest_\name, guest_\name\()_end
+guest_\name:
+    .set base_\name, guest_\name
+    .endm
+    .macro end_guest name
+guest_\name\()_end:
+    .endm
+    # Address of a label of guest \g, loaded at 0x1000.
+    .set LOAD, 0x1000
+
+# ---- ports and device memory ----
+    .code16
+guest pio
+    movb $0x42, %al
+    outb %al, $0x80
+    inb $0x81, %al
+    movb %al, 0x500
+    movw $0x1234, %dx
+    inw %dx, %ax
+    movw %ax, 0x502
+    inl %dx, %eax
+    movl %eax, 0x504
+    movl $0x89abcdef, %eax
+    outl %eax, %dx
+    movw $0x600, %si          # the test's bytes
+    movw $5, %cx
+    movw $0x3f8, %dx
+    cld
+    rep outsb
+    movw $0x700, %di
+    movw $3, %cx
+    rep insw
+    outb %al, $0xf4
+    hlt
+end_guest pio
+
+guest mmio                    # ES = 0xa000: nothing but devices; DS = 0x7000: RAM that ends at 0x80000
+    movl $0x11223344, %eax
+    movl %eax, %es:0x10
+    movl %es:0x20, %ebx
+    movl %ebx, 0x500
+    addl %eax, %es:0x30       # read, modify, write
+    movl %es:0xffe, %ecx      # across two device pages
+    movl %ecx, 0x504
+    movl %eax, %es:0xffe
+    movb %es:0x40, %dl
+    movb %dl, 0x508
+    pushw %ds
+    movw $0x7000, %bx
+    movw %bx, %ds
+    movl 0xfffe, %ecx         # two bytes of RAM, two of a device
+    popw %ds
+    movl %ecx, 0x50c
+    cld
+    pushw %ds
+    pushw %es
+    movw $0xa000, %bx         # string move out of device memory
+    movw %bx, %ds
+    xorw %bx, %bx
+    movw %bx, %es
+    movw $0x50, %si
+    movw $0x510, %di
+    movw $3, %cx
+    rep movsw
+    popw %es
+    popw %ds
+    movw %ss, %bx             # push to and pop from device memory
+    movw %sp, %bp
+    movw $0xa000, %cx
+    movw %cx, %ss
+    movw $0x100, %sp
+    pushw %ax
+    popw %cx
+    movw %bx, %ss
+    movw %bp, %sp
+    movw %cx, 0x520
+    outb %al, $0xf4
+    hlt
+end_guest mmio
+
+guest hlt
+    hlt
+    movb $0x55, 0x500
+    outb %al, $0xf4
+    hlt
+end_guest hlt
+
+guest spin
+    incl 0x500
+    jmp guest_spin
+end_guest spin
+
+guest idle                    # IF clear: nothing but the VMM ends it
+1:  hlt
+    jmp 1b
+end_guest idle
+
+guest triple
+    lidtw 0x600               # zeros: a limit of 0
+    int $0x20
+end_guest triple
+
+guest step
+    nop
+    incw %ax
+    movw $0x1234, %bx
+    jmp 1f
+    nop
+1:  pushw %bx
+    popw %cx
+    int3
+    hlt
+end_guest step
+
+guest window                  # interrupts come from KVM_INTERRUPT, vector 0x21
+    movw $1f - guest_window + LOAD, 0x21 * 4
+    movw $0, 0x21 * 4 + 2
+    movw $1000, %cx
+2:  loop 2b                   # the window is closed for a while
+    sti
+    nop
+    cli
+    movb $1, 0x501
+    movw $1000, %cx
+3:  loop 3b
+    sti
+4:  cmpb $2, 0x500
+    jne 4b
+    outb %al, $0xf4
+1:  incb 0x500
+    iretw
+end_guest window
+
+# ---- interrupts ----
+# The vectors 0x20 (count at 0x500), 0x30 (0x504) and NMI (0x508); the 8259s at 0x20 and 0x28.
+guest irq
+    xorw %ax, %ax
+    movw $irq20 - guest_irq + LOAD, 0x20 * 4
+    movw %ax, 0x20 * 4 + 2
+    movw $irq24 - guest_irq + LOAD, 0x24 * 4
+    movw %ax, 0x24 * 4 + 2
+    movw $irq30 - guest_irq + LOAD, 0x30 * 4
+    movw %ax, 0x30 * 4 + 2
+    movw $nmi - guest_irq + LOAD, 2 * 4
+    movw %ax, 2 * 4 + 2
+    movb $0x11, %al
+    outb %al, $0x20
+    outb %al, $0xa0
+    movb $0x20, %al
+    outb %al, $0x21
+    movb $0x28, %al
+    outb %al, $0xa1
+    movb $4, %al
+    outb %al, $0x21
+    movb $2, %al
+    outb %al, $0xa1
+    movb $1, %al
+    outb %al, $0x21
+    outb %al, $0xa1
+    movb 0x600, %al           # the test's mask
+    outb %al, $0x21
+    movb $0xff, %al
+    outb %al, $0xa1
+    # x2APIC on, software enable, LINT0 = ExtINT
+    movl $0x1b, %ecx
+    rdmsr
+    orl $0xc00, %eax
+    wrmsr
+    movl $0x80f, %ecx
+    xorl %edx, %edx
+    movl $0x1ff, %eax
+    wrmsr
+    movl $0x835, %ecx
+    movl $0x700, %eax
+    wrmsr
+    cmpb $1, 0x601            # 1: PIT at about 1 kHz
+    jne 1f
+    movb $0x34, %al
+    outb %al, $0x43
+    movb $0xa9, %al
+    outb %al, $0x40
+    movb $4, %al
+    outb %al, $0x40
+1:  cmpb $2, 0x601            # 2: LAPIC timer, periodic, 1 ms
+    jne 1f
+    movl $0x83e, %ecx
+    movl $0xb, %eax
+    wrmsr
+    movl $0x832, %ecx
+    movl $0x20030, %eax
+    wrmsr
+    movl $0x838, %ecx
+    movl $1000000, %eax
+    wrmsr
+1:  cmpb $3, 0x601            # 3: TSC deadline, one shot
+    jne 1f
+    movl $0x832, %ecx
+    xorl %edx, %edx
+    movl $0x40030, %eax
+    wrmsr
+    rdtsc
+    addl $3000000, %eax
+    adcl $0, %edx
+    movl $0x6e0, %ecx
+    wrmsr
+1:  outb %al, $0x90           # ready
+2:  sti
+    hlt
+    cli
+    movl 0x500, %eax
+    addl 0x504, %eax
+    addl 0x508, %eax
+    cmpl 0x604, %eax          # how many events end it
+    jb 2b
+    outb %al, $0xf4
+    hlt
+irq20:
+    incl 0x500
+    pushw %ax
+    movb $0x20, %al
+    outb %al, $0x20
+    popw %ax
+    iretw
+irq24:
+    incl 0x500
+    pushw %ax
+    outb %al, $0x91           # the VMM lowers the line
+    movb $0x20, %al
+    outb %al, $0x20
+    popw %ax
+    iretw
+irq30:
+    incl 0x504
+    pushal
+    movl $0x80b, %ecx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    wrmsr
+    popal
+    iretw
+nmi:
+    incl 0x508
+    outb %al, $0x92           # a second NMI arrives here and must wait
+    incl 0x50c
+    iretw
+end_guest irq
+
+# Two vCPUs: the first starts the second (code at 0x9000 is `ap`) and they send each other 0x604 interrupts.
+guest bsp
+    xorw %ax, %ax
+    movw $1f - guest_bsp + LOAD, 0x30 * 4
+    movw %ax, 0x30 * 4 + 2
+    movl $0x1b, %ecx
+    rdmsr
+    orl $0xc00, %eax
+    wrmsr
+    movl $0x80f, %ecx
+    xorl %edx, %edx
+    movl $0x1ff, %eax
+    wrmsr
+    movl $0x830, %ecx
+    movl $1, %edx
+    movl $0x4500, %eax        # INIT
+    wrmsr
+    movl $0x4609, %eax        # start-up at 0x9000, twice
+    wrmsr
+    wrmsr
+2:  sti
+    hlt
+    cli
+    movl 0x504, %eax
+    cmpl 0x604, %eax
+    jb 2b
+    outb %al, $0xf4
+    hlt
+1:  incl 0x504
+    pushal
+    movl $0x80b, %ecx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    wrmsr
+    movl $0x830, %ecx
+    movl $1, %edx
+    movl $0x4031, %eax
+    wrmsr
+    popal
+    iretw
+end_guest bsp
+
+guest ap
+    movw %cs, %ax
+    movw %ax, 0x510
+    xorw %ax, %ax
+    movw %ax, %ds
+    movw %ax, %ss
+    movw $0x7000, %sp
+    movw %cs, 0x510
+    movw $1f - guest_ap, 0x31 * 4
+    movw %cs, 0x31 * 4 + 2
+    movl $0x1b, %ecx
+    rdmsr
+    orl $0xc00, %eax
+    wrmsr
+    movl $0x80f, %ecx
+    xorl %edx, %edx
+    movl $0x1ff, %eax
+    wrmsr
+    movl $0x830, %ecx
+    xorl %edx, %edx
+    movl $0x4030, %eax        # the first ball
+    wrmsr
+2:  sti
+    hlt
+    jmp 2b
+1:  incl 0x508
+    pushal
+    movl $0x80b, %ecx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    wrmsr
+    movl $0x830, %ecx
+    xorl %edx, %edx
+    movl $0x4030, %eax
+    wrmsr
+    popal
+    iretw
+end_guest ap
+
+# ---- memory ----
+guest dirty                   # writes a byte to every page listed at 0x600 (words, frame numbers), then to port 0xf4
+    cld
+    movw $0x600, %si
+1:  lodsw
+    testw %ax, %ax
+    jz 2f
+    shlw $8, %ax
+    movw %ax, %es
+    movb $0x5a, %es:0x123
+    jmp 1b
+2:  outb %al, $0xf4
+    movw $0x600, %si
+    jmp 1b
+end_guest dirty
+
+guest watch                   # copies what stands at 0x20000 to 0x500, for ever
+    movw $0x2000, %ax
+    movw %ax, %es
+1:  movl %es:0, %eax
+    movl %eax, 0x500
+    incl 0x504
+    jmp 1b
+end_guest watch
+
+guest doorbell
+    movw $0xa000, %ax
+    movw %ax, %es
+    movw $100, %cx
+1:  movw %cx, %es:0x50        # any value
+    movl $7, %es:0x54         # datamatch 7
+    movw $0x5000, %dx
+    movl $3, %eax
+    outl %eax, %dx
+    movb %cl, %es:0x800       # a coalesced zone
+    loop 1b
+    movl $8, %es:0x54         # no match: an exit
+    outb %al, $0xf4
+    hlt
+end_guest doorbell
+
+# ---- protected and long mode ----
+# Integer, x87 and SSE state in motion, in ring 0; EBX rounds. The result goes out at port 0xf5.
+    .code32
+guest work32
+    movl $0x12345678, %eax
+    fninit
+    fld1
+    cvtsi2sd %eax, %xmm1
+    pxor %xmm2, %xmm2
+    xorl %edx, %edx
+1:  movl %eax, %ecx
+    shll $13, %ecx
+    xorl %ecx, %eax
+    movl %eax, %ecx
+    shrl $17, %ecx
+    xorl %ecx, %eax
+    movl %eax, %ecx
+    shll $5, %ecx
+    xorl %ecx, %eax
+    movl %eax, %ecx
+    andl $0xffc, %ecx
+    addl %eax, 0x20000(%ecx)
+    adcl 0x20000(%ecx), %edx
+    pushl %edx
+    fiaddl (%esp)
+    addl $4, %esp
+    fld1
+    faddp
+    cvtsi2sd %edx, %xmm3
+    addsd %xmm3, %xmm1
+    movd %eax, %xmm4
+    paddd %xmm4, %xmm2
+    rdtsc
+    movl 0x20000(%ecx), %edx
+    movl %edx, %eax
+    xorl %ebx, %eax
+    decl %ebx
+    jnz 1b
+    fistpl 0x21000
+    movsd %xmm1, 0x21008
+    movdqa %xmm2, 0x21010
+    outb %al, $0xf4
+    hlt
+end_guest work32
+
+    .code64
+guest work64
+    movabsq $0x123456789abcdef1, %rax
+    movq %rax, %r15
+    xorq %r14, %r14
+    pxor %xmm9, %xmm9
+1:  movq %r15, %rcx
+    shlq $13, %rcx
+    xorq %rcx, %r15
+    movq %r15, %rcx
+    shrq $7, %rcx
+    xorq %rcx, %r15
+    movq %r15, %rcx
+    shlq $17, %rcx
+    xorq %rcx, %r15
+    movq %r15, %rcx
+    andl $0xff8, %ecx
+    leaq 0x20000(%rcx), %rdi
+    addq %r15, (%rdi)
+    adcq (%rdi), %r14
+    pushq %r14
+    popq %rdx
+    movq %rdx, %xmm8
+    paddq %xmm8, %xmm9
+    decl %ebx
+    jnz 1b
+    movq %r14, 0x21000
+    movdqu %xmm9, 0x21008
+    movq %r15, 0x21018
+    outb %al, $0xf4
+    hlt
+end_guest work64
+
+guest hypercall
+    movl $0x4b564d01, %ecx    # kvmclock page at 0x22000
+    xorl %edx, %edx
+    movl $0x22001, %eax
+    wrmsr
+    movl $1, %eax             # VAPIC_POLL_IRQ: 0
+    vmcall
+    movq %rax, 0x21000
+    movl $999, %eax           # unknown: -1000
+    vmmcall
+    movq %rax, 0x21008
+    rdtsc
+    shlq $32, %rdx
+    orq %rdx, %rax
+    movq %rax, 0x21010
+    movl $0x10, %ecx
+    rdmsr
+    shlq $32, %rdx
+    orq %rdx, %rax
+    movq %rax, 0x21018
+    movl $0x40000000, %eax
+    cpuid
+    movl %ebx, 0x21020
+    outb %al, $0xf4
+    hlt
+end_guest hypercall
+
+    .section .note.GNU-stack,"",@progbits

@@ -1,0 +1,393 @@
+// Interrupts: 8259, PIT, LAPIC timers, lines, MSI, irqfds, NMI, IPIs between vCPUs; waiting and waking.
+#include <pthread.h>
+#include <signal.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "harness.hpp"
+
+namespace ring3::abitest {
+namespace {
+
+using namespace std::chrono_literals;
+
+class Interrupts : public AbiTest {};
+INSTANTIATE_TEST_SUITE_P(Providers, Interrupts, testing::Values(Provider::Soft, Provider::Kernel), provider_name);
+
+#define HARDWARE_OR_SOFT SOFT_ONLY("a paravirtual /dev/kvm runs real mode with the x2APIC in its own way")
+
+/// Ends a KVM_RUN that takes too long, so that a lost interrupt fails a test and does not hang it.
+class Watchdog {
+ public:
+  explicit Watchdog(Vcpu& vcpu, std::chrono::milliseconds limit = 20s)
+      : thread_([this, &vcpu, limit] {
+          const auto end = std::chrono::steady_clock::now() + limit;
+          while (!done_.load()) {
+            if (std::chrono::steady_clock::now() > end) {
+              vcpu.kick();
+              return;
+            }
+            std::this_thread::sleep_for(2ms);
+          }
+        }) {}
+  ~Watchdog() {
+    done_.store(true);
+    thread_.join();
+  }
+
+ private:
+  std::atomic<bool> done_{false};
+  std::thread thread_;
+};
+
+void expect_ready(TestVm& m) {
+  ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+  ASSERT_EQ(m.vcpu().run_page().io.port, 0x90);
+}
+
+void prepare(TestVm& m, u8 pic_mask, u8 timer, u32 events) {
+  m.start_real(guests::irq);
+  m.put<u8>(0x600, pic_mask);
+  m.put<u8>(0x601, timer);
+  m.put<u32>(0x604, events);
+  expect_ready(m);
+}
+
+TEST_P(Interrupts, Pit) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true, .pit = true});
+  Watchdog dog(m.vcpu());
+  const auto begin = std::chrono::steady_clock::now();
+  prepare(m, 0xfe, 1, 20);
+  m.expect_end();
+  EXPECT_GE(m.at<u32>(0x500), 20u);
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, 15ms);
+}
+
+TEST_P(Interrupts, LapicTimer) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  const auto begin = std::chrono::steady_clock::now();
+  prepare(m, 0xff, 2, 10);
+  m.expect_end();
+  EXPECT_GE(m.at<u32>(0x504), 10u);
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, 8ms);
+}
+
+TEST_P(Interrupts, TscDeadline) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  prepare(m, 0xff, 3, 1);
+  m.expect_end();
+  EXPECT_EQ(m.at<u32>(0x504), 1u);
+}
+
+TEST_P(Interrupts, LineThroughThePic) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  prepare(m, 0xef, 0, 10);  // IRQ 4, edge
+  for (u32 i = 0; i < 10; i++) {
+    ASSERT_TRUE(m.vm().irq_line(4, true).ok());
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+    ASSERT_EQ(m.vcpu().run_page().io.port, 0x91);
+    EXPECT_EQ(m.at<u32>(0x500), i + 1);
+    ASSERT_TRUE(m.vm().irq_line(4, false).ok());
+  }
+  m.expect_end();
+  kvm_irq_level line{};
+  line.irq = 4;
+  line.level = 1;
+  EXPECT_EQ(m.vm().endpoint().ioctl(KVM_IRQ_LINE_STATUS, arg(line)), 0);
+}
+
+TEST_P(Interrupts, Msi) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  prepare(m, 0xff, 0, 50);
+  std::thread sender([&] {
+    kvm_msi msi{};
+    msi.address_lo = 0xfee00000;
+    msi.data = 0x30;
+    u32 seen = 0;
+    while (seen < 50) {
+      EXPECT_GE(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), 0);
+      while (__atomic_load_n(reinterpret_cast<u32*>(m.ram() + 0x504), __ATOMIC_ACQUIRE) == seen) std::this_thread::yield();
+      seen = __atomic_load_n(reinterpret_cast<u32*>(m.ram() + 0x504), __ATOMIC_ACQUIRE);
+    }
+  });
+  m.expect_end();
+  sender.join();
+  EXPECT_GE(m.at<u32>(0x504), 50u);
+}
+
+TEST_P(Interrupts, Irqfd) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  prepare(m, 0xff, 0, 50);
+  kvm_irq_routing_entry route{};
+  route.gsi = 30;
+  route.type = KVM_IRQ_ROUTING_MSI;
+  route.u.msi.address_lo = 0xfee00000;
+  route.u.msi.data = 0x30;
+  ASSERT_TRUE(m.vm().set_gsi_routing({&route, 1}).ok());
+  const int fd = eventfd_make();
+  kvm_irqfd irqfd{};
+  irqfd.fd = static_cast<u32>(fd);
+  irqfd.gsi = 30;
+  ASSERT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  EXPECT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), -EBUSY);
+  std::thread sender([&] {
+    for (u32 seen = 0; seen < 50;) {
+      const u64 one = 1;
+      EXPECT_EQ(::write(fd, &one, 8), 8);
+      while (__atomic_load_n(reinterpret_cast<u32*>(m.ram() + 0x504), __ATOMIC_ACQUIRE) == seen) std::this_thread::yield();
+      seen = __atomic_load_n(reinterpret_cast<u32*>(m.ram() + 0x504), __ATOMIC_ACQUIRE);
+    }
+  });
+  m.expect_end();
+  sender.join();
+  irqfd.flags = KVM_IRQFD_FLAG_DEASSIGN;
+  EXPECT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  const u32 before = m.at<u32>(0x504);
+  const u64 one = 1;
+  EXPECT_EQ(::write(fd, &one, 8), 8);
+  std::this_thread::sleep_for(5ms);
+  EXPECT_EQ(m.at<u32>(0x504), before);
+  irqfd.flags = 1 << 8;
+  EXPECT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), -EINVAL);
+  ::close(fd);
+}
+
+// A level-triggered irqfd with resampling: the line goes down at the EOI and the VMM is told.
+TEST_P(Interrupts, IrqfdResample) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  prepare(m, 0xff, 0, 3);
+  // IOAPIC pin 20: vector 0x30, level, to APIC 0.
+  kvm_irqchip chip{};
+  chip.chip_id = KVM_IRQCHIP_IOAPIC;
+  ASSERT_TRUE(m.vm().get_irqchip(chip).ok());
+  chip.chip.ioapic.redirtbl[20].bits = 0x30 | 1u << 15;
+  ASSERT_TRUE(m.vm().set_irqchip(chip).ok());
+  const int fd = eventfd_make(), resample = eventfd_make();
+  kvm_irqfd irqfd{};
+  irqfd.fd = static_cast<u32>(fd);
+  irqfd.resamplefd = static_cast<u32>(resample);
+  irqfd.gsi = 20;
+  irqfd.flags = KVM_IRQFD_FLAG_RESAMPLE;
+  ASSERT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  std::atomic<bool> stop{false};
+  std::atomic<u64> told{0};
+  std::thread device([&] {
+    const u64 one = 1;
+    EXPECT_EQ(::write(fd, &one, 8), 8);
+    while (!stop.load()) {
+      u64 n = 0;
+      if (::read(resample, &n, 8) == 8) {
+        told += n;
+        if (told < 3) {
+          EXPECT_EQ(::write(fd, &one, 8), 8);
+        }
+      }
+      std::this_thread::yield();
+    }
+  });
+  m.expect_end();
+  EXPECT_EQ(m.at<u32>(0x504), 3u);
+  for (int i = 0; i < 1000 && told < 3; i++) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(told.load(), 3u);
+  stop.store(true);
+  device.join();
+  ::close(fd);
+  ::close(resample);
+}
+
+TEST_P(Interrupts, Nmi) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  prepare(m, 0xff, 0, 2);
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_NMI, 0), 0);
+  ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+  ASSERT_EQ(m.vcpu().run_page().io.port, 0x92);
+  EXPECT_EQ(m.at<u32>(0x508), 1u);
+  // Inside the handler: two more merge into one, which waits for IRET.
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_NMI, 0), 0);
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_NMI, 0), 0);
+  auto events = m.vcpu().vcpu_events();
+  ASSERT_TRUE(events.ok());
+  EXPECT_EQ(events->nmi.masked, 1);
+  ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+  ASSERT_EQ(m.vcpu().run_page().io.port, 0x92);
+  EXPECT_EQ(m.at<u32>(0x508), 2u);
+  EXPECT_EQ(m.at<u32>(0x50c), 1u);  // the first handler had ended
+  m.expect_end();
+  EXPECT_EQ(m.at<u32>(0x508), 2u);
+}
+
+TEST_P(Interrupts, StartupAndIpisBetweenTwoVcpus) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true, .vcpus = 2});
+  m.start_real(guests::bsp);
+  m.load(guests::ap, 0x9000);
+  constexpr u32 kRounds = 2000;
+  m.put<u32>(0x604, kRounds);
+  auto state = m.vcpu(1).mp_state();
+  ASSERT_TRUE(state.ok());
+  EXPECT_EQ(state->mp_state, u32{KVM_MP_STATE_UNINITIALIZED});
+  std::atomic<bool> stop{false};
+  std::thread ap([&] {
+    while (!stop.load()) {
+      const int r = m.vcpu(1).run();
+      EXPECT_TRUE(r == -EAGAIN || r == -EINTR) << r;
+      if (r != -EAGAIN && r != -EINTR) return;
+    }
+  });
+  {
+    Watchdog dog(m.vcpu());
+    m.expect_end();
+  }
+  stop.store(true);
+  m.vcpu(1).kick();
+  ap.join();
+  EXPECT_EQ(m.at<u32>(0x504), kRounds);
+  EXPECT_GE(m.at<u32>(0x508), kRounds - 1);
+  EXPECT_EQ(m.at<u16>(0x510), 0x900);
+}
+
+// ---- waiting, kicks, signals ----
+
+TEST_P(Interrupts, KicksAreNeverLost) {
+  TestVm m(system(), {.irqchip = soft()});
+  constexpr int kKicks = 10000;
+  for (const Guest* g : {&guests::spin, &guests::idle}) {
+    if (g == &guests::idle && !soft()) continue;
+    const int kicks = soft() ? kKicks : 200;
+    m.start_real(*g);
+    std::atomic<int> taken{0}, asked{0};
+    std::atomic<bool> bad{false};
+    std::thread runner([&] {
+      while (taken.load() < kicks) {
+        const int r = m.vcpu().run();
+        if (r != -EINTR) bad = true;
+        if (bad) return;
+        // Not before the kick that ended it: a spurious EINTR takes nobody's turn.
+        if (!m.vcpu().run_page().immediate_exit) continue;
+        m.vcpu().clear_kick();
+        taken++;
+      }
+    });
+    const auto limit = std::chrono::steady_clock::now() + 60s;
+    for (int i = 0; i < kicks && !bad; i++) {
+      // At every phase of the runner: entering, running, halting, leaving.
+      for (int spin = 0; spin < (i * 37) % 500; spin++) __builtin_ia32_pause();
+      m.vcpu().kick();
+      while (taken.load() <= i && !bad) {
+        ASSERT_LT(std::chrono::steady_clock::now(), limit) << "kick " << i << " was lost";
+      }
+    }
+    runner.join();
+    EXPECT_FALSE(bad.load());
+  }
+}
+
+void ignore_signal(int) {}
+
+TEST_P(Interrupts, SignalsEndKvmRun) {
+  SOFT_ONLY("the kernel's own behaviour");
+  struct sigaction action {};
+  action.sa_handler = ignore_signal;
+  struct sigaction old {};
+  sigaction(SIGUSR1, &action, &old);
+  TestVm m(system(), {.irqchip = true});
+  for (const Guest* g : {&guests::spin, &guests::idle}) {
+    m.start_real(*g);
+    for (int i = 0; i < 50; i++) {
+      std::atomic<bool> returned{false};
+      const pthread_t self = pthread_self();
+      std::thread sender([&] {
+        std::this_thread::sleep_for(std::chrono::microseconds(i * 37 % 1000));
+        pthread_kill(self, SIGUSR1);
+        for (int wait = 0; wait < 5000 && !returned.load(); wait++) std::this_thread::sleep_for(1ms);
+        if (!returned.load()) m.vcpu().kick();
+      });
+      EXPECT_EQ(m.vcpu().run(), -EINTR);
+      EXPECT_EQ(m.exit_reason(), u32{KVM_EXIT_INTR});
+      returned.store(true);
+      sender.join();
+      EXPECT_EQ(m.vcpu().run_page().immediate_exit, 0) << "the signal was lost";
+      m.vcpu().clear_kick();
+    }
+  }
+  // KVM_SET_SIGNAL_MASK: a signal blocked outside is seen inside.
+  sigset_t block, before;
+  sigemptyset(&block);
+  sigaddset(&block, SIGUSR1);
+  pthread_sigmask(SIG_BLOCK, &block, &before);
+  struct {
+    kvm_signal_mask head;
+    u8 set[8];
+  } mask{};
+  mask.head.len = 8;
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_SIGNAL_MASK, arg(mask)), 0);
+  pthread_kill(pthread_self(), SIGUSR1);
+  EXPECT_EQ(m.vcpu().run(), -EINTR);
+  sigset_t pending;
+  sigpending(&pending);
+  EXPECT_TRUE(sigismember(&pending, SIGUSR1));  // it stays pending for the VMM to take
+  mask.head.len = 4;
+  EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_SIGNAL_MASK, arg(mask)), -EINVAL);
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_SIGNAL_MASK, 0), 0);
+  const timespec none{};
+  sigtimedwait(&block, nullptr, &none);
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  sigaction(SIGUSR1, &old, nullptr);
+}
+
+TEST_P(Interrupts, HaltedStateIsSeenAndRestored) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  m.start_real(guests::idle);
+  std::thread kicker([&] {
+    std::this_thread::sleep_for(5ms);
+    m.vcpu().kick();
+  });
+  EXPECT_EQ(m.vcpu().run(), -EINTR);
+  kicker.join();
+  m.vcpu().clear_kick();
+  auto state = m.vcpu().mp_state();
+  ASSERT_TRUE(state.ok());
+  EXPECT_EQ(state->mp_state, u32{KVM_MP_STATE_HALTED});
+  ASSERT_TRUE(m.vcpu().set_mp_state(KVM_MP_STATE_RUNNABLE).ok());
+  EXPECT_EQ(m.vcpu().mp_state()->mp_state, u32{KVM_MP_STATE_RUNNABLE});
+}
+
+// Split irqchip: the LAPIC here, the rest in the VMM, which is told of EOIs.
+TEST_P(Interrupts, SplitIrqchip) {
+  SOFT_ONLY("an optional capability");
+  auto vm = system().create_vm();
+  ASSERT_TRUE(vm.ok());
+  ASSERT_TRUE(vm->enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24).ok());
+  kvm_enable_cap again{};
+  again.cap = KVM_CAP_SPLIT_IRQCHIP;
+  again.args[0] = 24;
+  EXPECT_EQ(vm->endpoint().ioctl(KVM_ENABLE_CAP, arg(again)), -EEXIST);
+  kvm_pit_config pit{};
+  EXPECT_EQ(vm->endpoint().ioctl(KVM_CREATE_PIT2, arg(pit)), -ENOENT);
+  kvm_irqchip chip{};
+  EXPECT_EQ(vm->endpoint().ioctl(KVM_GET_IRQCHIP, arg(chip)), -ENXIO);
+  auto vcpu = vm->create_vcpu(0);
+  ASSERT_TRUE(vcpu.ok());
+  EXPECT_TRUE(vcpu->lapic().ok());
+}
+
+}  // namespace
+}  // namespace ring3::abitest
