@@ -15,17 +15,24 @@ namespace ring3::engine {
 class Lapic;
 
 enum class DeliveryMode : u8 {
-  kFixed = 0, kLowestPriority = 1, kSmi = 2, kReserved = 3, kNmi = 4, kInit = 5, kStartup = 6, kExtInt = 7,
+  kFixed = 0,
+  kLowestPriority = 1,
+  kSmi = 2,
+  kReserved = 3,
+  kNmi = 4,
+  kInit = 5,
+  kStartup = 6,
+  kExtInt = 7,
 };
 enum class Shorthand : u8 { kNone = 0, kSelf = 1, kAll = 2, kAllButSelf = 3 };
 
 struct InterruptMessage {
-  u32 dest = 0;             ///< APIC id or logical destination; 8 bits, or 32 with x2APIC
+  u32 dest = 0;  ///< APIC id or logical destination; 8 bits, or 32 with x2APIC
   u8 vector = 0;
   DeliveryMode mode = DeliveryMode::kFixed;
-  bool logical = false;     ///< destination mode
-  bool level = false;       ///< trigger mode: level
-  bool assert_ = true;      ///< the level of a level-triggered message (INIT de-assert has no effect)
+  bool logical = false;           ///< destination mode
+  bool level = false;             ///< trigger mode: level
+  bool assert_ = true;            ///< the level of a level-triggered message (INIT de-assert has no effect)
   bool redirection_hint = false;  ///< MSI: choose the lowest priority among the destinations
   Shorthand shorthand = Shorthand::kNone;
 };
@@ -40,9 +47,9 @@ class EoiListener {
 
 /// KVM_CAP_X2APIC_API and what CPUID says about interrupts; VM-wide.
 struct ApicOptions {
-  bool x2apic_format = false;           ///< KVM_X2APIC_API_USE_32BIT_IDS
-  bool no_broadcast_quirk = false;      ///< KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
-  bool ext_dest_id = false;             ///< MSI address bits 11:5 are destination bits 14:8 (no x2apic_format)
+  bool x2apic_format = false;       ///< KVM_X2APIC_API_USE_32BIT_IDS
+  bool no_broadcast_quirk = false;  ///< KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+  bool ext_dest_id = false;         ///< MSI address bits 11:5 are destination bits 14:8 (no x2apic_format)
 };
 
 /// Decodes an MSI's address and data (SDM 11.11). Any values.
@@ -88,9 +95,9 @@ class ApicBus {
   VcpuSink& sink_;
   ApicOptions options_;
   std::array<std::atomic<Lapic*>, kMaxVcpus> lapics_{};
-  std::atomic<unsigned> limit_{0};           // 1 + the highest id attached
-  std::atomic<bool> ids_moved_{false};       // some guest wrote an APIC id: slot numbers are no ids any more
-  std::atomic<int> lint0_nmi_{0};            // LAPICs whose LINT0 delivers NMI
+  std::atomic<unsigned> limit_{0};      // 1 + the highest id attached
+  std::atomic<bool> ids_moved_{false};  // some guest wrote an APIC id: slot numbers are no ids any more
+  std::atomic<int> lint0_nmi_{0};       // LAPICs whose LINT0 delivers NMI
   std::atomic<EoiListener*> listener_{nullptr};
   std::array<std::atomic<u64>, 4> eoi_vectors_{};  // edge vectors whose EOI the listener wants too
 };

@@ -23,15 +23,17 @@ void IoApic::reset() {
   changed_(0);
 }
 
-bool IoApic::contains(Gpa a) const {
-  return a.value - base_.load(std::memory_order_relaxed) < kSize;
-}
+bool IoApic::contains(Gpa a) const { return a.value - base_.load(std::memory_order_relaxed) < kSize; }
 
 u32 IoApic::read_window() const {
   switch (select_) {
-    case 0: case 2: return (id_ & 0xf) << 24;  // ID, arbitration ID
-    case 1: return kVersionValue;
-    default: break;
+    case 0:
+    case 2:
+      return (id_ & 0xf) << 24;  // ID, arbitration ID
+    case 1:
+      return kVersionValue;
+    default:
+      break;
   }
   const u32 pin = (select_ - 0x10) >> 1;
   if (select_ < 0x10 || pin >= kPins) return ~0u;

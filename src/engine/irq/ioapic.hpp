@@ -10,8 +10,9 @@
 /// 82093AA I/O APIC: 24 pins, indirect registers, version 0x11 (no EOI register).
 ///
 /// Spec:      82093AA datasheet; virt/kvm/api KVM_GET/SET_IRQCHIP (kvm_ioapic_state).
-/// Deviation: polarity is stored and ignored (lines are asserted or not), delivery status is always idle, as in KVM.
-/// Threading: everything from any thread; one mutex, held while messages go to LAPICs (which take no lock),
+/// Deviation: polarity is stored and ignored (lines are asserted or not), delivery status is always idle, as
+/// in KVM. Threading: everything from any thread; one mutex, held while messages go to LAPICs (which take no
+/// lock),
 ///            never while the acknowledgement callback runs.
 /// Trust:     MMIO from the guest, state from the VMM.
 namespace ring3::engine {

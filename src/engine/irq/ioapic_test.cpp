@@ -213,11 +213,21 @@ TEST_F(IoApicTest, HostileAccessesAreHarmless) {
     const Gpa a(0xfec00000 + (rng() % 4 ? (rng() & 1) * 0x10 : rng() & 0xff));
     const u32 size = rng() % 4 ? 4 : 1u << (rng() & 3);
     switch (rng() % 6) {
-      case 0: m.chip->mmio_read(a, &v, size); break;
-      case 1: line(rng() % 26, rng() & 1, rng() % 34); break;
-      case 2: ack(rng() & 3); break;
-      case 3: eoi(rng() & 3); break;
-      default: m.chip->mmio_write(a, &v, size); break;
+      case 0:
+        m.chip->mmio_read(a, &v, size);
+        break;
+      case 1:
+        line(rng() % 26, rng() & 1, rng() % 34);
+        break;
+      case 2:
+        ack(rng() & 3);
+        break;
+      case 3:
+        eoi(rng() & 3);
+        break;
+      default:
+        m.chip->mmio_write(a, &v, size);
+        break;
     }
   }
 }

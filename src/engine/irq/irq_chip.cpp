@@ -10,15 +10,14 @@ IrqChip::IrqChip(ApicBus& bus, Mode mode, unsigned reserved_pins)
     : bus_(bus), mode_(mode), reserved_pins_(reserved_pins) {
   if (mode_ == Mode::kFull) {
     routing_.set_default();
-    pic_ = std::make_unique<Pic>(
-        [this] { extint_raised(); },
-        [this](unsigned irq) { notify_acked(routing_.table()->pic_gsi[irq & 15]); },
-        [this](u32 irqs) {
-          const auto t = routing_.table();
-          for (unsigned i = 0; i < 16; ++i) {
-            if (irqs >> i & 1) notify_unmasked(t->pic_gsi[i]);
-          }
-        });
+    pic_ = std::make_unique<Pic>([this] { extint_raised(); },
+                                 [this](unsigned irq) { notify_acked(routing_.table()->pic_gsi[irq & 15]); },
+                                 [this](u32 irqs) {
+                                   const auto t = routing_.table();
+                                   for (unsigned i = 0; i < 16; ++i) {
+                                     if (irqs >> i & 1) notify_unmasked(t->pic_gsi[i]);
+                                   }
+                                 });
     ioapic_ = std::make_unique<IoApic>(
         bus_,
         [this](unsigned pin) {
@@ -79,20 +78,34 @@ int IrqChip::set_routing(const kvm_irq_routing_entry* entries, u32 count, u32 fl
 int IrqChip::get_irqchip(kvm_irqchip* chip) const {
   if (mode_ != Mode::kFull) return -ENXIO;
   switch (chip->chip_id) {
-    case KVM_IRQCHIP_PIC_MASTER: pic_->get_state(0, &chip->chip.pic); return 0;
-    case KVM_IRQCHIP_PIC_SLAVE: pic_->get_state(1, &chip->chip.pic); return 0;
-    case KVM_IRQCHIP_IOAPIC: ioapic_->get_state(&chip->chip.ioapic); return 0;
-    default: return -EINVAL;
+    case KVM_IRQCHIP_PIC_MASTER:
+      pic_->get_state(0, &chip->chip.pic);
+      return 0;
+    case KVM_IRQCHIP_PIC_SLAVE:
+      pic_->get_state(1, &chip->chip.pic);
+      return 0;
+    case KVM_IRQCHIP_IOAPIC:
+      ioapic_->get_state(&chip->chip.ioapic);
+      return 0;
+    default:
+      return -EINVAL;
   }
 }
 
 int IrqChip::set_irqchip(const kvm_irqchip& chip) {
   if (mode_ != Mode::kFull) return -ENXIO;
   switch (chip.chip_id) {
-    case KVM_IRQCHIP_PIC_MASTER: pic_->set_state(0, chip.chip.pic); return 0;
-    case KVM_IRQCHIP_PIC_SLAVE: pic_->set_state(1, chip.chip.pic); return 0;
-    case KVM_IRQCHIP_IOAPIC: ioapic_->set_state(chip.chip.ioapic); return 0;
-    default: return -EINVAL;
+    case KVM_IRQCHIP_PIC_MASTER:
+      pic_->set_state(0, chip.chip.pic);
+      return 0;
+    case KVM_IRQCHIP_PIC_SLAVE:
+      pic_->set_state(1, chip.chip.pic);
+      return 0;
+    case KVM_IRQCHIP_IOAPIC:
+      ioapic_->set_state(chip.chip.ioapic);
+      return 0;
+    default:
+      return -EINVAL;
   }
 }
 

@@ -54,27 +54,27 @@ class IrqChip final : public EoiListener {
   int set_irqchip(const kvm_irqchip& chip);
 
   /// The 8259 pair's output reaches this vCPU. In split mode: see set_user_extint.
-  bool has_extint(const Lapic& lapic) const {
-    return pic_ && pic_->output() && lapic.accepts_extint();
-  }
-  /// kvm_cpu_has_interrupt / kvm_cpu_get_interrupt: ExtINT first, then the LAPIC. Owner of the vCPU. -1: none.
+  bool has_extint(const Lapic& lapic) const { return pic_ && pic_->output() && lapic.accepts_extint(); }
+  /// kvm_cpu_has_interrupt / kvm_cpu_get_interrupt: ExtINT first, then the LAPIC. Owner of the vCPU. -1:
+  /// none.
   bool has_interrupt(const Lapic& lapic) const { return has_extint(lapic) || lapic.has_interrupt(); }
   int ack_interrupt(Lapic& lapic);
 
   /// Ports 0x20/0x21/0xa0/0xa1/0x4d0/0x4d1 and the IOAPIC's window; false: not ours (always in split mode).
-  /// PIO: only 1-byte accesses are the chip's; wider ones are taken apart by the caller or ignored here (return true,
-  /// read as ones).
+  /// PIO: only 1-byte accesses are the chip's; wider ones are taken apart by the caller or ignored here
+  /// (return true, read as ones).
   bool pio_read(u16 port, void* data, u32 size);
   bool pio_write(u16 port, const void* data, u32 size);
   bool mmio_read(Gpa a, void* data, u32 size);
   bool mmio_write(Gpa a, const void* data, u32 size);
 
-  /// Calls notify whenever the guest ends an interrupt of gsi (resample irqfds, the PIT's reinjection). notify may
-  /// call set_irq. Returns an id for remove_ack_notifier, after which notify is not running.
+  /// Calls notify whenever the guest ends an interrupt of gsi (resample irqfds, the PIT's reinjection).
+  /// notify may call set_irq. Returns an id for remove_ack_notifier, after which notify is not running.
   u64 add_ack_notifier(u32 gsi, std::function<void()> notify);
   void remove_ack_notifier(u64 id);
 
-  /// Calls notify (no lock held) when the guest unmasks the PIC line or IOAPIC pin of gsi. One per VM: the PIT's.
+  /// Calls notify (no lock held) when the guest unmasks the PIC line or IOAPIC pin of gsi. One per VM: the
+  /// PIT's.
   void set_unmask_notifier(u32 gsi, std::function<void()> notify);
 
   // EoiListener
@@ -101,7 +101,7 @@ class IrqChip final : public EoiListener {
   mutable std::mutex notifiers_mutex_;
   std::map<u64, std::shared_ptr<Notifier>> notifiers_;  // guarded by notifiers_mutex_
   u64 next_notifier_ = 1;
-  u32 unmask_gsi_ = RoutingTable::kNoGsi;               // guarded by notifiers_mutex_
+  u32 unmask_gsi_ = RoutingTable::kNoGsi;                 // guarded by notifiers_mutex_
   std::shared_ptr<std::function<void()>> unmask_notify_;  // guarded by notifiers_mutex_
   std::mutex eoi_vectors_mutex_;
   std::atomic<u64> split_level_[4] = {};  // split: level-triggered vectors of the reserved pins' routes

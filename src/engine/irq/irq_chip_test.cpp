@@ -70,6 +70,8 @@ TEST(Msi, AddressingModes) {
   EXPECT_EQ(m.take(0x44).size(), 1u);
   EXPECT_EQ(m.bus.deliver_msi(0xfeeff000, 0, 0x45), 4);
   EXPECT_EQ(m.take(0x45), "0123");
+  EXPECT_EQ(m.bus.deliver_msi(0xfeeff000, 0, 0x14a), 4) << "a physical broadcast has no lowest priority";
+  EXPECT_EQ(m.take(0x4a), "0123");
   EXPECT_EQ(m.bus.deliver_msi(0xfee09000, 0, 0x46), -1);
   EXPECT_EQ(m.bus.deliver_msi(0xfee03000, 0, 0x400), 1);
   EXPECT_EQ(m.sink.seen[3].nmis, 1);
@@ -117,7 +119,8 @@ TEST(IrqRouting, RejectsWhatTheKernelRejects) {
   EXPECT_EQ(try_one(e), -EINVAL);
   e = msi_route(5, 0xfee00000, 0x41);
   EXPECT_EQ(c.set_routing(&e, 1, 1), -EINVAL);
-  const kvm_irq_routing_entry two[] = {chip_route(5, KVM_IRQCHIP_IOAPIC, 5), chip_route(5, KVM_IRQCHIP_IOAPIC, 6)};
+  const kvm_irq_routing_entry two[] = {chip_route(5, KVM_IRQCHIP_IOAPIC, 5),
+                                       chip_route(5, KVM_IRQCHIP_IOAPIC, 6)};
   EXPECT_EQ(c.set_routing(two, 2, 0), -EINVAL);
   EXPECT_EQ(c.set_irq(0, 5, true), 1) << "the last good table is in force";
   EXPECT_EQ(m.take(0x41), "0");
@@ -128,8 +131,9 @@ TEST(IrqRouting, RejectsWhatTheKernelRejects) {
 
 TEST(IrqRouting, QemuLikeTable) {
   TestMachine m(2);
-  const kvm_irq_routing_entry t[] = {chip_route(0, KVM_IRQCHIP_PIC_MASTER, 0), chip_route(0, KVM_IRQCHIP_IOAPIC, 2),
-                                     chip_route(24, 0, 1), msi_route(30, 0xfee01000, 0x91)};
+  const kvm_irq_routing_entry t[] = {chip_route(0, KVM_IRQCHIP_PIC_MASTER, 0),
+                                     chip_route(0, KVM_IRQCHIP_IOAPIC, 2), chip_route(24, 0, 1),
+                                     msi_route(30, 0xfee01000, 0x91)};
   ASSERT_EQ(m.chip->set_routing(t, 4, 0), 0);
   m.route(2, 0x30, 0);
   m.chip->set_irq(kIrqSourcePit, 0, true);
@@ -218,7 +222,8 @@ TEST(IrqChip, SplitModeTellsLevelEois) {
 // The PIT behind the IRQ chip, with a guest that acknowledges through the 8259, then the IOAPIC.
 TEST(IrqChip, PitTicksThroughPicAndIoApic) {
   TestMachine m(1);
-  Pit pit(m.timers, [&] { m.chip->pit_tick(); }, false);
+  Pit pit(
+      m.timers, [&] { m.chip->pit_tick(); }, false);
   m.chip->add_ack_notifier(0, [&] { pit.irq_acked(); });
   m.chip->set_unmask_notifier(0, [&] { pit.irq_unmasked(); });
   program_pic(m);
@@ -257,8 +262,8 @@ TEST(IrqChip, PitTicksThroughPicAndIoApic) {
   EXPECT_EQ(got, 20);
 }
 
-// Threads inject every vector they own again and again, each only after its last one was taken; one vCPU acknowledges.
-// A lost interrupt hangs its sender.
+// Threads inject every vector they own again and again, each only after its last one was taken; one vCPU
+// acknowledges. A lost interrupt hangs its sender.
 TEST(IrqChip, ConcurrentInjectionLosesNothing) {
   TestMachine m(1);
   Lapic& lapic = *m.lapics[0];
@@ -316,7 +321,8 @@ TEST(IrqChip, ConcurrentUseOfEverything) {
   IrqChip chip(bus, IrqChip::Mode::kFull);
   Tsc tsc0(clock, sync), tsc1(clock, sync);
   Lapic l0(bus, timers, tsc0, 0, true), l1(bus, timers, tsc1, 1, false);
-  Pit pit(timers, [&] { chip.pit_tick(); }, true);
+  Pit pit(
+      timers, [&] { chip.pit_tick(); }, true);
   chip.add_ack_notifier(0, [&] { pit.irq_acked(); });
   chip.set_unmask_notifier(0, [&] { pit.irq_unmasked(); });
   std::atomic<bool> stop{false};

@@ -32,7 +32,8 @@ std::shared_ptr<const RoutingTable> IrqRouting::table() const {
   return table_;
 }
 
-int IrqRouting::set(const kvm_irq_routing_entry* entries, u32 count, u32 flags, bool chips, bool x2apic_format) {
+int IrqRouting::set(const kvm_irq_routing_entry* entries, u32 count, u32 flags, bool chips,
+                    bool x2apic_format) {
   if (flags || count > RoutingTable::kMaxRoutes) return -EINVAL;
   auto t = empty_table();
   for (u32 i = 0; i < count; ++i) {
@@ -55,7 +56,8 @@ int IrqRouting::set(const kvm_irq_routing_entry* entries, u32 count, u32 flags, 
         r.data = e.u.msi.data;
         if (x2apic_format && (r.address_hi & 0xff)) return -EINVAL;
         break;
-      default: return -EINVAL;
+      default:
+        return -EINVAL;
     }
     // One route per chip and GSI; an MSI stands alone.
     if (e.gsi < t->by_gsi.size()) {

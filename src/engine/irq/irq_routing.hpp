@@ -24,7 +24,7 @@ struct RoutingTable {
     u32 address_lo = 0, address_hi = 0, data = 0;
   };
   std::vector<std::vector<Route>> by_gsi;
-  std::array<u32, 16> pic_gsi;     ///< PIC line → GSI, kNoGsi
+  std::array<u32, 16> pic_gsi;  ///< PIC line → GSI, kNoGsi
   std::array<u32, KVM_IOAPIC_NUM_PINS> ioapic_gsi;
 };
 

@@ -21,10 +21,15 @@ bool is_lvt(unsigned n) { return n >= 0x32 && n <= 0x37; }
 // What can be written in each LVT entry (SDM figure 11-8); the delivery status bit is read-only.
 u32 lvt_writable(unsigned n) {
   switch (n) {
-    case 0x32: return 0xff | kLvtMasked | 3u << 17;               // timer
-    case 0x35: case 0x36: return 0xff | kLvtMasked | 0xa700;      // LINT: mode, polarity, trigger
-    case 0x37: return 0xff | kLvtMasked;                          // error: always fixed
-    default: return 0xff | kLvtMasked | 0x700;
+    case 0x32:
+      return 0xff | kLvtMasked | 3u << 17;  // timer
+    case 0x35:
+    case 0x36:
+      return 0xff | kLvtMasked | 0xa700;  // LINT: mode, polarity, trigger
+    case 0x37:
+      return 0xff | kLvtMasked;  // error: always fixed
+    default:
+      return 0xff | kLvtMasked | 0x700;
   }
 }
 
@@ -101,7 +106,9 @@ u32 Lapic::apic_id() const { return x2apic() ? vcpu_ : reg(kId) >> 24; }
 
 bool Lapic::set_apic_base(u64 value, bool host_initiated) {
   const u64 old = apic_base();
-  const unsigned bits = features_.physical_bits < 36 ? 36 : features_.physical_bits > 52 ? 52 : features_.physical_bits;
+  const unsigned bits = features_.physical_bits < 36   ? 36
+                        : features_.physical_bits > 52 ? 52
+                                                       : features_.physical_bits;
   const u64 reserved = ~((1ull << bits) - 1) | 0x2ff | (features_.x2apic ? 0 : kBaseX2apic);
   if (value & reserved) return false;
   const u64 mode_bits = kBaseEnable | kBaseX2apic;
@@ -225,17 +232,25 @@ int Lapic::accept_fixed(u8 vector, bool level) {
 int Lapic::accept(const InterruptMessage& m) {
   switch (m.mode) {
     case DeliveryMode::kFixed:
-    case DeliveryMode::kLowestPriority: return accept_fixed(m.vector, m.level);
-    case DeliveryMode::kNmi: bus_.sink().nmi(vcpu_); return 1;
-    case DeliveryMode::kSmi: bus_.sink().smi(vcpu_); return 1;
+    case DeliveryMode::kLowestPriority:
+      return accept_fixed(m.vector, m.level);
+    case DeliveryMode::kNmi:
+      bus_.sink().nmi(vcpu_);
+      return 1;
+    case DeliveryMode::kSmi:
+      bus_.sink().smi(vcpu_);
+      return 1;
     case DeliveryMode::kInit:
       // The level de-assert only synchronised arbitration ids on old processors.
       if (m.level && !m.assert_) return 0;
       bus_.sink().init(vcpu_);
       return 1;
-    case DeliveryMode::kStartup: bus_.sink().sipi(vcpu_, m.vector); return 1;
+    case DeliveryMode::kStartup:
+      bus_.sink().sipi(vcpu_, m.vector);
+      return 1;
     case DeliveryMode::kReserved:
-    case DeliveryMode::kExtInt: return -1;  // the 8259 is asked directly: accepts_extint()
+    case DeliveryMode::kExtInt:
+      return -1;  // the 8259 is asked directly: accepts_extint()
   }
   return -1;
 }
@@ -266,8 +281,8 @@ void Lapic::note_lint0(u32 old_value, u32 new_value) {
 bool Lapic::matches(u32 dest, bool logical, const Lapic* source) const {
   if (!enabled()) return false;
   const bool x2 = x2apic();
-  // A broadcast in the width of the sender: a device's MSI or IOAPIC entry has 8 bits unless the VMM opted for
-  // 32-bit ids; an x2APIC's IPI to 0xff means vCPU 255.
+  // A broadcast in the width of the sender: a device's MSI or IOAPIC entry has 8 bits unless the VMM opted
+  // for 32-bit ids; an x2APIC's IPI to 0xff means vCPU 255.
   if (source) {
     if (dest == (source->x2apic() ? 0xffffffffu : 0xffu)) return true;
   } else if (dest == 0xffffffffu || (dest == 0xff && !(x2 && bus_.options().no_broadcast_quirk))) {
@@ -282,9 +297,12 @@ bool Lapic::matches(u32 dest, bool logical, const Lapic* source) const {
   if (x2) return ldr >> 16 == dest >> 16 && (ldr & dest & 0xffff);
   const u32 mine = ldr >> 24;
   switch (reg(kDfr) >> 28) {
-    case 0xf: return mine & dest & 0xff;
-    case 0x0: return dest <= 0xff && mine >> 4 == dest >> 4 && (mine & dest & 0xf);
-    default: return false;
+    case 0xf:
+      return mine & dest & 0xff;
+    case 0x0:
+      return dest <= 0xff && mine >> 4 == dest >> 4 && (mine & dest & 0xf);
+    default:
+      return false;
   }
 }
 
@@ -316,22 +334,40 @@ void Lapic::send_ipi(u32 low, u32 dest) {
 
 bool Lapic::readable(unsigned n) const {
   switch (n) {
-    case kId: case kVersion: case kTpr: case kPpr: case kLdr: case kSvr: case kEsr: case kIcr:
-    case kInitialCount: case kCurrentCount: case kDivide: return true;
-    case kApr: case kRrd: case kDfr: case kIcrHigh: return !x2apic();
-    default: return (n >= kIsr && n < kEsr) || is_lvt(n);
+    case kId:
+    case kVersion:
+    case kTpr:
+    case kPpr:
+    case kLdr:
+    case kSvr:
+    case kEsr:
+    case kIcr:
+    case kInitialCount:
+    case kCurrentCount:
+    case kDivide:
+      return true;
+    case kApr:
+    case kRrd:
+    case kDfr:
+    case kIcrHigh:
+      return !x2apic();
+    default:
+      return (n >= kIsr && n < kEsr) || is_lvt(n);
   }
 }
 
 u32 Lapic::read_register(unsigned n) {
   switch (n) {
-    case kId: return x2apic() ? vcpu_ : reg(kId);
-    case kApr: return 0;
+    case kId:
+      return x2apic() ? vcpu_ : reg(kId);
+    case kApr:
+      return 0;
     case kCurrentCount: {
       const std::lock_guard lock(timer_mutex_);
       return static_cast<u32>((timer_remaining_ns_locked() + timer_divisor() - 1) / timer_divisor());
     }
-    default: return reg(n);
+    default:
+      return reg(n);
   }
 }
 
@@ -366,8 +402,12 @@ bool Lapic::write_register(unsigned n, u32 value) {
       if (x2apic()) return false;
       set_xapic_id(static_cast<u8>(value >> 24));
       return true;
-    case kTpr: set_tpr(value); return true;
-    case kEoi: eoi(); return true;
+    case kTpr:
+      set_tpr(value);
+      return true;
+    case kEoi:
+      eoi();
+      return true;
     case kLdr:
       if (x2apic()) return false;
       put(kLdr, value & 0xff000000);
@@ -376,8 +416,12 @@ bool Lapic::write_register(unsigned n, u32 value) {
       if (x2apic()) return false;
       put(kDfr, value | 0x0fffffff);
       return true;
-    case kSvr: set_svr(value); return true;
-    case kEsr: put(kEsr, errors_.exchange(0, std::memory_order_relaxed)); return true;
+    case kSvr:
+      set_svr(value);
+      return true;
+    case kEsr:
+      put(kEsr, errors_.exchange(0, std::memory_order_relaxed));
+      return true;
     case kIcr:
       value &= ~(1u << 12);  // delivery status: always idle
       put(kIcr, value);
@@ -527,9 +571,12 @@ int Lapic::set_state(const kvm_lapic_state& in) {
 
 Lapic::TimerMode Lapic::timer_mode() const {
   switch (reg(kLvtTimer) >> 17 & 3) {
-    case 0: return TimerMode::kOneShot;
-    case 1: return TimerMode::kPeriodic;
-    default: return TimerMode::kTscDeadline;
+    case 0:
+      return TimerMode::kOneShot;
+    case 1:
+      return TimerMode::kPeriodic;
+    default:
+      return TimerMode::kTscDeadline;
   }
 }
 

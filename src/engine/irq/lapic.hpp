@@ -16,8 +16,10 @@
 ///            input clock is 1 GHz, as KVM's.
 /// Deviation: delivery status is always idle; periodic timers are stretched to at least 200 µs.
 /// Threading: "owner" below: the thread that runs the vCPU or holds it for an ioctl. accept(), lint(),
-///            has_interrupt() and the matching functions: any thread, lock-free. Only the timer's state has a lock.
-/// Trust:     offsets, sizes and values come from the guest, a kvm_lapic_state from the VMM; all may be hostile.
+///            has_interrupt() and the matching functions: any thread, lock-free. Only the timer's state has a
+///            lock.
+/// Trust:     offsets, sizes and values come from the guest, a kvm_lapic_state from the VMM; all may be
+/// hostile.
 namespace ring3::engine {
 
 class Lapic {
@@ -45,11 +47,9 @@ class Lapic {
 
   // --- the vCPU's run loop ---------------------------------------------------------------------
 
-  /// Whether an interrupt of higher priority than PPR is pending: a few ns, any thread. It does not look at the 8259:
-  /// see IrqChip.
-  bool has_interrupt() const {
-    return irr_pending_.load(std::memory_order_acquire) && pending_vector() >= 0;
-  }
+  /// Whether an interrupt of higher priority than PPR is pending: a few ns, any thread. It does not look at
+  /// the 8259: see IrqChip.
+  bool has_interrupt() const { return irr_pending_.load(std::memory_order_acquire) && pending_vector() >= 0; }
   /// The vector has_interrupt() means, or -1.
   int pending_vector() const;
   /// INTA: moves the highest pending vector from IRR to ISR and returns it; -1 when there is none. Owner.
@@ -92,13 +92,15 @@ class Lapic {
   /// The guest's TSC was set or its rate changed: a TSC deadline is re-armed. Owner.
   void tsc_changed();
 
-  /// KVM_GET_LAPIC / KVM_SET_LAPIC. Owner. set: 0, or -EINVAL (x2APIC id that is not the vCPU's, under x2apic_format).
+  /// KVM_GET_LAPIC / KVM_SET_LAPIC. Owner. set: 0, or -EINVAL (x2APIC id that is not the vCPU's, under
+  /// x2apic_format).
   void get_state(kvm_lapic_state* out) const;
   int set_state(const kvm_lapic_state& in);
 
   // --- arrival of interrupts: any thread ---------------------------------------------------------
 
-  /// One message that is addressed to this LAPIC. 1: taken; 0: merged with a pending one; -1: refused (disabled).
+  /// One message that is addressed to this LAPIC. 1: taken; 0: merged with a pending one; -1: refused
+  /// (disabled).
   int accept(const InterruptMessage& message);
   /// A pulse on LINT0 or LINT1 (pin 0 or 1), or a local source, through its
   /// LVT entry. False when masked.
@@ -118,10 +120,31 @@ class Lapic {
  private:
   // Register numbers: offset / 16.
   enum Reg : unsigned {
-    kId = 0x02, kVersion = 0x03, kTpr = 0x08, kApr = 0x09, kPpr = 0x0a, kEoi = 0x0b, kRrd = 0x0c,
-    kLdr = 0x0d, kDfr = 0x0e, kSvr = 0x0f, kIsr = 0x10, kTmr = 0x18, kIrr = 0x20, kEsr = 0x28,
-    kIcr = 0x30, kIcrHigh = 0x31, kLvtTimer = 0x32, kLvtThermal = 0x33, kLvtPerf = 0x34, kLvtLint0 = 0x35,
-    kLvtLint1 = 0x36, kLvtError = 0x37, kInitialCount = 0x38, kCurrentCount = 0x39, kDivide = 0x3e,
+    kId = 0x02,
+    kVersion = 0x03,
+    kTpr = 0x08,
+    kApr = 0x09,
+    kPpr = 0x0a,
+    kEoi = 0x0b,
+    kRrd = 0x0c,
+    kLdr = 0x0d,
+    kDfr = 0x0e,
+    kSvr = 0x0f,
+    kIsr = 0x10,
+    kTmr = 0x18,
+    kIrr = 0x20,
+    kEsr = 0x28,
+    kIcr = 0x30,
+    kIcrHigh = 0x31,
+    kLvtTimer = 0x32,
+    kLvtThermal = 0x33,
+    kLvtPerf = 0x34,
+    kLvtLint0 = 0x35,
+    kLvtLint1 = 0x36,
+    kLvtError = 0x37,
+    kInitialCount = 0x38,
+    kCurrentCount = 0x39,
+    kDivide = 0x3e,
     kSelfIpi = 0x3f,
   };
   enum class TimerMode { kOneShot, kPeriodic, kTscDeadline };
@@ -169,9 +192,9 @@ class Lapic {
   std::atomic<u32> errors_{0};            // collected since ESR was last written
 
   mutable std::mutex timer_mutex_;
-  u64 timer_target_ns_ = 0;   // next expiry of a counting timer; 0: stopped
-  u64 timer_period_ns_ = 0;   // periodic mode
-  u64 deadline_tsc_ = 0;      // IA32_TSC_DEADLINE; 0: disarmed
+  u64 timer_target_ns_ = 0;  // next expiry of a counting timer; 0: stopped
+  u64 timer_period_ns_ = 0;  // periodic mode
+  u64 deadline_tsc_ = 0;     // IA32_TSC_DEADLINE; 0: disarmed
   TimerQueue::Timer timer_;
 };
 

@@ -172,9 +172,14 @@ void Pic::write_command(unsigned chip, u8 value, Told* told) {
   }
   const unsigned named = value & 7;  // OCW2
   switch (value >> 5) {
-    case 0: c.rotate_on_auto_eoi = 0; break;
-    case 4: c.rotate_on_auto_eoi = 1; break;
-    case 1: case 5: {  // non-specific EOI, and with rotation
+    case 0:
+      c.rotate_on_auto_eoi = 0;
+      break;
+    case 4:
+      c.rotate_on_auto_eoi = 1;
+      break;
+    case 1:
+    case 5: {  // non-specific EOI, and with rotation
       u8 in_service = c.isr;
       if (c.special_mask) in_service = static_cast<u8>(in_service & ~c.imr);
       const unsigned p = priority(c, in_service);
@@ -184,13 +189,18 @@ void Pic::write_command(unsigned chip, u8 value, Told* told) {
       end(chip, irq, told);
       break;
     }
-    case 3: end(chip, named, told); break;
+    case 3:
+      end(chip, named, told);
+      break;
     case 7:
       c.priority_add = static_cast<u8>((named + 1) & 7);
       end(chip, named, told);
       break;
-    case 6: c.priority_add = static_cast<u8>((named + 1) & 7); break;
-    default: break;
+    case 6:
+      c.priority_add = static_cast<u8>((named + 1) & 7);
+      break;
+    default:
+      break;
   }
 }
 
@@ -201,7 +211,9 @@ void Pic::write_data(unsigned chip, u8 value, Told* told) {
       c.irq_base = value & 0xf8;
       c.init_state = 2;
       break;
-    case 2: c.init_state = c.init4 ? 3 : 0; break;  // the cascade's wiring is fixed
+    case 2:
+      c.init_state = c.init4 ? 3 : 0;
+      break;  // the cascade's wiring is fixed
     case 3:
       c.special_fully_nested_mode = value >> 4 & 1;
       c.auto_eoi = value >> 1 & 1;

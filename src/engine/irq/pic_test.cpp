@@ -30,9 +30,18 @@ struct PicTest : testing::Test {
     unmasked = 0;
   }
   int line(unsigned irq, bool level) { return pic.set_line(irq, 0, level); }
-  void pulse(unsigned irq) { line(irq, true); line(irq, false); }
-  u8 isr(u16 port) { pic.write(port, 0x0b); return pic.read(port); }
-  u8 irr(u16 port) { pic.write(port, 0x0a); return pic.read(port); }
+  void pulse(unsigned irq) {
+    line(irq, true);
+    line(irq, false);
+  }
+  u8 isr(u16 port) {
+    pic.write(port, 0x0b);
+    return pic.read(port);
+  }
+  u8 irr(u16 port) {
+    pic.write(port, 0x0a);
+    return pic.read(port);
+  }
 };
 
 TEST_F(PicTest, FixedPriority) {
@@ -236,10 +245,18 @@ TEST_F(PicTest, HostileAccessesAreHarmless) {
   for (int i = 0; i < 200'000; ++i) {
     const u16 port = kPorts[rng() % 6];
     switch (rng() % 5) {
-      case 0: pic.read(port); break;
-      case 1: pic.ack(); break;
-      case 2: pic.set_line(rng() % 16, rng() % 32, rng() & 1); break;
-      default: pic.write(port, static_cast<u8>(rng())); break;
+      case 0:
+        pic.read(port);
+        break;
+      case 1:
+        pic.ack();
+        break;
+      case 2:
+        pic.set_line(rng() % 16, rng() % 32, rng() & 1);
+        break;
+      default:
+        pic.write(port, static_cast<u8>(rng()));
+        break;
     }
     if (i % 1000 == 0) {
       kvm_pic_state s;

@@ -55,9 +55,7 @@ struct TestMachine {
     lapics[v]->mmio_read(offset, &value, 4);
     return value;
   }
-  void x2apic(unsigned v) {
-    lapics[v]->set_apic_base(lapics[v]->apic_base() | Lapic::kBaseX2apic, false);
-  }
+  void x2apic(unsigned v) { lapics[v]->set_apic_base(lapics[v]->apic_base() | Lapic::kBaseX2apic, false); }
   void ipi(unsigned from, u32 low, u32 dest) {
     mmio(from, 0x310, dest << 24);
     mmio(from, 0x300, low);

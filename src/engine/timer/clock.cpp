@@ -65,7 +65,8 @@ u32 find_khz() {
   if (told) {
     // CPUID may be another machine's under a careless hypervisor: believe it within 1 %.
     const u64 seen = measure_khz(1'000'000);
-    if (told <= ~0u && seen && told > seen - seen / 100 && told < seen + seen / 100) return static_cast<u32>(told);
+    if (told <= ~0u && seen && told > seen - seen / 100 && told < seen + seen / 100)
+      return static_cast<u32>(told);
   }
   const u64 khz = measure_khz(10'000'000);
   return khz && khz <= ~0u ? static_cast<u32>(khz) : 1'000'000;

@@ -45,7 +45,10 @@ u32 Pit::counter(const Channel& c) const {
   const u64 d = elapsed_ticks(c);
   const u32 n = modulus(c.count);
   switch (c.mode) {
-    case 0: case 1: case 4: case 5:
+    case 0:
+    case 1:
+    case 4:
+    case 5:
       return static_cast<u32>(n - d) & 0xffff;  // wraps and counts on
     case 3:
       return static_cast<u32>(n - (2 * d) % n);  // by two
@@ -58,11 +61,17 @@ bool Pit::output(const Channel& c) const {
   const u64 d = elapsed_ticks(c);
   const u32 n = modulus(c.count);
   switch (c.mode) {
-    case 1: return d >= n || c.paused_ns;  // low from the trigger to the end
-    case 2: return d % n != n - 1;         // low for the last clock
-    case 3: return c.paused_ns || d % n < (n + 1) / 2;
-    case 4: case 5: return d != n;         // a strobe of one clock
-    default: return d >= n;
+    case 1:
+      return d >= n || c.paused_ns;  // low from the trigger to the end
+    case 2:
+      return d % n != n - 1;  // low for the last clock
+    case 3:
+      return c.paused_ns || d % n < (n + 1) / 2;
+    case 4:
+    case 5:
+      return d != n;  // a strobe of one clock
+    default:
+      return d >= n;
   }
 }
 
@@ -85,15 +94,26 @@ void Pit::set_gate(unsigned channel, bool level) {
   c.gate = level;
   const u64 now = clock_.monotonic_ns();
   switch (c.mode) {
-    case 1: case 5:  // the rising edge triggers
-      if (rise) { c.loaded_ns = now; c.paused_ns = 0; }
+    case 1:
+    case 5:  // the rising edge triggers
+      if (rise) {
+        c.loaded_ns = now;
+        c.paused_ns = 0;
+      }
       break;
-    case 2: case 3:  // low stops, the rising edge reloads
-      if (rise) { c.loaded_ns = now; c.paused_ns = 0; }
+    case 2:
+    case 3:  // low stops, the rising edge reloads
+      if (rise) {
+        c.loaded_ns = now;
+        c.paused_ns = 0;
+      }
       if (fall) c.paused_ns = now;
       break;
     default:  // low stops, high goes on
-      if (rise && c.paused_ns) { c.loaded_ns += now - c.paused_ns; c.paused_ns = 0; }
+      if (rise && c.paused_ns) {
+        c.loaded_ns += now - c.paused_ns;
+        c.paused_ns = 0;
+      }
       if (fall) c.paused_ns = now;
       break;
   }
@@ -214,7 +234,9 @@ void Pit::write(u16 port, u8 value) {
   if (n == 3) return write_control(value);
   Channel& c = channels_[n];
   switch (c.write_state) {
-    case kMsb: load(n, static_cast<u32>(value) << 8); break;
+    case kMsb:
+      load(n, static_cast<u32>(value) << 8);
+      break;
     case kWord0:
       c.write_latch = value;
       c.write_state = kWord1;
@@ -223,7 +245,9 @@ void Pit::write(u16 port, u8 value) {
       c.write_state = kWord0;
       load(n, c.write_latch | static_cast<u32>(value) << 8);
       break;
-    default: load(n, value); break;
+    default:
+      load(n, value);
+      break;
   }
 }
 
@@ -234,8 +258,8 @@ u8 Pit::read(u16 port) {
     const Channel& c = channels_[2];
     // Bit 4 is the DRAM refresh toggle, every 15 µs.
     const u8 refresh = clock_.monotonic_ns() / 15'000 & 1;
-    return static_cast<u8>((c.gate ? 1 : 0) | (flags_ & KVM_PIT_FLAGS_SPEAKER_DATA_ON ? 2 : 0) | refresh << 4 |
-                           (output(c) ? 0x20 : 0));
+    return static_cast<u8>((c.gate ? 1 : 0) | (flags_ & KVM_PIT_FLAGS_SPEAKER_DATA_ON ? 2 : 0) |
+                           refresh << 4 | (output(c) ? 0x20 : 0));
   }
   if ((port & 0xfffc) != 0x40 || (port & 3) == 3) return 0;
   Channel& c = channels_[port & 3];
@@ -245,17 +269,29 @@ u8 Pit::read(u16 port) {
   }
   if (c.count_latched) {
     switch (c.count_latched) {
-      case kMsb: c.count_latched = 0; return static_cast<u8>(c.latched_count >> 8);
-      case kWord0: c.count_latched = kMsb; return static_cast<u8>(c.latched_count);
-      default: c.count_latched = 0; return static_cast<u8>(c.latched_count);
+      case kMsb:
+        c.count_latched = 0;
+        return static_cast<u8>(c.latched_count >> 8);
+      case kWord0:
+        c.count_latched = kMsb;
+        return static_cast<u8>(c.latched_count);
+      default:
+        c.count_latched = 0;
+        return static_cast<u8>(c.latched_count);
     }
   }
   const u32 count = counter(c);
   switch (c.read_state) {
-    case kMsb: return static_cast<u8>(count >> 8);
-    case kWord0: c.read_state = kWord1; return static_cast<u8>(count);
-    case kWord1: c.read_state = kWord0; return static_cast<u8>(count >> 8);
-    default: return static_cast<u8>(count);
+    case kMsb:
+      return static_cast<u8>(count >> 8);
+    case kWord0:
+      c.read_state = kWord1;
+      return static_cast<u8>(count);
+    case kWord1:
+      c.read_state = kWord0;
+      return static_cast<u8>(count >> 8);
+    default:
+      return static_cast<u8>(count);
   }
 }
 

@@ -10,7 +10,8 @@
 ///
 /// Spec:      Intel 8254 datasheet; virt/kvm/api KVM_CREATE_PIT2, KVM_GET/SET_PIT2, KVM_REINJECT_CONTROL.
 /// Modelled:  modes 0–5, binary counting (a channel set to BCD counts binary), counter latch,
-///            read-back, LSB/MSB/both access; channel 0 raises IRQ 0, channel 2's gate and output stand in port 0x61.
+///            read-back, LSB/MSB/both access; channel 0 raises IRQ 0, channel 2's gate and output stand in
+///            port 0x61.
 /// Deviation: a periodic channel 0 faster than 5 kHz interrupts at 5 kHz; the counter itself is exact.
 ///            With HPET legacy mode (KVM_PIT_FLAGS_HPET_LEGACY) channel 0 counts but does not interrupt.
 /// Threading: everything from any thread; internally locked. tick runs on the TimerQueue's thread
@@ -74,10 +75,10 @@ class Pit {
   Channel channels_[3]{};
   u32 flags_ = 0;  // KVM_PIT_FLAGS_*
   bool reinject_ = true;
-  bool acked_ = true;       // no tick is in flight
-  u32 pending_ticks_ = 0;   // reinject: raised or waiting, as KVM counts them
-  u64 next_tick_ns_ = 0;    // 0: channel 0's timer is off
-  u64 period_ns_ = 0;       // 0: one-shot
+  bool acked_ = true;         // no tick is in flight
+  u32 pending_ticks_ = 0;     // reinject: raised or waiting, as KVM counts them
+  u64 next_tick_ns_ = 0;      // 0: channel 0's timer is off
+  u64 period_ns_ = 0;         // 0: one-shot
   TimerQueue::Timer timer_;   // channel 0's next expiry
   TimerQueue::Timer inject_;  // a reinjection to be made outside the caller's locks
 };

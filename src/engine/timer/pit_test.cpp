@@ -16,10 +16,12 @@ struct PitTest : testing::Test {
   TimerQueue timers{clock, TimerQueue::Mode::kManual};
   int ticks = 0;
   bool ack_at_once = true;
-  Pit pit{timers, [this] {
+  Pit pit{timers,
+          [this] {
             ++ticks;
             if (ack_at_once) pit.irq_acked();
-          }, true};
+          },
+          true};
 
   void load(unsigned channel, u8 mode, u32 count) {
     pit.write(0x43, static_cast<u8>(channel << 6 | 0x30 | mode << 1));
@@ -264,8 +266,10 @@ TEST_F(PitTest, HostileStatesAndAccessesAreHarmless) {
     pit.set_state(in);
     for (int i = 0; i < 20; ++i) {
       const u16 port = rng() % 5 == 0 ? 0x61 : static_cast<u16>(0x40 + rng() % 4);
-      if (rng() & 1) pit.write(port, static_cast<u8>(rng()));
-      else (void)pit.read(port);
+      if (rng() & 1)
+        pit.write(port, static_cast<u8>(rng()));
+      else
+        (void)pit.read(port);
       pass(rng() % 5'000'000);
     }
   }

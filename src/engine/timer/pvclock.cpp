@@ -77,7 +77,8 @@ void KvmClock::get(kvm_clock_data* out, bool stable) const {
 }
 
 int KvmClock::set(const kvm_clock_data& in) {
-  if (in.flags & ~static_cast<u32>(KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC | KVM_CLOCK_TSC_STABLE)) return -EINVAL;
+  if (in.flags & ~static_cast<u32>(KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC | KVM_CLOCK_TSC_STABLE))
+    return -EINVAL;
   const std::lock_guard lock(mutex_);
   ref_tsc_ = clock_.host_tsc();
   ref_mono_ = clock_.monotonic_ns();
@@ -97,21 +98,29 @@ PvClock::PvClock(KvmClock& vm, const TscSync& sync, const Tsc& tsc, GuestWriter 
 
 u64 PvClock::read_msr(u32 index) const {
   switch (index) {
-    case kSystemTimeOld: case kSystemTime: return system_time_msr_;
-    case kWallClockOld: case kWallClock: return wall_clock_msr_;
-    default: return 0;
+    case kSystemTimeOld:
+    case kSystemTime:
+      return system_time_msr_;
+    case kWallClockOld:
+    case kWallClock:
+      return wall_clock_msr_;
+    default:
+      return 0;
   }
 }
 
 void PvClock::write_msr(u32 index, u64 value, bool host_initiated) {
   switch (index) {
-    case kSystemTimeOld: case kSystemTime:
-      if (boot_vcpu_ && !host_initiated) vm_.old_msr_.store(index == kSystemTimeOld, std::memory_order_relaxed);
+    case kSystemTimeOld:
+    case kSystemTime:
+      if (boot_vcpu_ && !host_initiated)
+        vm_.old_msr_.store(index == kSystemTimeOld, std::memory_order_relaxed);
       system_time_msr_ = value;
       version_ = 0;
       request_update();
       break;
-    case kWallClockOld: case kWallClock: {
+    case kWallClockOld:
+    case kWallClock: {
       wall_clock_msr_ = value;
       if (!value) break;
       u32 version;
@@ -119,8 +128,8 @@ void PvClock::write_msr(u32 index, u64 value, bool host_initiated) {
       {
         const std::lock_guard lock(vm_.mutex_);
         version = vm_.wall_version_ += 2;
-        const u64 base = vm_.clock_.realtime_ns() -
-                         vm_.at_locked(vm_.clock_.host_tsc(), vm_.clock_.monotonic_ns());
+        const u64 base =
+            vm_.clock_.realtime_ns() - vm_.at_locked(vm_.clock_.host_tsc(), vm_.clock_.monotonic_ns());
         wall = {version - 1, static_cast<u32>(base / kNsPerSecond), static_cast<u32>(base % kNsPerSecond)};
       }
       if (!writer_(Gpa(value), &wall, sizeof wall)) break;
@@ -128,7 +137,8 @@ void PvClock::write_msr(u32 index, u64 value, bool host_initiated) {
       (void)writer_(Gpa(value), &version, sizeof version);
       break;
     }
-    default: break;
+    default:
+      break;
   }
 }
 

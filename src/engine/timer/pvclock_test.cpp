@@ -10,11 +10,12 @@ namespace ring3::engine {
 namespace {
 
 TEST(TscScale, ConvertsWithin32BitPrecision) {
-  for (const u32 khz : {1u, 1000u, 32'768u, 999'999u, 1'000'000u, 1'000'001u, 2'445'404u, 2'999'999u, 5'000'000u,
-                        100'000'000u, 4'000'000'000u}) {
+  for (const u32 khz : {1u, 1000u, 32'768u, 999'999u, 1'000'000u, 1'000'001u, 2'445'404u, 2'999'999u,
+                        5'000'000u, 100'000'000u, 4'000'000'000u}) {
     const TscScale s = tsc_to_ns_scale(khz);
     const u64 ticks = static_cast<u64>(khz) * 1000;  // one second
-    EXPECT_NEAR(static_cast<double>(scale_tsc_delta(ticks, s)), 1e9, 1.5 + 1e9 / static_cast<double>(ticks)) << khz;
+    EXPECT_NEAR(static_cast<double>(scale_tsc_delta(ticks, s)), 1e9, 1.5 + 1e9 / static_cast<double>(ticks))
+        << khz;
   }
 }
 

@@ -117,8 +117,8 @@ void TimerQueue::thread_main() {
       sleeping_until_ = armed_.begin()->first;
       // A deadline centuries away must not overflow the time point.
       const u64 until = sleeping_until_ < (1ull << 62) ? sleeping_until_ : 1ull << 62;
-      wake_.wait_until(lock, std::chrono::steady_clock::time_point(
-                                 std::chrono::nanoseconds(static_cast<i64>(until))));
+      wake_.wait_until(
+          lock, std::chrono::steady_clock::time_point(std::chrono::nanoseconds(static_cast<i64>(until))));
     }
     sleeping_until_ = 0;
   }

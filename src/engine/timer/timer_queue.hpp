@@ -72,8 +72,8 @@ class TimerQueue {
   const Clock& clock_;
   const Mode mode_;
   mutable std::mutex mutex_;
-  std::condition_variable wake_;   // the thread waits here
-  std::condition_variable idle_;   // cancel() waits here
+  std::condition_variable wake_;  // the thread waits here
+  std::condition_variable idle_;  // cancel() waits here
   std::set<std::pair<u64, Timer*>> armed_;
   Timer* running_ = nullptr;
   std::thread::id runner_;

@@ -68,11 +68,13 @@ TEST(TimerQueue, ThreadFiresNeitherEarlyNorMuchTooLate) {
   std::atomic<u64> fired{0};
   TimerQueue::Timer late(q, [] {}), soon(q, [&] { fired = clock.monotonic_ns(); });
   const u64 t = clock.monotonic_ns();
-  late.arm(t + 60'000'000'000);  // the thread sleeps for this one; the next must wake it
-  soon.arm(t + 5'000'000);
+  late.arm(t + 60'000'000'000);
+  std::this_thread::sleep_for(
+      std::chrono::milliseconds(30));  // the thread sleeps for that one; the next must wake it
+  soon.arm(t + 50'000'000);
   while (!fired && clock.monotonic_ns() < t + 5'000'000'000) std::this_thread::yield();
   ASSERT_NE(fired, 0u);
-  EXPECT_GE(fired, t + 5'000'000);
+  EXPECT_GE(fired, t + 50'000'000);
 }
 
 TEST(TimerQueue, NoCallbackRunsAfterCancel) {
@@ -90,6 +92,21 @@ TEST(TimerQueue, NoCallbackRunsAfterCancel) {
     t->cancel();
     alive.reset();
   }
+}
+
+TEST(TimerQueue, CancelWaitsForARunningCallback) {
+  const HostClock clock;
+  TimerQueue q(clock);
+  std::atomic<bool> begun{false}, ended{false};
+  TimerQueue::Timer t(q, [&] {
+    begun = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    ended = true;
+  });
+  t.arm(0);
+  while (!begun) std::this_thread::yield();
+  t.cancel();
+  EXPECT_TRUE(ended);
 }
 
 TEST(TimerQueue, ThreadTakesNoSignals) {

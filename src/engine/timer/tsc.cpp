@@ -112,8 +112,8 @@ u64 Tsc::deadline_ns(u64 value) const {
   const u64 now_ns = clock_.monotonic_ns();
   const u64 now = read();
   if (value <= now) return now_ns;
-  const u64 khz =
-      ratio_.load(std::memory_order_relaxed) == kUnity ? clock_.host_tsc_khz() : khz_.load(std::memory_order_relaxed);
+  const u64 khz = ratio_.load(std::memory_order_relaxed) == kUnity ? clock_.host_tsc_khz()
+                                                                   : khz_.load(std::memory_order_relaxed);
   const u128 ns = (static_cast<u128>(value - now) * 1'000'000 + khz - 1) / khz;
   return now_ns + (ns > kForeverNs ? kForeverNs : static_cast<u64>(ns));
 }

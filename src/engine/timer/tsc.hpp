@@ -10,8 +10,8 @@
 
 /// The guest's time-stamp counter: guest = host × ratio + offset.
 ///
-/// Spec:      SDM vol. 3B 18.17 (TSC, IA32_TSC_ADJUST); virt/kvm/api KVM_GET/SET_TSC_KHZ, KVM_VCPU_TSC_OFFSET.
-/// Threading: reads from any thread, lock-free; writes by the vCPU's owner.
+/// Spec:      SDM vol. 3B 18.17 (TSC, IA32_TSC_ADJUST); virt/kvm/api KVM_GET/SET_TSC_KHZ,
+/// KVM_VCPU_TSC_OFFSET. Threading: reads from any thread, lock-free; writes by the vCPU's owner.
 namespace ring3::engine {
 
 class Tsc;
