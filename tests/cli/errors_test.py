@@ -4,6 +4,7 @@ import random
 import struct
 import unittest
 
+import support
 from support import Case, main, multiboot, run, HALT
 
 
@@ -46,7 +47,7 @@ class Usage(Case):
 
 class Files(Case):
     def refused(self, *arguments, contains=None):
-        self.assert_one_error_line(run("run", "--engine", "soft", *arguments), contains=contains)
+        self.assert_one_error_line(run("run", "--engine", support.ENGINE, *arguments), contains=contains)
 
     def test_missing_and_unreadable(self):
         k = self.guest(HALT)

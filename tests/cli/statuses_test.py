@@ -8,7 +8,7 @@ import unittest
 from support import Case, main, out_byte, out_long, run, say, HALT, SPIN, TRIPLE_FAULT
 import support
 
-SOFT = ("run", "--engine", "soft", "-m", "16M")
+RUN = ("run", "--engine", support.ENGINE, "-m", "16M")
 
 
 class Verbs(Case):
@@ -51,24 +51,24 @@ class Guests(Case):
     def test_output_and_exit_status_of_a_test_guest(self):
         for value in (0, 1, 42):
             k = self.guest(say("hello\n") + out_long(0xF4, value) + HALT)
-            result = run(*SOFT, "--kernel", k, "--test-device")
+            result = run(*RUN, "--kernel", k, "--test-device")
             self.assertEqual(result.stdout, "hello\n", result)
             self.assertEqual(result.returncode, (value * 2 + 1) & 0xFF, result)
 
     def test_reset_ends_under_no_reboot(self):
         for name, code in {"i8042": out_byte(0x64, 0xFE), "0xcf9": out_byte(0xCF9, 0x06)}.items():
             with self.subTest(name=name):
-                result = run(*SOFT, "--no-reboot", "--kernel", self.guest(code + HALT))
+                result = run(*RUN, "--no-reboot", "--kernel", self.guest(code + HALT))
                 self.assertEqual(result.returncode, 0, result)
                 self.assertEqual(result.stderr, "")
 
     def test_triple_fault(self):
-        result = run(*SOFT, "--kernel", self.guest(TRIPLE_FAULT))
+        result = run(*RUN, "--kernel", self.guest(TRIPLE_FAULT))
         self.assertEqual(result.returncode, 3, result)
         self.assertIn("triple", result.stderr)
 
     def test_pvpanic(self):
-        result = run(*SOFT, "--kernel", self.guest(say("x") + out_byte(0x505, 1) + HALT))
+        result = run(*RUN, "--kernel", self.guest(say("x") + out_byte(0x505, 1) + HALT))
         self.assertEqual(result.returncode, 3, result)
         self.assertIn("panic", result.stderr)
 
@@ -77,7 +77,7 @@ class Guests(Case):
         generator = random.Random(20061)
         for _ in range(12):
             k = self.guest(generator.randbytes(4000))
-            process = subprocess.Popen([support.RING3, *SOFT, "--no-reboot", "--console", "none", "--kernel", k],
+            process = subprocess.Popen([support.RING3, *RUN, "--no-reboot", "--console", "none", "--kernel", k],
                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             try:
                 process.wait(0.7)
@@ -89,7 +89,7 @@ class Guests(Case):
     def test_signals(self):
         for number, status in [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)]:
             with self.subTest(signal=number):
-                process = subprocess.Popen([support.RING3, *SOFT, "--kernel", self.guest(say("up\n") + SPIN)],
+                process = subprocess.Popen([support.RING3, *RUN, "--kernel", self.guest(say("up\n") + SPIN)],
                                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                 self.assertEqual(process.stdout.readline(), b"up\n")
                 began = time.monotonic()

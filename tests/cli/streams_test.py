@@ -10,7 +10,7 @@ import unittest
 from support import Case, main, out_long, run, say, ECHO, FIFO_ON, HALT, SPIN
 import support
 
-SOFT = ("run", "--engine", "soft", "-m", "16M")
+RUN = ("run", "--engine", support.ENGINE, "-m", "16M")
 DONE = out_long(0xF4, 0) + HALT
 
 
@@ -23,7 +23,7 @@ class Output(Case):
     def test_closed(self):
         # Through a shell: Python's own subprocess always gives a child some standard output.
         for k in [self.guest(say("x") + DONE)]:
-            result = subprocess.run(["/bin/sh", "-c", '"$0" "$@" >&-', support.RING3, *SOFT, "--kernel", k, "--test-device"],
+            result = subprocess.run(["/bin/sh", "-c", '"$0" "$@" >&-', support.RING3, *RUN, "--kernel", k, "--test-device"],
                                     stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=60)
             self.assertEqual(result.returncode, 2, result)
             self.assertEqual(len(result.stderr.splitlines()), 1, result)
@@ -33,7 +33,7 @@ class Output(Case):
 
     def test_broken_pipe(self):
         k = self.guest(jump_back(say("all work and no play\n")))
-        process = subprocess.Popen([support.RING3, *SOFT, "--kernel", k], stdin=subprocess.DEVNULL,
+        process = subprocess.Popen([support.RING3, *RUN, "--kernel", k], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertTrue(process.stdout.read(100))
         process.stdout.close()
@@ -46,7 +46,7 @@ class Output(Case):
     def test_full_device(self):
         k = self.guest(say("x") + SPIN)
         with open("/dev/full", "wb") as full:
-            result = subprocess.run([support.RING3, *SOFT, "--kernel", k], stdin=subprocess.DEVNULL, stdout=full,
+            result = subprocess.run([support.RING3, *RUN, "--kernel", k], stdin=subprocess.DEVNULL, stdout=full,
                                     stderr=subprocess.PIPE, text=True, timeout=60)
         self.assertEqual(result.returncode, 2, result)
         self.assertIn("No space left", result.stderr)
@@ -54,7 +54,7 @@ class Output(Case):
     def test_slow_reader_holds_the_guest_back_and_loses_nothing(self):
         line = "0123456789abcdef" * 16 + "\n"
         k = self.guest(say(line) * 40 + DONE)
-        process = subprocess.Popen([support.RING3, *SOFT, "--kernel", k, "--test-device"], stdin=subprocess.DEVNULL,
+        process = subprocess.Popen([support.RING3, *RUN, "--kernel", k, "--test-device"], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         got = b""
         while len(got) < 40 * len(line):
@@ -69,7 +69,7 @@ class Output(Case):
 
     def test_reader_that_does_not_read_does_not_keep_the_vm_alive(self):
         k = self.guest(jump_back(say("all work and no play\n")))
-        process = subprocess.Popen([support.RING3, *SOFT, "--kernel", k], stdin=subprocess.DEVNULL,
+        process = subprocess.Popen([support.RING3, *RUN, "--kernel", k], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(1)
         process.terminate()
@@ -79,20 +79,20 @@ class Output(Case):
 
     def test_console_file(self):
         k = self.guest(say("to the file\n") + DONE)
-        result = run(*SOFT, "--kernel", k, "--test-device", "--console", "file:" + self.path("log"))
+        result = run(*RUN, "--kernel", k, "--test-device", "--console", "file:" + self.path("log"))
         self.assertEqual((result.returncode, result.stdout, result.stderr), (1, "", ""))
         with open(self.path("log")) as f:
             self.assertEqual(f.read(), "to the file\n")
 
     def test_console_none(self):
-        result = run(*SOFT, "--kernel", self.guest(say("nobody\n") + DONE), "--test-device", "--console", "none")
+        result = run(*RUN, "--kernel", self.guest(say("nobody\n") + DONE), "--test-device", "--console", "none")
         self.assertEqual((result.returncode, result.stdout, result.stderr), (1, "", ""))
 
 
 class Input(Case):
     def start(self, code, **keywords):
         k = self.guest(code)
-        return subprocess.Popen([support.RING3, *SOFT, "--kernel", k], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+        return subprocess.Popen([support.RING3, *RUN, "--kernel", k], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
 
     def finish(self, process):
         process.terminate()
@@ -111,7 +111,7 @@ class Input(Case):
 
     def test_closed_null_and_ended(self):
         k = self.guest(say("fine\n") + DONE)
-        command = [support.RING3, *SOFT, "--kernel", k, "--test-device"]
+        command = [support.RING3, *RUN, "--kernel", k, "--test-device"]
         closed = subprocess.run(["/bin/sh", "-c", '"$0" "$@" <&-', *command], capture_output=True, text=True, timeout=60)
         self.assertEqual((closed.returncode, closed.stdout, closed.stderr), (1, "fine\n", ""))
         null = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
@@ -144,7 +144,7 @@ class Input(Case):
 
     def test_pty_console(self):
         k = self.guest(FIFO_ON + ECHO)
-        process = subprocess.Popen([support.RING3, *SOFT, "--kernel", k, "--console", "pty"], stdin=subprocess.DEVNULL,
+        process = subprocess.Popen([support.RING3, *RUN, "--kernel", k, "--console", "pty"], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         name = re.search(rb"console is on (/dev/pts/\d+)", process.stderr.readline()).group(1)
         terminal = os.open(name, os.O_RDWR | os.O_NOCTTY)

@@ -14,6 +14,8 @@ import time
 import unittest
 
 RING3 = None  # the program under test: the first argument
+ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
+SKIPPED = 77  # to ctest: not run, and why is on the output
 
 
 def main():
@@ -22,6 +24,9 @@ def main():
         sys.exit("usage: %s RING3 [unittest arguments]" % sys.argv[0])
     # Tests import this module by name, so set it there and not only in __main__.
     sys.modules["support"].RING3 = os.path.abspath(sys.argv.pop(1))
+    if ENGINE == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        print("/dev/kvm is not there or may not be opened: not run")
+        sys.exit(SKIPPED)
     unittest.main()
 
 

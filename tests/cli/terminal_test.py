@@ -8,12 +8,12 @@ import unittest
 from support import Case, Terminal, main, out_long, say, ECHO, FIFO_ON, HALT, SPIN, TRIPLE_FAULT
 import support
 
-SOFT = ("run", "--engine", "soft", "-m", "16M")
+RUN = ("run", "--engine", support.ENGINE, "-m", "16M")
 
 
 class Restored(Case):
     def on_terminal(self, code, *options):
-        terminal = Terminal(*SOFT, "--kernel", self.guest(code), *options)
+        terminal = Terminal(*RUN, "--kernel", self.guest(code), *options)
         self.addCleanup(terminal.close)
         return terminal
 
@@ -99,7 +99,7 @@ class Restored(Case):
 
 class Keys(Case):
     def test_every_byte_reaches_the_guest(self):
-        terminal = Terminal(*SOFT, "--kernel", self.guest(FIFO_ON + say("ready\n") + ECHO))
+        terminal = Terminal(*RUN, "--kernel", self.guest(FIFO_ON + say("ready\n") + ECHO))
         self.addCleanup(terminal.close)
         at = terminal.expect(rb"ready\r*\n")
         self.assertIsNotNone(at, terminal.output)
@@ -118,7 +118,7 @@ class Keys(Case):
         self.assertEqual(terminal.wait(), 130)
 
     def test_paste(self):
-        terminal = Terminal(*SOFT, "--kernel", self.guest(FIFO_ON + say("ready\n") + ECHO))
+        terminal = Terminal(*RUN, "--kernel", self.guest(FIFO_ON + say("ready\n") + ECHO))
         self.addCleanup(terminal.close)
         at = terminal.expect(rb"ready\r*\n")
         self.assertIsNotNone(at, terminal.output)
@@ -136,7 +136,7 @@ class NotOnATerminal(Case):
         # A shell with job control starts ring3 in the background of its terminal.
         k = self.guest(say("up\n") + SPIN)
         script = ('set -m; "%s" %s --kernel "%s" > "%s" & job=$!; sleep 2; stty -a | tr ";" "\\n" | grep -c -- "-icanon"; '
-                  'kill -TERM $job; kill -CONT $job; wait $job; echo "status $?"') % (support.RING3, " ".join(SOFT), k, self.path("out"))
+                  'kill -TERM $job; kill -CONT $job; wait $job; echo "status $?"') % (support.RING3, " ".join(RUN), k, self.path("out"))
         terminal = Terminal("-c", script, program="/bin/bash")
         self.addCleanup(terminal.close)
         terminal.wait(60)
