@@ -7,7 +7,7 @@ import subprocess
 import time
 import unittest
 
-from support import Case, main, out_long, run, say, ECHO, FIFO_ON, HALT, SPIN
+from support import Case, main, out_long, run, say, ECHO, UART_ON, HALT, SPIN
 import support
 
 RUN = ("run", "--engine", support.ENGINE, "-m", "16M")
@@ -120,7 +120,7 @@ class Input(Case):
         self.assertEqual((ended.returncode, ended.stdout, ended.stderr), (1, "fine\n", ""))
 
     def test_a_large_paste_arrives_whole(self):
-        process = self.start(FIFO_ON + say("ready\n") + ECHO, stdin=subprocess.PIPE)
+        process = self.start(UART_ON + say("ready\n") + ECHO, stdin=subprocess.PIPE)
         self.assertEqual(self.read_until(process, 6), b"ready\n")
         paste = b"".join(b"%06d the quick brown fox jumps over the lazy dog\n" % i for i in range(1500))
         os.set_blocking(process.stdin.fileno(), False)
@@ -143,7 +143,7 @@ class Input(Case):
         self.assertEqual(process.returncode, 130, err)
 
     def test_pty_console(self):
-        k = self.guest(FIFO_ON + ECHO)
+        k = self.guest(UART_ON + ECHO)
         process = subprocess.Popen([support.RING3, *RUN, "--kernel", k, "--console", "pty"], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         name = re.search(rb"console is on (/dev/pts/\d+)", process.stderr.readline()).group(1)

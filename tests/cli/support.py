@@ -75,8 +75,8 @@ ECHO = (b"\x66\xba\xfd\x03\xec\xa8\x01\x74\xf7"  # mov dx,3fd; in al,dx; test al
         b"\x66\xba\xfd\x03\xec\xa8\x20\x74\xf7"  # mov dx,3fd; in al,dx; test al,20h; jz
         b"\x66\xba\xf8\x03\x88\xd8\xee"          # mov dx,3f8; mov al,bl; out dx,al
         b"\xeb\xde")                             # again
-# Lets the UART's FIFOs on, as a driver would.
-FIFO_ON = out_byte(0x3FA, 0x01)
+# Turns the UART on as a driver would: the FIFOs, then DTR and RTS, without which it holds input back.
+UART_ON = out_byte(0x3FA, 0x01) + out_byte(0x3FC, 0x03)
 
 
 class Case(unittest.TestCase):

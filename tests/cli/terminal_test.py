@@ -5,7 +5,7 @@ import subprocess
 import time
 import unittest
 
-from support import Case, Terminal, main, out_long, say, ECHO, FIFO_ON, HALT, SPIN, TRIPLE_FAULT
+from support import Case, Terminal, main, out_long, say, ECHO, UART_ON, HALT, SPIN, TRIPLE_FAULT
 import support
 
 RUN = ("run", "--engine", support.ENGINE, "-m", "16M")
@@ -99,7 +99,7 @@ class Restored(Case):
 
 class Keys(Case):
     def test_every_byte_reaches_the_guest(self):
-        terminal = Terminal(*RUN, "--kernel", self.guest(FIFO_ON + say("ready\n") + ECHO))
+        terminal = Terminal(*RUN, "--kernel", self.guest(UART_ON + say("ready\n") + ECHO))
         self.addCleanup(terminal.close)
         at = terminal.expect(rb"ready\r*\n")
         self.assertIsNotNone(at, terminal.output)
@@ -118,7 +118,7 @@ class Keys(Case):
         self.assertEqual(terminal.wait(), 130)
 
     def test_paste(self):
-        terminal = Terminal(*RUN, "--kernel", self.guest(FIFO_ON + say("ready\n") + ECHO))
+        terminal = Terminal(*RUN, "--kernel", self.guest(UART_ON + say("ready\n") + ECHO))
         self.addCleanup(terminal.close)
         at = terminal.expect(rb"ready\r*\n")
         self.assertIsNotNone(at, terminal.output)
