@@ -461,4 +461,17 @@ class TestMachine {
   Outcome outcome_;
 };
 
+/// Runs f(machine) in fresh machines, with basic blocks and with one-instruction blocks: block
+/// boundaries hide bugs. TF stepping is a third way, for tests of the run loop.
+template <class F>
+void both_ways(TestMode mode, bool user, F&& f) {
+  for (const bool single : {false, true}) {
+    TestMachine m(mode, user);
+    m.one_at_a_time(single);
+    f(m);
+  }
+}
+template <class F>
+void both_ways(TestMode mode, F&& f) { both_ways(mode, false, f); }
+
 }  // namespace ring3::engine::test
