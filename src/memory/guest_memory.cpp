@@ -12,8 +12,8 @@
 namespace ring3::memory {
 namespace {
 
-constexpr u64 kUserSpaceEnd = (1ull << 47) - kPageSize;   // TASK_SIZE_MAX with four-level host paging
-constexpr u64 kMaxPagesPerSlot = (1ull << 31) - 1;        // KVM_MEM_MAX_NR_PAGES
+constexpr u64 kUserSpaceEnd = (1ull << 47) - kPageSize;  // TASK_SIZE_MAX with four-level host paging
+constexpr u64 kMaxPagesPerSlot = (1ull << 31) - 1;       // KVM_MEM_MAX_NR_PAGES
 constexpr u64 kMaxGpa = 1ull << 52;
 constexpr u32 kKnownFlags = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
 
@@ -134,7 +134,8 @@ int GuestMemory::set_region(u32 slot, u32 flags, Gpa gpa, u64 size, Hva hva) {
         s.dirty = exists && old->dirty != nullptr ? old->dirty : make_bitmap(s, initially_set_);
       }
       next->slots.push_back(std::move(s));
-      std::sort(next->slots.begin(), next->slots.end(), [](const Slot& a, const Slot& b) { return a.gpa < b.gpa; });
+      std::sort(next->slots.begin(), next->slots.end(),
+                [](const Slot& a, const Slot& b) { return a.gpa < b.gpa; });
     }
     std::vector<std::pair<u64, u64>> host;
     for (const Slot& s : next->slots) host.emplace_back(s.hva.value, s.size);

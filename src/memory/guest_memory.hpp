@@ -14,8 +14,8 @@
 /// Ownership: host memory belongs to the embedding VMM; this only refers to it.
 /// Threading: lookups from any thread, lock-free against one immutable table (table() itself takes a
 ///            reference under a short lock: hold the table and compare generation(), which is one load);
-///            set_region and the dirty-log calls are serialised. After a change the generation differs; the engine
-///            makes every vCPU drop what it cached before set_region's caller is answered.
+///            set_region and the dirty-log calls are serialised. After a change the generation differs; the
+///            engine makes every vCPU drop what it cached before set_region's caller is answered.
 /// Trust:     guest addresses come from the guest; slots from the VMM.
 namespace ring3::memory {
 
@@ -25,7 +25,7 @@ struct Slot {
   u32 id = 0;
   u32 flags = 0;  ///< KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
   Gpa gpa;
-  u64 size = 0;   ///< bytes, a multiple of the page size
+  u64 size = 0;  ///< bytes, a multiple of the page size
   Hva hva;
   /// One bit a page when dirty logging is on; shared by the tables that hold the slot.
   std::shared_ptr<std::vector<std::atomic<u64>>> dirty;
@@ -43,7 +43,8 @@ struct Slot {
 struct SlotTable {
   std::vector<Slot> slots;
   u64 generation = 0;
-  bool has_aliases = false;  ///< two slots share host memory: one byte has more than one guest-physical address
+  bool has_aliases =
+      false;  ///< two slots share host memory: one byte has more than one guest-physical address
   const Slot* find(Gpa a) const;  ///< null: no memory there (MMIO)
 };
 

@@ -30,16 +30,16 @@ TEST_F(MemoryTest, EmptyHasNothing) {
 }
 
 TEST_F(MemoryTest, ArgumentsAreCheckedAsTheKernelDoes) {
-  EXPECT_EQ(set(0, 0x1000, 0x1800), -EINVAL);                               // size
-  EXPECT_EQ(set(0, 0x1800, 0x1000), -EINVAL);                               // gpa
-  EXPECT_EQ(set(0, 0x1000, 0x1000, 0x10), -EINVAL);                         // hva
-  EXPECT_EQ(set(0, 0x1000, 0x1000, 0, 4), -EINVAL);                         // unknown flag
-  EXPECT_EQ(set(kMaxSlots, 0x1000, 0x1000), -EINVAL);                       // id
-  EXPECT_EQ(set(0x10000, 0x1000, 0x1000), -EINVAL);                         // address space 1
-  EXPECT_EQ(set(0, 0x1000, 0), -EINVAL);                                    // delete what is not there
-  EXPECT_EQ(memory.set_region(0, 0, Gpa(~0xfffull), 0x2000, hva()), -EINVAL);     // wraps
-  EXPECT_EQ(memory.set_region(0, 0, Gpa(1ull << 52), 0x1000, hva()), -EINVAL);    // beyond 52 bits
-  EXPECT_EQ(memory.set_region(0, 0, Gpa(0), 1ull << 43, Hva(0x1000)), -EINVAL);   // too many pages
+  EXPECT_EQ(set(0, 0x1000, 0x1800), -EINVAL);                                    // size
+  EXPECT_EQ(set(0, 0x1800, 0x1000), -EINVAL);                                    // gpa
+  EXPECT_EQ(set(0, 0x1000, 0x1000, 0x10), -EINVAL);                              // hva
+  EXPECT_EQ(set(0, 0x1000, 0x1000, 0, 4), -EINVAL);                              // unknown flag
+  EXPECT_EQ(set(kMaxSlots, 0x1000, 0x1000), -EINVAL);                            // id
+  EXPECT_EQ(set(0x10000, 0x1000, 0x1000), -EINVAL);                              // address space 1
+  EXPECT_EQ(set(0, 0x1000, 0), -EINVAL);                                         // delete what is not there
+  EXPECT_EQ(memory.set_region(0, 0, Gpa(~0xfffull), 0x2000, hva()), -EINVAL);    // wraps
+  EXPECT_EQ(memory.set_region(0, 0, Gpa(1ull << 52), 0x1000, hva()), -EINVAL);   // beyond 52 bits
+  EXPECT_EQ(memory.set_region(0, 0, Gpa(0), 1ull << 43, Hva(0x1000)), -EINVAL);  // too many pages
   EXPECT_EQ(memory.set_region(0, 0, Gpa(0), 0x2000, Hva((1ull << 47) - 0x2000)), -EINVAL);
   EXPECT_EQ(memory.set_region(0, 0, Gpa(0), 0x1000, Hva((1ull << 47) - 0x2000)), 0);
   EXPECT_EQ(memory.set_region(0, 0, Gpa(0), 0, Hva(0)), 0);

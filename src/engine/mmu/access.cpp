@@ -9,13 +9,15 @@ using memory::Slot;
 
 void Mmu::Impl::refresh_table() {
   const u64 generation = memory.generation();
-  if (table != nullptr && table->generation == generation) [[likely]] return;
+  if (table != nullptr && table->generation == generation) [[likely]]
+    return;
   table = memory.table();
   last_slot = nullptr;
 }
 
 const Slot* Mmu::Impl::find(Gpa gpa) {
-  if (last_slot != nullptr && last_slot->contains(gpa)) [[likely]] return last_slot;
+  if (last_slot != nullptr && last_slot->contains(gpa)) [[likely]]
+    return last_slot;
   const Slot* slot = table->find(gpa);
   if (slot != nullptr) last_slot = slot;
   return slot;
@@ -24,7 +26,8 @@ const Slot* Mmu::Impl::find(Gpa gpa) {
 bool Mmu::Impl::linear_ok(u64 linear, unsigned size, Seg seg) {
   if (paging != Paging::Long) return true;
   // The end alone may be outside when an access runs off the end of the lower half.
-  if (is_canonical(linear) && is_canonical(linear + size - 1)) [[likely]] return true;
+  if (is_canonical(linear) && is_canonical(linear + size - 1)) [[likely]]
+    return true;
   mmu.stop_ = Stop::fault(seg == SS ? vec::SS : vec::GP, 0);
   return false;
 }
@@ -168,7 +171,8 @@ bool Mmu::Impl::resolve(u64 linear, unsigned size, Access access, Privilege p, S
   const unsigned here = static_cast<unsigned>(std::min<u64>(size, kPageSize - (linear & ~kPageMask)));
   out->count = 1;
   out->part[0].size = here;
-  if (here == size) [[likely]] return page(linear, access, bank, &out->part[0]);
+  if (here == size) [[likely]]
+    return page(linear, access, bank, &out->part[0]);
   out->count = 2;
   out->part[1].size = size - here;
   const u64 next = wrap(linear + here, p);
@@ -249,7 +253,8 @@ bool Mmu::read_slow(u64 linear, void* out, unsigned size, Seg seg, Privilege p) 
   Impl::Parts parts;
   if (!impl_->resolve(linear, size, Impl::Access::Read, p, seg, &parts)) return false;
   if (!impl_->read_parts(parts, static_cast<u8*>(out))) return false;
-  if (impl_->breakpoint_count != 0 && p == Privilege::Current) impl_->note_breakpoints(linear, size, true, false);
+  if (impl_->breakpoint_count != 0 && p == Privilege::Current)
+    impl_->note_breakpoints(linear, size, true, false);
   return true;
 }
 
@@ -257,8 +262,14 @@ bool Mmu::write_slow(u64 linear, const void* data, unsigned size, Seg seg, Privi
   Impl::Parts parts;
   if (!impl_->resolve(linear, size, Impl::Access::Write, p, seg, &parts)) return false;
   if (!impl_->write_parts(parts, static_cast<const u8*>(data))) return false;
-  if (impl_->breakpoint_count != 0 && p == Privilege::Current) impl_->note_breakpoints(linear, size, false, true);
+  if (impl_->breakpoint_count != 0 && p == Privilege::Current)
+    impl_->note_breakpoints(linear, size, false, true);
   return true;
+}
+
+bool Mmu::write_slow_value(u64 linear, u64 value, unsigned size, Seg seg) {
+  return write_slow(linear, &value, size, seg,
+                    Privilege::Current);  // little-endian: the low bytes come first
 }
 
 bool Mmu::read_bytes(u64 linear, void* out, unsigned size, Seg seg, Privilege p) {
@@ -349,7 +360,8 @@ bool Mmu::fetch(u64 linear, Gpa* gpa, const u8** host) {
   if (!impl_->resolve(linear, 1, Impl::Access::Exec, Privilege::Current, CS, &parts)) return false;
   *gpa = parts.part[0].gpa;
   *host = parts.part[0].host;
-  if (*host != nullptr && observer_ != nullptr) observer_->validate_page(gpa->page(), *host - gpa->page_offset());
+  if (*host != nullptr && observer_ != nullptr)
+    observer_->validate_page(gpa->page(), *host - gpa->page_offset());
   return true;
 }
 

@@ -35,12 +35,23 @@ RING3_GUEST_RACE inline void guest_store(u64 host, const T& value) {
 /// Any size. The sizes of machine words go in one move each.
 RING3_GUEST_RACE inline void guest_copy(void* to, const void* from, u64 size) {
   switch (size) {
-    case 1: std::memcpy(to, from, 1); return;
-    case 2: std::memcpy(to, from, 2); return;
-    case 4: std::memcpy(to, from, 4); return;
-    case 8: std::memcpy(to, from, 8); return;
-    case 16: std::memcpy(to, from, 16); return;
-    default: break;
+    case 1:
+      std::memcpy(to, from, 1);
+      return;
+    case 2:
+      std::memcpy(to, from, 2);
+      return;
+    case 4:
+      std::memcpy(to, from, 4);
+      return;
+    case 8:
+      std::memcpy(to, from, 8);
+      return;
+    case 16:
+      std::memcpy(to, from, 16);
+      return;
+    default:
+      break;
   }
 #if defined(__SANITIZE_THREAD__)
   for (u64 i = 0; i < size; i++) {

@@ -42,7 +42,7 @@ struct Mmu::Impl {
   /// The TLB of one address space.
   struct Space {
     Bank bank[kBanks];
-    i32 pcid = -1;  ///< -1: holds nothing that counts
+    i32 pcid = -1;       ///< -1: holds nothing that counts
     bool stale = false;  ///< flush before use
     u64 used = 0;
     u64 exec_epoch = 0;
@@ -52,7 +52,13 @@ struct Mmu::Impl {
   enum class Paging : u8 { None, Legacy, Pae, Long };
 
   Impl(Mmu& m, memory::GuestMemory& mem, PhysicalTracker::Impl& t, unsigned index)
-      : mmu(m), s(m.state_), memory(mem), shared(t), tracker(t.core), vcpu(index), box(t.core.mailbox(index)) {}
+      : mmu(m),
+        s(m.state_),
+        memory(mem),
+        shared(t),
+        tracker(t.core),
+        vcpu(index),
+        box(t.core.mailbox(index)) {}
 
   // walk.cpp
   void configure();  ///< paging mode and permissions from the control registers
@@ -121,7 +127,8 @@ struct Mmu::Impl {
   bool user_mode = false;
   bool smap = false;  ///< CR4.SMAP with paging on
   bool check_alignment = false;
-  Bank* current = nullptr;  ///< the bank of Privilege::Current (bank_ is the empty one under alignment checks)
+  Bank* current =
+      nullptr;  ///< the bank of Privilege::Current (bank_ is the empty one under alignment checks)
 
   std::vector<std::unique_ptr<Space>> spaces;
   Space* space = nullptr;

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "base/types.hpp"
 #include "engine/mmu/guest_access.hpp"
@@ -103,7 +104,10 @@ class Mmu {
       guest_load(linear + e.addend, out);
       return true;
     }
-    return read_slow(linear, out, sizeof(T), seg, Privilege::Current);
+    T value;  // so that out does not escape from callers' registers
+    if (!read_slow(linear, &value, sizeof(T), seg, Privilege::Current)) return false;
+    *out = value;
+    return true;
   }
   template <class T>
   bool write(u64 linear, T value, Seg seg = DS) {
@@ -117,15 +121,24 @@ class Mmu {
       guest_store(linear + e.addend, value);
       return true;
     }
-    return write_slow(linear, &value, sizeof(T), seg, Privilege::Current);
+    if constexpr (std::is_integral_v<T> && sizeof(T) <= 8) {
+      return write_slow_value(linear, value, sizeof(T), seg);  // by value: nothing goes to the stack on a hit
+    } else {
+      return write_slow(linear, &value, sizeof(T), seg, Privilege::Current);
+    }
   }
   /// Any size up to 4096 bytes (vector operands, FXSAVE…): all bytes are checked before any is changed.
   bool read_bytes(u64 linear, void* out, unsigned size, Seg seg = DS, Privilege p = Privilege::Current);
-  bool write_bytes(u64 linear, const void* data, unsigned size, Seg seg = DS, Privilege p = Privilege::Current);
+  bool write_bytes(u64 linear, const void* data, unsigned size, Seg seg = DS,
+                   Privilege p = Privilege::Current);
   template <class T>
-  bool read_system(u64 linear, T* out) { return read_bytes(linear, out, sizeof(T), DS, Privilege::System); }
+  bool read_system(u64 linear, T* out) {
+    return read_bytes(linear, out, sizeof(T), DS, Privilege::System);
+  }
   template <class T>
-  bool write_system(u64 linear, T v) { return write_bytes(linear, &v, sizeof(T), DS, Privilege::System); }
+  bool write_system(u64 linear, T v) {
+    return write_bytes(linear, &v, sizeof(T), DS, Privilege::System);
+  }
 
   /// Checks that a write of size bytes would succeed (write permission, dirty bit set, no MMIO
   /// side effect), without writing.
@@ -138,7 +151,7 @@ class Mmu {
     void* host = nullptr;  ///< RAM inside one page (or host-contiguous): operate on it atomically when LOCKed
     u64 linear = 0;
     Gpa gpa;
-    u8 buffer[16] = {};    ///< when host is null (MMIO, split page): the value read
+    u8 buffer[16] = {};  ///< when host is null (MMIO, split page): the value read
     Seg seg = DS;
     bool tracked = false;  ///< the page holds code: rmw_end() reports the write
   };
@@ -154,10 +167,12 @@ class Mmu {
   /// After the operation. With host set: the caller has stored through host; reports code writes.
   /// With host null: writes value (may raise Stop::Exit for MMIO, to be replayed). Never faults otherwise.
   bool rmw_end(Rmw& rmw, const void* value, unsigned size) {
-    if (rmw.host != nullptr && !rmw.tracked) [[likely]] return true;
+    if (rmw.host != nullptr && !rmw.tracked) [[likely]]
+      return true;
     return rmw_end_slow(rmw, value, size);
   }
-  /// Split (page-crossing) LOCKed accesses serialise on a VM-wide lock, held between begin and end by the caller.
+  /// Split (page-crossing) LOCKed accesses serialise on a VM-wide lock, held between begin and end by the
+  /// caller.
   std::atomic_flag& split_lock();
 
   /// A host pointer to [linear, linear+size) inside one page for bulk string work: null when the page
@@ -205,7 +220,8 @@ class Mmu {
   void flush_page(u64 linear);            ///< INVLPG: also global; the whole of a large page
   void flush_page(u64 linear, u16 pcid);  ///< INVPCID of one address
   void flush_pcid(u16 pcid);
-  void set_cr3(u64 value, bool no_flush); ///< value was already checked; sets state.cr3, flushes what PCID rules say
+  void set_cr3(u64 value,
+               bool no_flush);  ///< value was already checked; sets state.cr3, flushes what PCID rules say
   /// CPL, EFLAGS.AC, CR0, CR4, EFER or DR0-3/DR7 changed: selects bank and slow-path conditions. Flushes
   /// by itself when CR0, CR4, EFER or (other than by set_cr3()) CR3 changed in a way that calls for it.
   void mode_changed();
@@ -224,7 +240,9 @@ class Mmu {
   Stop& stop() { return stop_; }
 
  private:
-  struct TlbBank { TlbEntry entries[kTlbSize]; };
+  struct TlbBank {
+    TlbEntry entries[kTlbSize];
+  };
   template <class T>
   static constexpr u64 kAligned = (sizeof(T) & (sizeof(T) - 1)) == 0 && sizeof(T) <= 64
                                       ? kPageMask | (sizeof(T) - 1)
@@ -233,6 +251,7 @@ class Mmu {
 
   bool read_slow(u64 linear, void* out, unsigned size, Seg seg, Privilege p);
   bool write_slow(u64 linear, const void* data, unsigned size, Seg seg, Privilege p);
+  bool write_slow_value(u64 linear, u64 value, unsigned size, Seg seg);
   bool rmw_begin_slow(u64 linear, unsigned size, Seg seg, Rmw* rmw);
   bool rmw_end_slow(Rmw& rmw, const void* value, unsigned size);
 
@@ -277,8 +296,8 @@ class PhysicalTracker {
   /// Memslots changed: every vCPU drops its TLB and decoded code before this returns. Any thread that is
   /// not inside guest code and holds no lock that a vCPU takes inside guest code.
   void memslots_changed();
-  /// Dirty logging was switched on or its bitmap cleared: every vCPU drops writable entries before this returns.
-  /// Threads as for memslots_changed().
+  /// Dirty logging was switched on or its bitmap cleared: every vCPU drops writable entries before this
+  /// returns. Threads as for memslots_changed().
   void dirty_log_changed();
   /// The engine itself wrote guest memory outside a vCPU's Mmu (pvclock pages, KVM_* ioctls). Other
   /// host stores are found by CodeObserver::validate_page(). Any thread; after the bytes were stored.

@@ -177,7 +177,8 @@ TEST_F(LongTest, ReadOnlySlotsWriteToDevice) {
   ASSERT_EQ(m.memory.set_region(0, 0, Gpa(0), 0, Hva(0)), 0);
   ASSERT_EQ(m.memory.set_region(0, 0, Gpa(0), 0x800000, Hva(reinterpret_cast<u64>(m.at(0)))), 0);
   ASSERT_EQ(m.memory.set_region(1, KVM_MEM_READONLY, Gpa(0xe0000000), 0x1000,
-                                Hva(reinterpret_cast<u64>(m.at(0x800000)))), 0);
+                                Hva(reinterpret_cast<u64>(m.at(0x800000)))),
+            0);
   m.tracker.memslots_changed();
   m.mmu->serve_requests();
   m.poke<u32>(0x800000, 0x55);

@@ -12,7 +12,8 @@ void Mmu::Impl::activate(u16 pcid) {
   Space* victim = nullptr;
   for (auto& sp : spaces) {
     if (sp->pcid == pcid) found = sp.get();
-    if (victim == nullptr || (victim->pcid >= 0 && (sp->pcid < 0 || sp->used < victim->used))) victim = sp.get();
+    if (victim == nullptr || (victim->pcid >= 0 && (sp->pcid < 0 || sp->used < victim->used)))
+      victim = sp.get();
   }
   if (found == nullptr) {
     if (spaces.size() < kSpaces && (victim == nullptr || victim->pcid >= 0)) {
@@ -40,7 +41,9 @@ void Mmu::Impl::activate(u16 pcid) {
 void Mmu::Impl::select_bank() {
   user_mode = s.cpl() == 3;
   smap = paging != Paging::None && (s.cr4 & cr4::SMAP);
-  const unsigned which = user_mode ? kUser : smap && !(s.rflags & rflags::AC) ? kSupervisorNoUser : kSupervisor;
+  const unsigned which = user_mode                          ? kUser
+                         : smap && !(s.rflags & rflags::AC) ? kSupervisorNoUser
+                                                            : kSupervisor;
   current = &space->bank[which];
   check_alignment = user_mode && (s.cr0 & cr0::AM) && (s.rflags & rflags::AC);
   mmu.bank_ = check_alignment ? &empty : current;
@@ -190,9 +193,7 @@ void Mmu::mode_changed() {
   i.select_bank();
 }
 
-void Mmu::flush_all() {
-  impl_->flush_everything();
-}
+void Mmu::flush_all() { impl_->flush_everything(); }
 
 void Mmu::flush_non_global() {
   for (Impl::Bank& b : impl_->space->bank) b.flush(true);
@@ -234,7 +235,8 @@ u64 Mmu::take_breakpoint_hits() { return std::exchange(impl_->hits, 0); }
 
 void Mmu::serve_requests() {
   Mailbox& box = impl_->box;
-  if (box.pending.load(std::memory_order_acquire) == 0) [[likely]] return;
+  if (box.pending.load(std::memory_order_acquire) == 0) [[likely]]
+    return;
   {
     // Down before the requests are taken: one that is posted from now on raises it again.
     std::lock_guard lock(box.mutex);

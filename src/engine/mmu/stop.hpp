@@ -17,7 +17,8 @@ struct Stop {
   bool has_error = false;
   bool soft = false;  ///< INT n / INT3 / INTO / INT1: gate DPL is checked, no EXT bit
   u32 error = 0;
-  u64 payload = 0;    ///< #PF: faulting linear address; #DB: DR6 bits to set; soft: bytes of the INT instruction
+  u64 payload =
+      0;  ///< #PF: faulting linear address; #DB: DR6 bits to set; soft: bytes of the INT instruction
 
   static Stop fault(u8 vector) { return {Kind::Fault, vector, false, false, 0, 0}; }
   static Stop fault(u8 vector, u32 error) { return {Kind::Fault, vector, true, false, error, 0}; }

@@ -33,12 +33,13 @@ struct TlbBankWithSets : BankBase {
   static constexpr unsigned kSize = Mmu::kTlbSize;
   static constexpr u64 kNone = Mmu::kNoTag;
 
-  u64 gpa[kSize];     ///< page address of the entry; meaningful where filled
-  u8 shift[kSize];    ///< log2 of the page size of the guest's mapping
+  u64 gpa[kSize];   ///< page address of the entry; meaningful where filled
+  u8 shift[kSize];  ///< log2 of the page size of the guest's mapping
   IndexSet<kSize> filled, global, large;
   IndexSet<kSize> writable, executable;  ///< write_tag, exec_tag are set
   IndexSet<kSize> write_walked;  ///< a walk for writing succeeded: a dropped write tag needs no other walk
-  u64 large_low = ~0ull, large_high = 0;  ///< all large pages seen since the last full flush lie in [low, high]
+  u64 large_low = ~0ull,
+      large_high = 0;  ///< all large pages seen since the last full flush lie in [low, high]
 
   void reset(unsigned i) {
     this->entries[i] = Mmu::TlbEntry{};

@@ -59,7 +59,8 @@ std::atomic<u16>& TrackerCore::word(Gpa page) {
 }
 
 Gpa TrackerCore::key(const SlotTable& table, const Slot& slot, Gpa page) {
-  if (!table.has_aliases) [[likely]] return page;
+  if (!table.has_aliases) [[likely]]
+    return page;
   const u64 host = slot.hva.value + (page - slot.gpa);
   for (const Slot& s : table.slots) {
     if (host >= s.hva.value && host - s.hva.value < s.size) return s.gpa + (host - s.hva.value);
@@ -205,7 +206,8 @@ void TrackerCore::host_wrote(Gpa gpa, u64 size) {
 PhysicalTracker::PhysicalTracker(memory::GuestMemory& memory) : impl_(std::make_unique<Impl>(memory)) {}
 PhysicalTracker::~PhysicalTracker() = default;
 
-void PhysicalTracker::register_vcpu(unsigned index, Mmu* mmu, std::atomic<u32>* attention, u32 attention_bit) {
+void PhysicalTracker::register_vcpu(unsigned index, Mmu* mmu, std::atomic<u32>* attention,
+                                    u32 attention_bit) {
   Mailbox& box = impl_->core.mailbox(index);
   std::lock_guard lock(box.mutex);
   box.attention = attention;

@@ -45,7 +45,7 @@ struct alignas(64) Mailbox {
   std::atomic<u64> tlb_served{0}, slots_served{0};
   std::atomic<Mmu*> mmu{nullptr};
 
-  std::mutex mutex;  // guards what follows
+  std::mutex mutex;             // guards what follows
   std::vector<u64> drop_pages;  ///< host addresses of pages whose write tags go
   bool drop_all_writes = false;
   std::vector<CodeWrite> writes;

@@ -119,7 +119,8 @@ TEST(Tracker, PagesShownTwiceAreOnePage) {
   Machine m;
   FakeObserver observer;
   m.mmu->set_code_observer(&observer);
-  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0xf0000000), 0x10000, Hva(reinterpret_cast<u64>(m.at(0x20000)))), 0);
+  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0xf0000000), 0x10000, Hva(reinterpret_cast<u64>(m.at(0x20000)))),
+            0);
   m.tracker.memslots_changed();
   m.mmu->serve_requests();
   observer.flushes = 0;
@@ -154,7 +155,8 @@ TEST(Tracker, PageTablesThatHoldCode) {
 TEST(Tracker, SparseMemoryIsCheapToTrack) {
   Machine m;
   Mapping big = std::move(Mapping::anonymous(64ull << 30)).value();
-  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(1ull << 38), 64ull << 30, Hva(reinterpret_cast<u64>(big.data()))), 0);
+  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(1ull << 38), 64ull << 30, Hva(reinterpret_cast<u64>(big.data()))),
+            0);
   m.tracker.memslots_changed();
   m.mmu->serve_requests();
   FakeObserver observer;
@@ -292,7 +294,8 @@ void run_stress(unsigned vcpus, unsigned steps, bool disturb) {
     other = std::thread([&] {
       Mapping extra = std::move(Mapping::anonymous(0x4000)).value();
       while (!s.stop.load()) {
-        EXPECT_EQ(m.memory.set_region(5, 0, Gpa(0x80000000), 0x4000, Hva(reinterpret_cast<u64>(extra.data()))), 0);
+        EXPECT_EQ(
+            m.memory.set_region(5, 0, Gpa(0x80000000), 0x4000, Hva(reinterpret_cast<u64>(extra.data()))), 0);
         m.tracker.memslots_changed();
         m.tracker.dirty_log_changed();
         EXPECT_EQ(m.memory.set_region(5, 0, Gpa(0x80000000), 0, Hva(0)), 0);
@@ -388,7 +391,8 @@ TEST(Tracker, DirtyLogLosesNoStore) {
   Machine m;
   Mapping extra = std::move(Mapping::anonymous(0x4000)).value();
   ASSERT_EQ(m.memory.set_region(1, 1 /* KVM_MEM_LOG_DIRTY_PAGES */, Gpa(0x80000000), 0x4000,
-                                Hva(reinterpret_cast<u64>(extra.data()))), 0);
+                                Hva(reinterpret_cast<u64>(extra.data()))),
+            0);
   VcpuState state;
   state.reset();
   std::atomic<u32> attention{0};

@@ -29,12 +29,12 @@ RING3_GUEST_RACE u64 load_entry(const u8* host, unsigned size) {
 
 bool exchange_entry(u8* host, unsigned size, u64 expected, u64 desired) {
   if (size == 8) {
-    return __atomic_compare_exchange_n(reinterpret_cast<u64*>(host), &expected, desired, false, __ATOMIC_SEQ_CST,
-                                       __ATOMIC_SEQ_CST);
+    return __atomic_compare_exchange_n(reinterpret_cast<u64*>(host), &expected, desired, false,
+                                       __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   }
   u32 expected32 = static_cast<u32>(expected);
-  return __atomic_compare_exchange_n(reinterpret_cast<u32*>(host), &expected32, static_cast<u32>(desired), false,
-                                     __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return __atomic_compare_exchange_n(reinterpret_cast<u32*>(host), &expected32, static_cast<u32>(desired),
+                                     false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
 }  // namespace
@@ -66,8 +66,8 @@ bool Mmu::Impl::walk(u64 linear, const WalkFor& why, bool set_flags, Walk* out) 
     out->gpa = Gpa(linear & 0xffffffff);
     return true;
   }
-  const u32 kind = (why.write ? pferr::W : 0) | (why.user ? pferr::U : 0) |
-                   (why.fetch && (nxe || smep) ? pferr::I : 0);
+  const u32 kind =
+      (why.write ? pferr::W : 0) | (why.user ? pferr::U : 0) | (why.fetch && (nxe || smep) ? pferr::I : 0);
   const auto fault = [&](u32 extra) {
     out->error = kind | extra;
     return false;

@@ -206,7 +206,8 @@ void compare(Machine& m, Model& model, u64 linear, Request r, u64 memory_size, s
   std::vector<u8> expected(m.at(0), m.at(0) + memory_size);
   std::memcpy(m.at(0), scratch->data(), memory_size);
   const Outcome got = access(m, linear, r);
-  ASSERT_EQ(got.ok, want.ok) << describe(m, linear, r) << " model error " << want.error << " error " << got.error;
+  ASSERT_EQ(got.ok, want.ok) << describe(m, linear, r) << " model error " << want.error << " error "
+                             << got.error;
   if (want.ok) {
     if (got.gpa) {
       ASSERT_EQ(*got.gpa, want.gpa) << describe(m, linear, r);
@@ -275,9 +276,10 @@ TEST_P(WalkMatrix, EveryPermissionCombination) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, WalkMatrix,
-                         testing::Values(std::tuple{Mode::Legacy, 4096ull}, std::tuple{Mode::Legacy, 4ull << 20},
-                                         std::tuple{Mode::Pae, 4096ull}, std::tuple{Mode::Pae, 2ull << 20},
-                                         std::tuple{Mode::Long, 4096ull}, std::tuple{Mode::Long, 2ull << 20},
+                         testing::Values(std::tuple{Mode::Legacy, 4096ull},
+                                         std::tuple{Mode::Legacy, 4ull << 20}, std::tuple{Mode::Pae, 4096ull},
+                                         std::tuple{Mode::Pae, 2ull << 20}, std::tuple{Mode::Long, 4096ull},
+                                         std::tuple{Mode::Long, 2ull << 20},
                                          std::tuple{Mode::Long, 1ull << 30}));
 
 /// Each reserved bit of each level, for several physical-address widths.
@@ -322,7 +324,8 @@ TEST(Walk, ReservedBits) {
 TEST(Walk, Pse36ReachesBeyondFourGiB) {
   Machine m(16 << 20);
   PageTables t(m, Mode::Legacy, 0x1000);
-  ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0x1234000000), 0x400000, Hva(reinterpret_cast<u64>(m.at(0x800000)))), 0);
+  ASSERT_EQ(
+      m.memory.set_region(1, 0, Gpa(0x1234000000), 0x400000, Hva(reinterpret_cast<u64>(m.at(0x800000)))), 0);
   t.map(0x00400000, 0x1234000000, pte::P | pte::W, 4 << 20);
   t.activate();
   ASSERT_TRUE(m.mmu->write<u32>(0x00412344, 0xabcd));
@@ -371,8 +374,9 @@ TEST(Walk, FlagsOfReadOnlyTablesStay) {
   PageTables t(m, Mode::Long, 0x1000);
   t.map(0x400000, 0x100000, pte::P | pte::W);
   ASSERT_EQ(m.memory.set_region(0, 0, Gpa(0), 0, Hva(0)), 0);
-  ASSERT_EQ(m.memory.set_region(0, 2 /* KVM_MEM_READONLY */, Gpa(0), 0x10000,
-                                Hva(reinterpret_cast<u64>(m.at(0)))), 0);
+  ASSERT_EQ(
+      m.memory.set_region(0, 2 /* KVM_MEM_READONLY */, Gpa(0), 0x10000, Hva(reinterpret_cast<u64>(m.at(0)))),
+      0);
   ASSERT_EQ(m.memory.set_region(1, 0, Gpa(0x100000), 0x10000, Hva(reinterpret_cast<u64>(m.at(0x100000)))), 0);
   t.activate();
   EXPECT_TRUE(m.mmu->write<u8>(0x400000, 1));
@@ -431,7 +435,8 @@ TEST(Walk, RandomTablesAgreeWithTheModel) {
     for (unsigned i = 0; i < 150; i++) {
       if (i % 10 == 0) set_controls(m, mode, static_cast<unsigned>(rng() % 64));
       u64 linear = rng();
-      linear = mode == Mode::Long ? static_cast<u64>(static_cast<i64>(linear << 16) >> 16) : linear & 0xffffffff;
+      linear =
+          mode == Mode::Long ? static_cast<u64>(static_cast<i64>(linear << 16) >> 16) : linear & 0xffffffff;
       Request r;
       r.user = rng() & 1;
       r.write = rng() % 3 == 0;
