@@ -137,8 +137,10 @@ bool deliver_protected(Context& c, const Event& e) {
   const unsigned sp_size = lma ? 8 : new_ss.db ? 4 : 2;
   StackFrame frame(new_ss, width, sp_size, sp, inner);
   u64 flags = s.rflags;
+  // An instruction breakpoint, and an interrupt between iterations of a string instruction, push the RF that the
+  // run loop left.
   if (pushes_rf(e)) flags |= rflags::RF;
-  else if (e.type != Event::Type::External && e.type != Event::Type::Nmi) flags &= ~rflags::RF;
+  else if (soft) flags &= ~rflags::RF;
   if (v86)
     for (Seg seg : {GS, FS, DS, ES}) frame.push(s.seg[seg].selector);
   if (inner || lma) {

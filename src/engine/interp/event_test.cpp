@@ -365,6 +365,74 @@ TEST(Event64, ConformingHandlerKeepsTheLevel) {
   EXPECT_EQ(m.s.gpr[RSP], TestMachine::kStackTop - 40);
 }
 
+TEST(Event64, InstructionBreakpointPushesTheRfItFinds) {
+  Fixture m(TestMode::Long64);
+  m.s.rflags |= rflags::RF;
+  Event db = exception(vec::DB);
+  db.payload = 1;
+  EXPECT_EQ(m.deliver(db), Delivered::Ok);
+  EXPECT_TRUE(m.frame64(2) & rflags::RF);
+  EXPECT_FALSE(m.s.rflags & rflags::RF);
+}
+
+// ---- with the run loop: there and back ----
+
+TEST(EventRun, InstructionBreakpointFiresOnceAndResumes) {
+  for (TestMode mode : {TestMode::Prot32, TestMode::Long64}) {
+    Fixture m(mode);
+    m.deliver_events = true;
+    const Bytes handler = mode == TestMode::Long64 ? hex("48 ff c3 48 cf") : hex("43 90 90 cf");  // inc rbx; iret
+    std::memcpy(m.ram(m.handler(vec::DB)), handler.data(), handler.size());
+    m.s.dr[0] = m.code_offset() + 1;
+    m.s.dr7 = 0x401;
+    EXPECT_TRUE(m.run(hex("90 90 90")).halted());
+    EXPECT_EQ(m.s.gpr[RBX], 1u);
+    EXPECT_EQ(m.s.dr6 & 0xf, 1u);
+  }
+}
+
+TEST(EventRun, SoftwareInterruptReturnsBehindItself) {
+  for (TestMode mode : {TestMode::Prot32, TestMode::Long64, TestMode::Compat32}) {
+    Fixture m(mode);
+    m.deliver_events = true;
+    const Bytes handler = mode == TestMode::Prot32 ? hex("cf") : hex("48 cf");
+    std::memcpy(m.ram(m.handler(0x80)), handler.data(), handler.size());
+    EXPECT_TRUE(m.run(hex("cd 80 b1 07")).halted());
+    EXPECT_EQ(m.s.gpr[RCX] & 0xff, 7u);
+    EXPECT_EQ(m.s.gpr[RSP], TestMachine::kStackTop);
+    EXPECT_EQ(m.s.rip, m.code_offset() + 5);
+  }
+}
+
+TEST(EventRun, SoftwareInterruptWithoutPrivilegeFaultsAtItself) {
+  Fixture m(TestMode::Long64, true);
+  m.deliver_events = true;
+  EXPECT_TRUE(m.run(hex("90 cd 20")).halted());
+  EXPECT_EQ(m.s.rip, m.handler(vec::GP) + 1);
+  EXPECT_EQ(m.frame64(0), 0x20u * 8 + 2);
+  EXPECT_EQ(m.frame64(1), m.code_offset() + 1);
+}
+
+TEST(EventRun, NmiStaysBlockedUntilIret) {
+  Fixture m(TestMode::Long64);
+  m.deliver_events = true;
+  std::memcpy(m.ram(m.handler(vec::NMI)), "\x48\xcf", 2);
+  m.load_code(hex("f4"));
+  m.s.rip = m.code_offset();
+  EXPECT_EQ(m.deliver({Type::Nmi, vec::NMI, false, 0, 0}), Delivered::Ok);
+  EXPECT_TRUE(m.s.nmi_blocked);
+  EXPECT_TRUE(m.resume().halted());
+  EXPECT_FALSE(m.s.nmi_blocked);
+  EXPECT_EQ(m.env.nmi_unblocks, 1u);
+}
+
+TEST(EventRun, TripleFaultEndsTheRun) {
+  Fixture m(TestMode::Long64);
+  m.deliver_events = true;
+  m.s.idtr.limit = 0;
+  EXPECT_EQ(m.run(hex("0f 0b")).result, Interpreter::Result::TripleFault);
+}
+
 // ---- legacy protected mode ----
 
 TEST(Event32, SameLevel) {
