@@ -289,7 +289,10 @@ Exec run_mmx(Context& c, const DecodedInsn& insn) {
   if (stub == nullptr || ((stub->flags & kStubTouchesXmm) && !(c.s.cr4 & cr4::OSFXSR))) return c.ud();
   // CVTPI2PD from memory does not enter the MMX state and does not wait.
   const bool waits = !((stub->flags & kStubTouchesXmm) && insn.opcode == 0x2a && insn.has(kHasMem));
-  if (waits && x87_pending(c.s)) return c.fault(vec::MF);
+  if (x87_pending(c.s)) {
+    if (waits) return c.fault(vec::MF);
+    arm_host_faults();  // should this host wait after all
+  }
   u64 linear = 0;
   u8 saved[160];
   if (insn.has(kHasMem)) {
@@ -300,7 +303,10 @@ Exec run_mmx(Context& c, const DecodedInsn& insn) {
       std::memcpy(saved, c.s.xsave.bytes, sizeof saved);
     }
   }
-  if (const u32 code = run_image(c, unit, *stub)) {
+  if (!(stub->flags & kStubX87)) {
+    enter_mmx(c.s.xsave);
+    if (const u32 code = stub->run(&c.s.xsave, &unit->frame, c.s.gpr)) return stub_fault(c, code);
+  } else if (const u32 code = run_image(c, unit, *stub)) {
     if (code == static_cast<u32>(HostFault::FloatingPoint) && x87_pending(c.s)) return c.fault(vec::MF);
     return stub_fault(c, code);
   }

@@ -83,6 +83,9 @@ bool sse_available(Context& c);  ///< legacy SSE
 bool avx_available(Context& c);  ///< VEX
 bool mmx_available(Context& c);  ///< MMX: also #MF for a pending x87 exception
 
+/// The x87 stack becomes the MMX registers: TOP = 0, all tags valid; MM n is then ST(n)'s place.
+void enter_mmx(XsaveArea& area);
+
 /// vector_memory.cpp: element-wise memory instructions.
 Handler select_vector_memory(const DecodedInsn& insn);
 

@@ -32,18 +32,6 @@ bool vex_w(const DecodedInsn& insn) {
   return insn.raw[i] == 0xc4 && (insn.raw[i + 2] & 0x80);
 }
 
-/// The x87 stack becomes the MMX registers: TOP = 0, all tags valid; MM n is then ST(n)'s place.
-void enter_mmx(XsaveArea& area) {
-  const unsigned top = area.fsw() >> 11 & 7;
-  if (top != 0) {
-    u8 old[128];
-    std::memcpy(old, area.bytes + 32, sizeof old);
-    for (unsigned i = 0; i < 8; ++i) std::memcpy(area.bytes + 32 + 16 * ((top + i) & 7), old + 16 * i, 16);
-  }
-  area.fsw() &= static_cast<u16>(~0x3800);
-  area.ftw_abridged() = 0xff;
-}
-
 /// MASKMOVQ mm, mm   0F F7;   (V)MASKMOVDQU xmm, xmm   66 0F F7
 /// Memory:  bytes whose mask byte has bit 7 set, at seg:[rDI]; the others are not touched and cannot fault.
 /// Faults:  every selected byte is checked before the first is written.
@@ -172,6 +160,17 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
 }
 
 }  // namespace
+
+void enter_mmx(XsaveArea& area) {
+  const unsigned top = area.fsw() >> 11 & 7;
+  if (top != 0) {
+    u8 old[128];
+    std::memcpy(old, area.bytes + 32, sizeof old);
+    for (unsigned i = 0; i < 8; ++i) std::memcpy(area.bytes + 32 + 16 * ((top + i) & 7), old + 16 * i, 16);
+  }
+  area.fsw() &= static_cast<u16>(~0x3800);
+  area.ftw_abridged() = 0xff;
+}
 
 Handler select_vector_memory(const DecodedInsn& insn) {
   switch (insn.op) {

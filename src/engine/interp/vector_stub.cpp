@@ -220,6 +220,18 @@ class Emitter {
     vex(3, n, 15, true, 1, 0x19, XsaveArea::kYmmHigh + 16 * n);  // vextractf128 [..], n, 1
     byte(1);
   }
+  void load_mm(unsigned n) {
+    bytes({0x0f, 0x6f, static_cast<u8>(0x87 | n << 3)});
+    imm32(32 + 16 * n);
+  }
+  void store_mm(unsigned n) {  // a write to MM n sets the exponent field to ones
+    bytes({0x0f, 0x7f, static_cast<u8>(0x87 | n << 3)});
+    imm32(32 + 16 * n);
+    bytes({0x66, 0xc7, 0x87});
+    imm32(32 + 16 * n + 8);
+    bytes({0xff, 0xff});
+  }
+  void emms() { bytes({0x0f, 0x77}); }
   void vzeroupper() { bytes({0xc5, 0xf8, 0x77}); }
   void ret_ok() { bytes({0x31, 0xc0, 0xc3}); }
 
@@ -398,7 +410,7 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
   if (!rebuild(insn, p, mode, &out) || !verify(insn, out)) return std::nullopt;
 
   // What it reads and writes.
-  u32 loads = 0, stores = 0;
+  u32 loads = 0, stores = 0, mm_loads = 0, mm_stores = 0;
   unsigned gpr = 0;
   bool gpr_read = false, gpr_write = false;
   for (const Operand& o : insn.operands) {
@@ -407,6 +419,10 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
         if (!p.vex || (o.access & kRead)) loads |= 1u << (o.reg & 15);
         if (o.access & kWrite) stores |= 1u << (o.reg & 15);
         out.flags |= kStubTouchesXmm;
+        break;
+      case OperandKind::Mmx:
+        mm_loads |= 1u << (o.reg & 7);
+        if (o.access & kWrite) mm_stores |= 1u << (o.reg & 7);
         break;
       case OperandKind::Gpr:
         gpr = o.reg & 15;
@@ -438,6 +454,13 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
     if (uses_mxcsr(p.map, p.opcode)) out.flags |= kStubMxcsr;
   }
 
+  // CVTPS2PI and its like belong to SSE also when their other operand is in memory.
+  if (insn.op == Op::HostMmx && uses_mxcsr(p.map, p.opcode)) out.flags |= kStubTouchesXmm;
+  // Without an XMM register beside them, the MMX registers alone are moved.
+  const bool mmx_alone = insn.op == Op::HostMmx && !(out.flags & kStubTouchesXmm);
+  if (mmx_alone) x87 = false;
+  if (x87) out.flags |= kStubX87;
+
   Emitter e(&out);
   const bool mxcsr = out.flags & kStubMxcsr;
   const bool uses_gpr = gpr_read || gpr_write || pcmp;
@@ -448,7 +471,7 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
     e.save_host_mxcsr();
     e.load_guest_mxcsr();
   }
-  e.fault_class(x87 ? kUndoX87 | kUndoMxcsr : mxcsr ? kUndoMxcsr : 0);
+  e.fault_class(x87 ? kUndoX87 | kUndoMxcsr : mxcsr ? kUndoMxcsr : mmx_alone ? kUndoX87 : 0);
   if (uses_gpr) e.bytes({0x49, 0x89, 0xd1});  // mov r9, rdx
   if (gpr_read) e.load_gpr(RAX, gpr);
   if (pcmp && p.opcode <= 0x61) {
@@ -467,6 +490,8 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
         e.load_xmm(n);
       }
     }
+    for (unsigned n = 0; n < 8; ++n)
+      if (mm_loads >> n & 1) e.load_mm(n);
   }
   for (unsigned i = 0; i < out.host_insn_size; ++i) e.byte(out.host_insn[i]);
   if (out.flags & kStubWritesFlags) e.save_flags();
@@ -490,6 +515,9 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
       e.save_guest_mxcsr();
       e.load_host_mxcsr();
     }
+    for (unsigned n = 0; n < 8; ++n)
+      if (mm_stores >> n & 1) e.store_mm(n);
+    if (mmx_alone) e.emms();
     if (p.vex) e.vzeroupper();
   }
   e.ret_ok();

@@ -35,7 +35,7 @@ enum StubFlags : u16 {
   kStubReadsFlags = 1 << 0,
   kStubWritesFlags = 1 << 1,
   kStubMxcsr = 1 << 2,     ///< runs under the guest's MXCSR: may raise SIMD exceptions
-  kStubX87 = 1 << 3,       ///< the whole FXSAVE image is loaded and stored
+  kStubX87 = 1 << 3,       ///< the whole FXSAVE image is loaded and stored; else MMX registers alone, after enter_mmx()
   kStubMemRead = 1 << 4,
   kStubMemWrite = 1 << 5,
   kStubAligned = 1 << 6,

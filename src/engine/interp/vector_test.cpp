@@ -173,6 +173,7 @@ TEST_F(VectorTest, AvailabilityFaults) {
   s.cr4 &= ~cr4::OSFXSR;
   EXPECT_EQ(fault("0f 58 ca"), vec::UD);
   EXPECT_EQ(fault("0f 2a ca"), vec::UD);  // cvtpi2ps
+  EXPECT_EQ(fault("0f 2c 0b"), vec::UD);  // cvttps2pi mm1, [rbx]
   EXPECT_TRUE(ok("0f fc ca"));
   s.cr4 |= cr4::OSFXSR;
   s.xcr0 = 3;
