@@ -72,11 +72,10 @@ GuestFeatures distil(const Lookup& cpuid) {
   f.nx = ext.bit(D, 20);
   f.page1g = ext.bit(D, 26);
 
-  u64 cr4 = cr4::PVI | cr4::PCE;
+  u64 cr4 = cr4::PCE;  // VME and PVI stay reserved: the virtual-8086 extensions are not modelled
   const auto allow = [&](bool have, u64 bits) {
     if (have) cr4 |= bits;
   };
-  allow(l1.bit(D, 1), cr4::VME);
   allow(f[F::Tsc], cr4::TSD);
   allow(l1.bit(D, 2), cr4::DE);
   allow(l1.bit(D, 3), cr4::PSE);
