@@ -1,0 +1,76 @@
+#pragma once
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/decode/insn.hpp"
+#include "engine/translate/frame.hpp"
+
+/// Decoded instructions of one block to host code, by the conventions of frame.hpp.
+///
+/// Trust:     instructions and addresses are the guest's. Whatever they say, the code reaches guest memory
+///            only through hits of the software TLB, and leaves only through the frame's thunks.
+/// Threading: stateless but for its buffers; one per vCPU.
+namespace ring3::engine {
+
+/// Facts of the mode that a translation depends on; a part of its key.
+struct TranslateMode {
+  bool user = false;       ///< CPL 3
+  bool sse = false;        ///< SSE instructions run without #UD or #NM: CR0.EM/TS clear, CR4.OSFXSR set
+  bool avx = false;        ///< VEX vector instructions too: CR4.OSXSAVE, XCR0[2:1] = 3
+  u8 bits() const { return static_cast<u8>(user | sse << 1 | avx << 2); }
+};
+
+struct BlockRequest {
+  /// Decoded with CodeMode::Bits64; contiguous from rip, within one guest page.
+  std::span<const DecodedInsn> insns;
+  u64 rip = 0;
+  TranslateMode mode;
+  u32 first_tag = 0;  ///< direct exit i says tag first_tag + i
+  /// One flag per instruction: the guest's CPUID has its feature (else it raises #UD: interpret).
+  std::span<const bool> has_feature;
+};
+
+/// A direct exit whose jump can be linked.
+struct DirectExit {
+  u32 jump = 0;    ///< offset in code of `jmp rel32` (E9): 5 bytes; at first it leads to stub
+  u32 stub = 0;    ///< offset of the stub: r14 = target, r15d = tag, jmp gs:[kExitNext]
+  u64 target = 0;  ///< guest RIP
+};
+
+/// Where a host instruction that may fault (DIV, IDIV) stands, and the guest instruction to interpret then.
+struct HostFaultPoint {
+  u32 offset = 0;  ///< in code, of the host instruction
+  u64 rip = 0;
+};
+
+struct TranslatedBlock {
+  std::vector<u8> code;  ///< position-independent; entered at its first byte
+  std::vector<DirectExit> exits;
+  std::vector<HostFaultPoint> faults;
+  u32 insns = 0;     ///< how many of the request's instructions the code stands for; the others are not reached
+  u32 bytes = 0;     ///< of guest code that these have
+  u64 flags_in = 0;  ///< status flags (rflags::STATUS bits) that the block reads before it writes them
+  void clear() {
+    code.clear();
+    exits.clear();
+    faults.clear();
+    insns = bytes = 0;
+    flags_in = 0;
+  }
+};
+
+class BlockTranslator {
+ public:
+  virtual ~BlockTranslator() = default;
+  /// False: the first instruction is to be interpreted (the run loop remembers it); out is then unspecified.
+  /// Direct exits to the block's own guest page, and those only, are listed in exits; a direct branch to
+  /// another page leaves through exit_indirect. Before a direct exit that goes backward (target <= rip of
+  /// the branch), attention is polled with the flags kept (exit_attention, r14 = target).
+  virtual bool translate(const BlockRequest& request, TranslatedBlock* out) = 0;
+};
+
+/// The translator of everything that is worth it.
+std::unique_ptr<BlockTranslator> create_block_translator();
+
+}  // namespace ring3::engine

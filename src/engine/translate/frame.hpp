@@ -1,0 +1,128 @@
+#pragma once
+#include <cstddef>
+
+#include "base/types.hpp"
+#include "engine/mmu/mmu.hpp"
+#include "engine/translate/frame_layout.h"
+
+/// What translated code and the run loop share: one JitFrame per vCPU, at the host's gs base.
+///
+/// Host registers in translated code (at instruction boundaries):
+///   rax rcx rdx rbx rbp rsi rdi r8..r12   the guest's registers of the same name
+///   r13                                   the guest's rsp
+///   gs:[kR13], gs:[kR14], gs:[kR15]       the guest's r13, r14, r15
+///   r14, r15                              scratch
+///   rsp                                   the host's stack; 16-byte aligned at the entry of every block, with
+///                                         no red zone kept by the guest: `call` to a fill thunk is all right,
+///                                         and push/pop when balanced before the next exit or fill
+///   CF PF AF ZF SF OF                     the guest's, in the host's RFLAGS; DF is 0
+///   xmm/ymm0..15, MXCSR                   the guest's (only entered with all exceptions masked in MXCSR)
+///
+/// Everything else of the guest stands in VcpuState and is not touched by translated code.
+///
+/// Memory: a frame slot is addressed as gs:[disp32] (65, ModRM.rm = 100b, SIB = 25h, disp32).
+namespace ring3::engine {
+
+struct alignas(64) JitFrame {
+  u64 r13 = 0, r14 = 0, r15 = 0;
+  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank; constant while translated code runs
+  u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
+  u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
+  u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
+  u64 saved_rcx = 0;    ///< exit_indirect's own
+  u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
+  u64 jump_bias = 0;    ///< in its top 16 bits: which address space and mode entries must be of
+  u64 exit_rip = 0;
+  u32 exit_reason = 0;  ///< RING3_REASON_*
+  u32 exit_tag = 0;
+  u64 host_rsp = 0;
+  u64 state_gpr = 0, state_rflags = 0, state_xsave = 0;  ///< addresses inside VcpuState
+  u64 fill_function = 0;  ///< u64 (*)(void* context, u64 linear, u64 size, u64 write): 1 when the TLB now hits
+  u64 fill_context = 0;
+  u64 saved_flags = 0;  ///< the fill thunks' own
+  u32 host_mxcsr = 0, pad0 = 0;
+  u64 saved_rax = 0;    ///< the exits' own
+  u64 pad1[5] = {};
+
+  // Thunks: jumped to with `jmp gs:[offset]` (fills: `call gs:[offset]`), from anywhere in the arena. For all:
+  // guest registers, flags and vectors in place.
+
+  /// In: r14 = RIP of the next instruction, r15d = the exit's tag (BlockRequest::first_tag + its
+  /// index) or kNoTag for one that is not to be linked. The run loop finds or makes the block of that
+  /// RIP, links the exit's jump to it when it may, and goes on there.
+  u64 exit_next = 0;
+  /// In: r14 = RIP of an instruction of which nothing has happened yet. It is interpreted.
+  u64 exit_interpret = 0;
+  /// In: r14 = RIP of the next instruction. Leaves to the run loop, which returns to its caller when
+  /// attention is raised. For polls.
+  u64 exit_attention = 0;
+  /// In: r14 = RIP of the next instruction; r15 is free. Polls attention, then goes on in the block of that RIP
+  /// through the jump table, without the run loop when it is there. For near RET, indirect JMP and CALL,
+  /// and direct branches to other pages.
+  u64 exit_indirect = 0;
+  /// call. In: r14 = linear address, r15d = size in bytes. Out: r14 kept; r15 = 1 when the page is now in the
+  /// TLB such that the inline check (of a read; of a write) hits, 0 when it cannot be: then exit_interpret.
+  /// Keeps all other registers, vectors and scratch; clobbers the status flags.
+  u64 fill_read = 0;
+  u64 fill_write = 0;
+};
+
+namespace frame {
+inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING3_FRAME_R15, kTlb = RING3_FRAME_TLB,
+                     kAttention = RING3_FRAME_ATTENTION, kFsBase = RING3_FRAME_FS_BASE,
+                     kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
+                     kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
+                     kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitIndirect = RING3_FRAME_EXIT_INDIRECT,
+                     kFillRead = RING3_FRAME_FILL_READ, kFillWrite = RING3_FRAME_FILL_WRITE;
+inline constexpr u32 kNoTag = ~0u;
+
+#define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))
+RING3_CHECK_OFFSET(r13, RING3_FRAME_R13);
+RING3_CHECK_OFFSET(r14, RING3_FRAME_R14);
+RING3_CHECK_OFFSET(r15, RING3_FRAME_R15);
+RING3_CHECK_OFFSET(tlb, RING3_FRAME_TLB);
+RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
+RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
+RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
+RING3_CHECK_OFFSET(scratch, RING3_FRAME_SCRATCH);
+RING3_CHECK_OFFSET(saved_rcx, RING3_FRAME_SAVED_RCX);
+RING3_CHECK_OFFSET(jump_table, RING3_FRAME_JUMP_TABLE);
+RING3_CHECK_OFFSET(jump_bias, RING3_FRAME_JUMP_BIAS);
+RING3_CHECK_OFFSET(exit_rip, RING3_FRAME_EXIT_RIP);
+RING3_CHECK_OFFSET(exit_reason, RING3_FRAME_EXIT_REASON);
+RING3_CHECK_OFFSET(exit_tag, RING3_FRAME_EXIT_TAG);
+RING3_CHECK_OFFSET(host_rsp, RING3_FRAME_HOST_RSP);
+RING3_CHECK_OFFSET(state_gpr, RING3_FRAME_STATE_GPR);
+RING3_CHECK_OFFSET(state_rflags, RING3_FRAME_STATE_RFLAGS);
+RING3_CHECK_OFFSET(state_xsave, RING3_FRAME_STATE_XSAVE);
+RING3_CHECK_OFFSET(fill_function, RING3_FRAME_FILL_FUNCTION);
+RING3_CHECK_OFFSET(fill_context, RING3_FRAME_FILL_CONTEXT);
+RING3_CHECK_OFFSET(saved_flags, RING3_FRAME_SAVED_FLAGS);
+RING3_CHECK_OFFSET(host_mxcsr, RING3_FRAME_HOST_MXCSR);
+RING3_CHECK_OFFSET(saved_rax, RING3_FRAME_SAVED_RAX);
+RING3_CHECK_OFFSET(exit_next, RING3_FRAME_EXIT_NEXT);
+RING3_CHECK_OFFSET(exit_interpret, RING3_FRAME_EXIT_INTERPRET);
+RING3_CHECK_OFFSET(exit_attention, RING3_FRAME_EXIT_ATTENTION);
+RING3_CHECK_OFFSET(exit_indirect, RING3_FRAME_EXIT_INDIRECT);
+RING3_CHECK_OFFSET(fill_read, RING3_FRAME_FILL_READ);
+RING3_CHECK_OFFSET(fill_write, RING3_FRAME_FILL_WRITE);
+#undef RING3_CHECK_OFFSET
+
+/// The software TLB as translated code indexes it: entry = tlb + ((linear >> kTlbShift) & kTlbMask).
+/// An access hits when (linear ^ tag) <= 4096 - size, unsigned; host address = linear + addend.
+inline constexpr u32 kTlbShift = 7;
+inline constexpr u32 kTlbMask = (Mmu::kTlbSize - 1) * sizeof(Mmu::TlbEntry);
+inline constexpr u32 kTlbReadTag = offsetof(Mmu::TlbEntry, read_tag);
+inline constexpr u32 kTlbWriteTag = offsetof(Mmu::TlbEntry, write_tag);
+inline constexpr u32 kTlbAddend = offsetof(Mmu::TlbEntry, addend);
+static_assert(sizeof(Mmu::TlbEntry) == 32);
+}  // namespace frame
+
+/// A direct-mapped table in front of the code cache, indexed by the low 16 bits of RIP.
+struct JumpEntry {
+  u64 negated = 0;  ///< -(rip + jump_bias); 0 never matches
+  u64 code = 0;     ///< host address
+};
+inline constexpr unsigned kJumpEntries = 1u << 16;
+
+}  // namespace ring3::engine
