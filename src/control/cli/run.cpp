@@ -143,12 +143,12 @@ int report(const vmm::Outcome& outcome, Ending& ending) {
   using Kind = vmm::Outcome::Kind;
   // What was lost of the output is not made good by a guest that ends well.
   if (ending.status() == kFailure) return fail(ending.why());
-  const std::string detail = outcome.message.empty() ? "" : ": " + outcome.message;
+  const auto message = [&](const char* otherwise) { return outcome.message.empty() ? otherwise : outcome.message; };
   switch (outcome.kind) {
     case Kind::kPoweredOff: log::info("the guest powered off"); return kSuccess;
     case Kind::kReboot: log::info("the guest rebooted"); return kSuccess;
-    case Kind::kPanic: fail("the guest panicked" + detail); return kGuestFailure;
-    case Kind::kTripleFault: fail("the guest triple-faulted" + detail); return kGuestFailure;
+    case Kind::kPanic: fail(message("the guest panicked")); return kGuestFailure;
+    case Kind::kTripleFault: fail(message("the guest triple-faulted")); return kGuestFailure;
     case Kind::kTestExit: return outcome.status;
     case Kind::kStopped: {
       if (const auto why = ending.why(); !why.empty()) fail(why);
@@ -156,7 +156,7 @@ int report(const vmm::Outcome& outcome, Ending& ending) {
     }
     case Kind::kHostError: break;
   }
-  return fail(outcome.message.empty() ? "the VM ended for an unknown reason" : outcome.message);
+  return fail(message("the VM ended for an unknown reason"));
 }
 
 }  // namespace
