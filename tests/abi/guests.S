@@ -39,7 +39,7 @@ guest pio
     hlt
 end_guest pio
 
-guest mmio                    # ES = 0xa000: nothing but devices; DS = 0x7000: RAM that ends at 0x80000
+guest mmio                    # ES = 0xa000: nothing but devices; DS = 0x7f00: RAM that ends at 0x80000
     movl $0x11223344, %eax
     movl %eax, %es:0x10
     movl %es:0x20, %ebx
@@ -51,9 +51,9 @@ guest mmio                    # ES = 0xa000: nothing but devices; DS = 0x7000: R
     movb %es:0x40, %dl
     movb %dl, 0x508
     pushw %ds
-    movw $0x7000, %bx
+    movw $0x7f00, %bx
     movw %bx, %ds
-    movl 0xfffe, %ecx         # two bytes of RAM, two of a device
+    movl 0xffe, %ecx         # two bytes of RAM, two of a device
     popw %ds
     movl %ecx, 0x50c
     cld
