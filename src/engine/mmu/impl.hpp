@@ -46,6 +46,7 @@ struct Mmu::Impl {
     bool stale = false;  ///< flush before use
     u64 used = 0;
     u64 exec_epoch = 0;
+    u64 generation = 0;  ///< Mmu::fetch_generation() while this space is the current one
   };
   static constexpr unsigned kSpaces = 8;
 
@@ -91,6 +92,11 @@ struct Mmu::Impl {
   void select_bank();
   void update_breakpoints();
   void flush_everything();
+  /// An execute translation of sp was dropped: what was looked up through it is looked up again.
+  void renew(Space& sp) {
+    sp.generation = ++last_generation;
+    if (&sp == space) mmu.fetch_generation_ = sp.generation;
+  }
   template <class F>
   void for_each_bank(F f) {
     for (auto& sp : spaces) {
@@ -134,6 +140,7 @@ struct Mmu::Impl {
   Space* space = nullptr;
   u64 use_clock = 0;
   u64 exec_epoch = 0;
+  u64 last_generation = 1;
   TlbBank empty;  ///< never filled
 
   struct Breakpoint {

@@ -54,7 +54,6 @@ void Mmu::Impl::select_bank() {
 }
 
 void Mmu::Impl::flush_everything() {
-  mmu.fetch_generation_++;
   for (auto& sp : spaces) {
     if (sp.get() == space) {
       for (Bank& b : sp->bank) b.flush(false);
@@ -202,19 +201,16 @@ void Mmu::mode_changed() {
 void Mmu::flush_all() { impl_->flush_everything(); }
 
 void Mmu::flush_non_global() {
-  fetch_generation_++;
   for (Impl::Bank& b : impl_->space->bank) b.flush(true);
   impl_->renew(*impl_->space);
 }
 
 void Mmu::flush_page(u64 linear) {
-  fetch_generation_++;
   impl_->for_each_bank([&](Impl::Bank& b) { b.flush_page(linear); });
   for (auto& sp : impl_->spaces) impl_->renew(*sp);
 }
 
 void Mmu::flush_page(u64 linear, u16 pcid) {
-  fetch_generation_++;
   for (auto& sp : impl_->spaces) {
     if (sp->pcid != pcid) continue;
     for (Impl::Bank& b : sp->bank) b.flush_page(linear);
@@ -223,7 +219,6 @@ void Mmu::flush_page(u64 linear, u16 pcid) {
 }
 
 void Mmu::flush_pcid(u16 pcid) {
-  fetch_generation_++;
   for (auto& sp : impl_->spaces) {
     if (sp->pcid != pcid) continue;
     for (Impl::Bank& b : sp->bank) b.flush(true);
@@ -232,7 +227,6 @@ void Mmu::flush_pcid(u16 pcid) {
 }
 
 void Mmu::set_cr3(u64 value, bool no_flush) {
-  fetch_generation_++;
   const bool pcide = impl_->has_pcid && (state_.cr4 & cr4::PCIDE);
   state_.cr3 = impl_->seen_cr3 = value & ~(1ull << 63);
   impl_->activate(pcide ? value & 0xfff : 0);
@@ -241,7 +235,6 @@ void Mmu::set_cr3(u64 value, bool no_flush) {
 }
 
 void Mmu::expire_fetches() {
-  fetch_generation_++;
   impl_->exec_epoch++;
   for (Impl::Bank& b : impl_->space->bank) b.drop_exec();
   impl_->space->exec_epoch = impl_->exec_epoch;
