@@ -263,7 +263,9 @@ Interpreter::Result Interpreter::Impl::run(u64 budget) {
     for (;;) {
       if (c.retired + b->count > limit ||
           (!c.code64 && static_cast<u32>(s.rip) + static_cast<u64>(b->bytes) - 1 > s.seg[CS].limit)) [[unlikely]] {
-        if (const Ended ended = step()) return *ended;
+        if (c.retired < limit) {
+          if (const Ended ended = step()) return *ended;
+        }
         break;
       }
       const CachedInsn* const first = b->insns();
