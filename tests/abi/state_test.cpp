@@ -87,7 +87,7 @@ TEST_P(State, Sregs) {
     switch (round % 3) {
       case 0:  // real or protected, without paging
         in.cr0 = 0x10 | (random() & 0x2f);
-        in.cr4 = random() & 0x6f;
+        in.cr4 = random() & 0x6c;
         in.cr3 = 0;
         in.efer = (random() & 1) | (random() & 0x800);
         break;

@@ -49,8 +49,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   v->mmu_.set_port(&v->env_);
   v->interp_ = Interpreter::create(v->state_, v->mmu_, v->env_, cache_bytes);
   v->mmu_.set_code_observer(v->interp_.get());
-  v->interp_->context().features = v->all_features_;
-  v->state_changed();
+  v->use_features(v->all_features_);
   vm.tracker().register_vcpu(index, &v->mmu_, &v->interp_->context().attention, kAttendMmu);
   v->registered_ = true;
   kvm_run& page = *v->run_page();
@@ -118,6 +117,13 @@ void Vcpu::note_ioapic_eoi(u8 vector) {
   raise(kAttendExit);
 }
 
+void Vcpu::use_features(const GuestFeatures& f) {
+  interp_->context().features = f;
+  mmu_.set_features(f.maxphyaddr, f.nx, f.page1g, f.pcid, f.amd);
+  interp_->code_flush();
+  state_changed();
+}
+
 void Vcpu::state_changed() { interp_->context().mode_changed(); }
 
 void Vcpu::reset(bool init) {
@@ -173,15 +179,13 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
     return std::equal(entries.begin(), entries.end(), now.begin(), now.end(), same) ? 0 : -EINVAL;
   }
   if (const int error = cpuid_.set(entries); error != 0) return error;
-  Context& c = interp_->context();
-  if (cpuid_.empty()) {
-    c.features = all_features_;
-  } else {
-    c.features = make_features(cpuid_.entries());
-    c.features.has &= all_features_.has;  // never what the host or the engine lacks
-    c.features.xcr0_supported &= all_features_.xcr0_supported;
-    c.features.cr4_reserved |= all_features_.cr4_reserved;
-    c.features.efer_reserved |= all_features_.efer_reserved;
+  GuestFeatures features = all_features_;
+  if (!cpuid_.empty()) {
+    features = make_features(cpuid_.entries());
+    features.has &= all_features_.has;  // never what the host or the engine lacks
+    features.xcr0_supported &= all_features_.xcr0_supported;
+    features.cr4_reserved |= all_features_.cr4_reserved;
+    features.efer_reserved |= all_features_.efer_reserved;
   }
   if (lapic_) {
     Lapic::Features f;
@@ -191,9 +195,7 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
     f.physical_bits = cpuid_.physical_bits();
     lapic_->set_features(f);
   }
-  interp_->code_flush();
-  mmu_.flush_all();
-  state_changed();
+  use_features(features);
   return 0;
 }
 

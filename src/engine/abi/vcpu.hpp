@@ -88,6 +88,7 @@ class Vcpu {
 
   // vcpu.cpp
   void reset(bool init);
+  void use_features(const GuestFeatures& features);
   void state_changed();
   long set_guest_debug(u64 arg);
   long set_signal_mask(u64 arg);
