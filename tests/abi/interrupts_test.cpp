@@ -258,7 +258,7 @@ TEST_P(Interrupts, StartupAndIpisBetweenTwoVcpus) {
   stop.store(true);
   m.vcpu(1).kick();
   ap.join();
-  EXPECT_EQ(m.at<u32>(0x504), kRounds);
+  EXPECT_GE(m.at<u32>(0x504), kRounds);  // the other vCPU serves on between the last count and the port
   EXPECT_GE(m.at<u32>(0x508), kRounds - 1);
   EXPECT_EQ(m.at<u16>(0x510), 0x900);
 }
