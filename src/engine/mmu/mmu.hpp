@@ -74,6 +74,10 @@ class Mmu {
   /// No page address, also after its low bits up to any access size were kept.
   static constexpr u64 kNoTag = 1u << 11;
   static constexpr unsigned kTlbBits = 10, kTlbSize = 1u << kTlbBits;
+  /// What stands in the empty tags of entry i: differs from every address that selects the entry in more
+  /// than the page offset, and has the bit of kNoTag.
+  static constexpr u64 no_tag(unsigned i) { return i == 0 ? kNoTag | kPageSize : kNoTag; }
+  static constexpr TlbEntry no_entry(unsigned i) { return {no_tag(i), no_tag(i), no_tag(i), 0}; }
   enum Bank : u8 { kUser, kSupervisor, kSupervisorNoUser /* SMAP in force */, kBanks };
 
   Mmu(VcpuState& state, memory::GuestMemory& memory, PhysicalTracker& tracker, unsigned vcpu_index);
@@ -179,6 +183,15 @@ class Mmu {
   /// is not plain RAM for that access (then go element by element). Never raises a stop.
   u8* bulk_pointer(u64 linear, bool for_write, unsigned size);
 
+  // ---- for translated code ----
+
+  /// kTlbSize entries that answer Privilege::Current's data accesses; until mode_changed(), a flush_*,
+  /// set_cr3() or serve_requests() the address stays the same.
+  const TlbEntry* tlb() const { return bank_->entries; }
+  /// Fills the TLB so that an access inside one page hits. False when it cannot, or the access would fault.
+  /// Never raises a stop; what a walk sets in page tables may reach CodeObserver::code_written().
+  bool warm(u64 linear, unsigned size, bool write) { return bulk_pointer(linear, write, size) != nullptr; }
+
   // ---- instruction fetch ----
 
   /// Translates linear for execution at the current privilege. On success *gpa is its physical address
@@ -202,8 +215,10 @@ class Mmu {
   /// KVM_RUN entry, and at interrupt delivery while paging is off: the points at which a guest can
   /// learn that a device has written code without a TLB fill of its own.
   void expire_fetches();
-  /// Changes whenever an execute translation that fetch() gave may have become wrong: every flush_*,
-  /// set_cr3 and expire_fetches. What was looked up by linear address under another value is looked up again.
+  /// Names the execute translations in force: another value when one that fetch() gave may have become
+  /// wrong (every flush_*, expire_fetches), and per address space, so that a return to a space whose
+  /// translations were kept (PCID) brings its value back. What was looked up by linear address under
+  /// another value is looked up again.
   u64 fetch_generation() const { return fetch_generation_; }
 
   /// For KVM_TRANSLATE, INVLPG checks, tests: a walk without side effects.
@@ -241,6 +256,7 @@ class Mmu {
 
  private:
   struct TlbBank {
+    TlbBank() { entries[0] = no_entry(0); }
     TlbEntry entries[kTlbSize];
   };
   template <class T>

@@ -31,7 +31,7 @@ struct IndexSet {
 template <class BankBase>
 struct TlbBankWithSets : BankBase {
   static constexpr unsigned kSize = Mmu::kTlbSize;
-  static constexpr u64 kNone = Mmu::kNoTag;
+  static bool is_none(u64 tag) { return (tag & Mmu::kNoTag) != 0; }
 
   u64 gpa[kSize];   ///< page address of the entry; meaningful where filled
   u8 shift[kSize];  ///< log2 of the page size of the guest's mapping
@@ -42,7 +42,7 @@ struct TlbBankWithSets : BankBase {
       large_high = 0;  ///< all large pages seen since the last full flush lie in [low, high]
 
   void reset(unsigned i) {
-    this->entries[i] = Mmu::TlbEntry{};
+    this->entries[i] = Mmu::no_entry(i);
     filled.clear(i);
     global.clear(i);
     large.clear(i);
@@ -52,7 +52,7 @@ struct TlbBankWithSets : BankBase {
   }
   u64 page_of(unsigned i) const {
     const Mmu::TlbEntry& e = this->entries[i];
-    return e.read_tag != kNone ? e.read_tag : e.write_tag != kNone ? e.write_tag : e.exec_tag;
+    return !is_none(e.read_tag) ? e.read_tag : !is_none(e.write_tag) ? e.write_tag : e.exec_tag;
   }
   void flush(bool keep_global) {
     bool kept = false;
@@ -88,7 +88,7 @@ struct TlbBankWithSets : BankBase {
   }
   void drop_writes() {
     writable.for_each([&](unsigned i) {
-      this->entries[i].write_tag = kNone;
+      this->entries[i].write_tag = Mmu::no_tag(i);
       writable.clear(i);
       reset_if_empty(i);
     });
@@ -98,20 +98,20 @@ struct TlbBankWithSets : BankBase {
     writable.for_each([&](unsigned i) {
       Mmu::TlbEntry& e = this->entries[i];
       if (e.write_tag + e.addend != host) return;
-      e.write_tag = kNone;
+      e.write_tag = Mmu::no_tag(i);
       writable.clear(i);
       reset_if_empty(i);
     });
   }
   void drop_exec() {
     executable.for_each([&](unsigned i) {
-      this->entries[i].exec_tag = kNone;
+      this->entries[i].exec_tag = Mmu::no_tag(i);
       executable.clear(i);
       reset_if_empty(i);
     });
   }
   void reset_if_empty(unsigned i) {
-    if (page_of(i) == kNone) reset(i);
+    if (is_none(page_of(i))) reset(i);
   }
 };
 
