@@ -74,6 +74,7 @@ VcpuState& GuestRunner::prepare() {
   s_.seg[SS] = flat(0x2b, 3, false, true);
   for (Seg r : {DS, ES}) s_.seg[r] = compat32_ ? flat(0x2b, 3, false, true) : null_segment();
   for (Seg r : {FS, GS}) s_.seg[r] = null_segment();
+  s_.tr.limit = 0x20;  // no I/O permission bitmap
   s_.gdtr = {0xffff800000000000, 0x7f};  // not mapped: no instruction under test gets that far
   s_.idtr = {0xffff800000001000, 0xfff};
   return s_;
@@ -123,9 +124,12 @@ GuestRunner::~GuestRunner() {
   ::munmap(ram_, kRamSize);
 }
 
-void GuestRunner::set_code(const u8* page) {
-  std::memcpy(ram_ + kCodeGpa, page, kCodeSize);
+void GuestRunner::set_code(const u8* page, unsigned offset, unsigned size, bool single) {
+  u8* at = ram_ + kCodeGpa;
+  std::memcpy(at, page, kCodeSize);
+  at[offset + size] = at[offset + kFarPad] = 0xf4;  // HLT: #GP(0) at CPL 3, where the run ends
   interpreter_->code_flush();
+  interpreter_->set_max_block_insns(single ? 1 : 0);
 }
 
 std::optional<Outcome> GuestRunner::run(Registers* regs, u64 fall_through) {
@@ -135,32 +139,27 @@ std::optional<Outcome> GuestRunner::run(Registers* regs, u64 fall_through) {
   std::memcpy(s_.xsave.bytes, regs->xsave, sizeof(regs->xsave));
   context().mode_changed();
   has_event_ = false;
-  // A repeated string instruction may stop between iterations, as for an interrupt.
-  Interpreter::Result result;
-  do {
-    result = interpreter_->run(1);
-  } while (!has_event_ && s_.rip == regs->rip &&
-           (result == Interpreter::Result::Budget || result == Interpreter::Result::Attention));
+  const Interpreter::Result result = interpreter_->run(100000);
 
   std::memcpy(regs->gpr, s_.gpr, sizeof(s_.gpr));
   regs->rflags = s_.rflags;
   std::memcpy(regs->xsave, s_.xsave.bytes, sizeof(regs->xsave));
   Outcome out;
-  if (has_event_) {
+  if (!has_event_) {
+    CHECK(result != Interpreter::Result::Debug);
+    return std::nullopt;
+  }
+  const bool at_pad = event_.vector == vec::GP && event_.error == 0;
+  if (at_pad && s_.rip == fall_through) {
+    out.kind = Outcome::Kind::FellThrough;
+  } else if (at_pad && s_.rip == regs->rip + kFarPad) {
+    out.kind = Outcome::Kind::Branched;
+  } else {
     out.kind = Outcome::Kind::Fault;
     out.vector = event_.vector;
     if (event_.vector == vec::GP || event_.vector == vec::PF) out.error = event_.error;
     if (event_.vector == vec::PF) out.cr2 = event_.payload;
     regs->rip = s_.rip;
-    return out;
-  }
-  if (result != Interpreter::Result::Budget && result != Interpreter::Result::Attention) return std::nullopt;
-  if (s_.rip == fall_through) {
-    out.kind = Outcome::Kind::FellThrough;
-  } else if (s_.rip == regs->rip + kFarPad) {
-    out.kind = Outcome::Kind::Branched;
-  } else {
-    return std::nullopt;
   }
   return out;
 }

@@ -16,8 +16,9 @@ class GuestRunner {
 
   u8* data() { return ram_ + kDataGpa; }
   u8* read_only() { return ram_ + kReadOnlyGpa; }
-  /// Copies the code page and drops what was decoded from it.
-  void set_code(const u8* page);
+  /// Copies the code page, puts a HLT at both landing pads and drops what was decoded from it.
+  /// single: blocks of one instruction.
+  void set_code(const u8* page, unsigned offset, unsigned size, bool single);
   /// Runs one instruction; as NativeRunner::run(). fall_through: the address behind it.
   /// nullopt: it ended in a way the oracle cannot (an exit, a halt, a triple fault).
   std::optional<Outcome> run(Registers* regs, u64 fall_through);

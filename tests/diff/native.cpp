@@ -131,13 +131,13 @@ Result<std::unique_ptr<NativeRunner>> NativeRunner::create() {
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   for (int sig : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) ::sigaction(sig, &action, nullptr);
 
-  // movabs-free trampolines: jmp *[rip+0]; address
+  // jmp *[rip+2]; the address behind it, aligned: the instruction may have set EFLAGS.AC
   for (int i = 0; i < 2; ++i) {
     u8* t = g_code_rw + (kTrampoline - kCode) + 16 * i;
-    const u8 jump[] = {0xff, 0x25, 0, 0, 0, 0};
+    const u8 jump[] = {0xff, 0x25, 2, 0, 0, 0};
     std::memcpy(t, jump, 6);
     const u64 to = reinterpret_cast<u64>(i == 0 ? &ring3_diff_exit_a : &ring3_diff_exit_b);
-    std::memcpy(t + 6, &to, 8);
+    std::memcpy(t + 8, &to, 8);
   }
   return std::unique_ptr<NativeRunner>(new NativeRunner);
 }

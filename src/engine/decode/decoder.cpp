@@ -103,7 +103,7 @@ bool register_operand(ZydisRegister reg, Operand* out) {
   }
 }
 
-void memory_operand(const ZydisDecodedOperand& o, DecodedInsn* insn) {
+void memory_operand(const ZydisDecodedInstructionRaw& raw, const ZydisDecodedOperand& o, DecodedInsn* insn) {
   MemOperand& m = insn->mem;
   const auto& z = o.mem;
   m.base = kNoReg;
@@ -112,10 +112,12 @@ void memory_operand(const ZydisDecodedOperand& o, DecodedInsn* insn) {
   } else if (z.base != ZYDIS_REGISTER_NONE) {
     m.base = static_cast<u8>(ZydisRegisterGetId(z.base));
   }
+  // Mod 0 with base 101b has no base register, whatever REX.B or VEX.B say.
+  if (insn->addrsize != 2 && raw.modrm.mod == 0 && raw.modrm.rm == 4 && raw.sib.base == 5) m.base = kNoReg;
   m.index = z.index == ZYDIS_REGISTER_NONE ? kNoReg : static_cast<u8>(ZydisRegisterGetId(z.index));
   m.scale_log2 = z.scale == 8 ? 3 : z.scale == 4 ? 2 : z.scale == 2 ? 1 : 0;
   m.seg = segment_number(z.segment);
-  insn->disp = z.disp.value;  // zero when absent
+  insn->disp = raw.disp.size != 0 ? raw.disp.value : z.disp.value;  // Zydis misses it where it misses the missing base
   insn->flags |= kHasMem;
 }
 
@@ -140,7 +142,7 @@ bool take_operands(const ZydisDecodedInstruction& z, const ZydisDecodedOperand* 
           out.size = 0;
           out.access = 0;
         }
-        memory_operand(o, insn);
+        memory_operand(z.raw, o, insn);
         break;
       case ZYDIS_OPERAND_TYPE_POINTER:
         out.kind = OperandKind::FarPtr;
@@ -164,6 +166,12 @@ bool take_operands(const ZydisDecodedInstruction& z, const ZydisDecodedOperand* 
 }
 
 bool is_string(Op op) { return op >= Op::Movs && op <= Op::Outs; }
+
+bool has_prefix(const ZydisDecodedInstruction& z, u8 prefix) {
+  for (unsigned i = 0; i < z.raw.prefix_count; ++i)
+    if (z.raw.prefixes[i].value == prefix) return true;
+  return false;
+}
 
 /// The source segment of an instruction with implicit memory operands (strings, XLAT, MASKMOV).
 u8 implicit_segment(const ZydisDecodedInstruction& z, CodeMode mode) {
@@ -193,7 +201,8 @@ void string_prefixes(const ZydisDecodedInstruction& z, DecodedInsn* insn) {
 }
 
 /// SSE memory operands must be aligned, but for the instructions whose purpose it is not to be.
-bool needs_alignment(const ZydisDecodedInstruction& z, const DecodedInsn& insn) {
+bool needs_alignment(const ZydisDecodedInstruction& z, const DecodedInsn& insn, bool amd) {
+  if (amd && insn.feature == Feature::Sha) return false;
   if (insn.op != Op::HostVec || !insn.has(kHasMem)) return false;
   u8 size = 0;
   for (const Operand& o : insn.operands)
@@ -249,6 +258,25 @@ Op classify_host(const ZydisDecodedInstruction& z, const DecodedInsn& insn) {
     vec |= o.kind == OperandKind::Vec;
   }
   return vec ? Op::HostVec : Op::Invalid;
+}
+
+/// What Zydis sees otherwise than the CPUs do. amd: quirks of AMD's, found by the host oracle.
+void correct(const ZydisDecodedInstruction& z, bool long_mode64, bool amd, DecodedInsn* d) {
+  const bool f2 = has_prefix(z, 0xf2);
+  const bool f3 = has_prefix(z, 0xf3);
+  if (d->op == Op::Pause && (z.attributes & ZYDIS_ATTRIB_HAS_REX) && z.raw.rex.B) {
+    d->op = Op::Xchg;  // F3 REX.B 90 is no PAUSE
+    const u8 size = z.raw.rex.W ? 8 : has_prefix(z, 0x66) ? 2 : 4;
+    d->opsize = size;
+    d->operands[0] = {OperandKind::Gpr, 8, size, kReadWrite};
+    d->operands[1] = {OperandKind::Gpr, 0, size, kReadWrite};
+  }
+  if (!amd) return;
+  if (d->op == Op::Loope && f2) d->op = Op::Loopne;  // the prefix decides on ZF
+  else if (d->op == Op::Loopne && f3) d->op = Op::Loope;
+  if (z.opcode_map == ZYDIS_OPCODE_MAP_0F && z.opcode == 0x0d && z.raw.modrm.mod == 3) d->op = Op::Invalid;
+  const bool wide_element = z.opcode_map == ZYDIS_OPCODE_MAP_0F3A && (z.opcode == 0x16 || z.opcode == 0x22);
+  if (d->has(kVex) && wide_element && !long_mode64 && z.raw.vex.W) d->op = Op::Invalid;
 }
 
 bool ends_block(const DecodedInsn& insn) {
@@ -309,6 +337,7 @@ DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mod
 
   OpRow row = op_row(z.mnemonic);
   d.op = row.op == Op::Invalid ? classify_host(z, d) : refine(row.op, z, d);
+  correct(z, mode == CodeMode::Bits64, amd, &d);
   if (d.op == Op::Invalid) return DecodeResult::Ok;
   if (row.opsize) d.opsize = row.opsize;
   if (row.op != Op::Invalid && row.any_feature) d.feature = Feature::Base;
@@ -325,7 +354,7 @@ DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mod
     if (d.has(kRep | kRepne)) d.flags |= kMayFaultAfterPartial;
   }
   if (is_string(d.op) || d.op == Op::Xlat || d.op == Op::Maskmov) d.mem.seg = implicit_segment(z, mode);
-  if (needs_alignment(z, d)) d.flags |= kAligned;
+  if (needs_alignment(z, d, amd)) d.flags |= kAligned;
   if (ends_block(d)) d.flags |= kEndsBlock;
   *insn = d;
   return DecodeResult::Ok;

@@ -116,7 +116,8 @@ Exec cmpxchg_r(Context& c, const DecodedInsn& i) {
   if (acc == d) {
     put_reg<T>(c.s, i.operands[0], get_reg<T>(c.s, i.operands[1]));
   } else {
-    put_reg<T>(c.s, i.operands[0], d);
+    // AMD leaves the destination alone; Intel writes it back, which clears its upper half.
+    if (!c.features.amd) put_reg<T>(c.s, i.operands[0], d);
     put_gpr_as<T>(c.s, RAX, d);
   }
   put_status(c.s, ax);

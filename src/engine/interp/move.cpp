@@ -82,7 +82,9 @@ Handler choose_extend(const DecodedInsn& i) {
   return by_size_not8(i.operands[0].size, [&]<class To>() -> Handler {
     return by_size(i.operands[1].size, [&]<class Raw>() -> Handler {
       using From = std::conditional_t<kSigned, std::make_signed_t<Raw>, Raw>;
-      if constexpr (sizeof(Raw) <= sizeof(To) && sizeof(Raw) <= 4)
+      // MOVSXD with a 16-bit destination reads 32 bits of memory and keeps the lower half.
+      constexpr bool kNarrowing = kSigned && sizeof(To) == 2 && sizeof(Raw) == 4;
+      if constexpr ((sizeof(Raw) <= sizeof(To) && sizeof(Raw) <= 4) || kNarrowing)
         return mem ? extend<To, From, true> : extend<To, From, false>;
       else
         return nullptr;

@@ -259,9 +259,18 @@ Exec arpl(Context& c, const DecodedInsn& insn) {
     return Exec::Next;
   }
   u64 at;
+  const Seg seg = static_cast<Seg>(insn.mem.seg);
+  if (c.features.amd) {  // writes, and needs to be allowed to, only when the RPL changes
+    u16 selector;
+    if (!mem_linear(c, insn, 2, false, &at) || !c.mmu.read(at, &selector, seg)) return Exec::Stop;
+    if ((selector & 3) >= (src & 3)) {
+      set_zf(c, false);
+      return Exec::Next;
+    }
+  }
   if (!mem_linear(c, insn, 2, true, &at)) return Exec::Stop;
   Mmu::Rmw rmw;
-  if (!c.mmu.rmw_begin(at, 2, static_cast<Seg>(insn.mem.seg), &rmw)) return Exec::Stop;
+  if (!c.mmu.rmw_begin(at, 2, seg, &rmw)) return Exec::Stop;
   u16 value;
   std::memcpy(&value, rmw.host != nullptr ? rmw.host : rmw.buffer, 2);
   const bool less = (value & 3) < (src & 3);

@@ -162,7 +162,8 @@ Exec lods(Context& c, const DecodedInsn& i) {
   return repeat(c, i, r, sizeof(T), true, false, one, kAlways, kNoBulk);
 }
 
-/// CMPS: [rSI] - ES:[rDI]; SCAS: rAX - ES:[rDI].
+/// CMPS: [rSI] - ES:[rDI]; SCAS: rAX - ES:[rDI]. ES:[rDI] is accessed first, as the oracle does. After a fault
+/// the flags are those from before the instruction (SDM vol. 2, REP), or on AMD those of the last comparison.
 template <class T, bool kScan>
 Exec compare(Context& c, const DecodedInsn& i) {
   Regs r(c, i);
@@ -172,15 +173,15 @@ Exec compare(Context& c, const DecodedInsn& i) {
   bool equal = false, compared = false;
   const auto one = [&] {
     T left = static_cast<T>(c.s.gpr[RAX]), right;
-    if (!kScan && !read_at<T>(c, seg, r.get(RSI), &left)) return false;
     if (!read_at<T>(c, kEs, r.get(RDI), &right)) return false;
+    if (!kScan && !read_at<T>(c, seg, r.get(RSI), &left)) return false;
     equal = left == right;
     ax = alu<Alu::Cmp, T>(left, right, 0);
     compared = true;
     return true;
   };
   const Exec e = repeat(c, i, r, sizeof(T), !kScan, true, one, [&] { return equal == want_equal; }, kNoBulk);
-  if (e != Exec::Stop && compared) put_status(c.s, ax);
+  if (compared && (e != Exec::Stop || c.features.amd)) put_status(c.s, ax);
   return e;
 }
 
@@ -191,8 +192,8 @@ template <class T>
 Exec ins(Context& c, const DecodedInsn& i) {
   Regs r(c, i);
   const u16 port = static_cast<u16>(c.s.gpr[RDX]);
+  if (!io_allowed(c, port, sizeof(T))) return Exec::Stop;  // also for a count of zero
   const auto one = [&] {
-    if (!io_allowed(c, port, sizeof(T))) return false;
     u64 lin;
     if (!c.linear(kEs, r.get(RDI), sizeof(T), true, &lin) || !c.mmu.check_write(lin, sizeof(T), kEs)) return false;
     u32 v = 0;
@@ -207,8 +208,8 @@ Exec outs(Context& c, const DecodedInsn& i) {
   Regs r(c, i);
   const Seg seg = static_cast<Seg>(i.mem.seg);
   const u16 port = static_cast<u16>(c.s.gpr[RDX]);
+  if (!io_allowed(c, port, sizeof(T))) return Exec::Stop;
   const auto one = [&] {
-    if (!io_allowed(c, port, sizeof(T))) return false;
     T v;
     if (!read_at<T>(c, seg, r.get(RSI), &v)) return false;
     const auto answer = c.env.port_out(port, sizeof(T), v);

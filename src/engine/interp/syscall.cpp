@@ -70,7 +70,7 @@ Exec sysenter(Context& c, const DecodedInsn&) {
 
 Exec sysexit(Context& c, const DecodedInsn& insn) {
   VcpuState& s = c.s;
-  if (c.features.amd && s.long_mode()) return c.ud();
+  if (c.features.amd && s.long_mode()) return c.cpl != 0 ? c.gp0() : c.ud();
   const u16 base = static_cast<u16>(s.msr.sysenter_cs & kSelectorMask);
   if (s.real_mode() || base == 0 || c.cpl != 0) return c.gp0();
   const bool to64 = c.code64 && insn.opsize == 8;

@@ -33,7 +33,7 @@ bool vex_w(const DecodedInsn& insn) {
 }
 
 /// MASKMOVQ mm, mm   0F F7;   (V)MASKMOVDQU xmm, xmm   66 0F F7
-/// Memory:  bytes whose mask byte has bit 7 set, at seg:[rDI]; the others are not touched and cannot fault.
+/// Memory:  bytes whose mask byte has bit 7 set, at seg:[rDI]; the others are not touched and, but on AMD, cannot fault.
 /// Faults:  every selected byte is checked before the first is written.
 Exec maskmov(Context& c, const DecodedInsn& insn) {
   const bool mmx = insn.operands[0].kind == OperandKind::Mmx;
@@ -51,23 +51,19 @@ Exec maskmov(Context& c, const DecodedInsn& insn) {
   }
   const Seg seg = segment_of(insn);
   const u64 offset = c.s.gpr[RDI];
+  if (c.features.amd) {  // checks the whole operand, whatever the mask selects
+    u64 start;
+    if (!c.linear(seg, offset & address_mask(insn), size, true, &start) || !c.mmu.check_write(start, size, seg)) return Exec::Stop;
+  }
+  // Byte by byte: an address may wrap, and the bytes have no alignment of their own.
   u64 linear[16];
-  unsigned length[16] = {};  // of the run of selected bytes that begins here
-  for (unsigned i = 0; i < size;) {
-    if (!(select[i] & 0x80)) {
-      ++i;
-      continue;
-    }
-    // A run may wrap around the address size: then it ends there.
-    unsigned n = 1;
-    while (i + n < size && (select[i + n] & 0x80) && ((offset + i + n) & address_mask(insn)) != 0) ++n;
-    if (!c.linear(seg, (offset + i) & address_mask(insn), n, true, &linear[i]) || !c.mmu.check_write(linear[i], n, seg))
+  for (unsigned i = 0; i < size; ++i) {
+    if (!(select[i] & 0x80)) continue;
+    if (!c.linear(seg, (offset + i) & address_mask(insn), 1, true, &linear[i]) || !c.mmu.check_write(linear[i], 1, seg))
       return Exec::Stop;
-    length[i] = n;
-    i += n;
   }
   for (unsigned i = 0; i < size; ++i)
-    if (length[i] != 0 && !c.mmu.write_bytes(linear[i], data + i, length[i], seg)) return Exec::Stop;
+    if ((select[i] & 0x80) && !c.mmu.write_bytes(linear[i], data + i, 1, seg)) return Exec::Stop;
   if (mmx) enter_mmx(c.s.xsave);
   return Exec::Next;
 }

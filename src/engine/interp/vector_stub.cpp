@@ -293,7 +293,9 @@ bool rebuild(const DecodedInsn& insn, const Parsed& p, CodeMode mode, StubCode* 
     modrm = static_cast<u8>((modrm & 0x38) | 6);  // [rsi]
     b = false;
   }
-  if (!m64 && (!p.vex || w_is_gpr_width(p.map, p.opcode))) w = false;
+  // PCMPESTRI and PCMPESTRM take their lengths from RAX and RDX under W.
+  const bool explicit_length = p.map == 3 && (p.opcode == 0x60 || p.opcode == 0x61);
+  if (!m64 && (!p.vex || explicit_length || w_is_gpr_width(p.map, p.opcode))) w = false;
 
   auto& code = out->host_insn;
   u8& n = out->host_insn_size;
@@ -376,6 +378,11 @@ void describe_x87(const DecodedInsn& insn, const Parsed& p, StubCode* out) {
 
 bool uses_mxcsr(unsigned map, u8 opcode) {
   return map == 1 ? kMxcsr0F.has(opcode) : map == 2 ? kMxcsr0F38.has(opcode) : map == 3 && kMxcsr0F3A.has(opcode);
+}
+
+bool runs_on_host(bool vex, unsigned map, u8 opcode) {
+  const OpcodeSet* set = allowed(vex, map);
+  return set != nullptr && set->has(opcode);
 }
 
 std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool avx) {

@@ -154,7 +154,7 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
 
 bool Mmu::Impl::misaligned(u64 linear, unsigned size) const {
   // Operands that are no power of two long are made of words of at most 8 bytes.
-  const unsigned unit = size >= 7 ? 8 : size >= 3 ? 4 : size;
+  const unsigned unit = size == 16 || size == 32 ? 16 : size >= 7 ? 8 : size >= 3 ? 4 : size;
   return (linear & (unit - 1)) != 0;
 }
 
