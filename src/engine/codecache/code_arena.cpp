@@ -38,6 +38,13 @@ const u8* CodeArena::append(std::span<const u8> code) {
   return executable_.data() + at;
 }
 
+void CodeArena::patch(const u8* at, std::span<const u8> bytes) {
+  if (at < begin()) return;
+  const std::size_t offset = static_cast<std::size_t>(at - begin());
+  if (offset > used_ || bytes.size() > used_ - offset) return;
+  std::memcpy(writable_.data() + offset, bytes.data(), bytes.size());
+}
+
 void CodeArena::clear(std::size_t keep) {
   if (keep > used_) keep = used_;
   std::memset(writable_.data() + keep, 0xcc, used_ - keep);

@@ -24,6 +24,9 @@ class CodeArena {
   /// Copies code to the end of the arena, 16-byte aligned; returns where it runs, or null when it does
   /// not fit.
   const u8* append(std::span<const u8> code);
+  /// Replaces bytes of appended code; at lies in the executable mapping. Either all of it lies in what was
+  /// appended, or nothing is done. The bytes must not be running on another thread.
+  void patch(const u8* at, std::span<const u8> bytes);
   /// Drops what was appended after the first `keep` bytes. Nothing of it may be running or be called again.
   void clear(std::size_t keep = 0);
 

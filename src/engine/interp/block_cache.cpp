@@ -99,7 +99,13 @@ void BlockCache::flush(bool release_pages) {
   pages_.fill(nullptr);
   reset_pending_ = true;
   stats_.flushes++;
-  if (release_pages) mmu_.release_code_pages();
+  if (!release_pages) return;
+  mmu_.release_code_pages();
+  if (sharer_ != nullptr) sharer_->pages_released();
+}
+
+void BlockCache::release(Gpa page) {
+  if (sharer_ == nullptr || !sharer_->holds_page(page)) mmu_.release_code_page(page);
 }
 
 void BlockCache::kill(Block* block) {
@@ -131,13 +137,13 @@ void BlockCache::sweep(Page* page, F&& doomed) {
   *link = page->next;
   page->next = free_pages_;
   free_pages_ = page;
-  mmu_.release_code_page(Gpa(page->frame << kPageShift));
+  release(Gpa(page->frame << kPageShift));
 }
 
 void BlockCache::written(Gpa gpa, unsigned size) {
   Page* page = find_page(gpa.frame());
   if (page == nullptr) {
-    mmu_.release_code_page(gpa.page());
+    release(gpa.page());
     return;
   }
   const u64 first = gpa.page_offset(), end = first + size;

@@ -46,6 +46,16 @@ struct Block {
   CachedInsn* insns() { return reinterpret_cast<CachedInsn*>(this + 1); }
 };
 
+/// Another cache of the same vCPU that holds code of guest pages.
+class CodePageSharer {
+ public:
+  virtual ~CodePageSharer() = default;
+  /// True: the page is not released when this cache needs it no more.
+  virtual bool holds_page(Gpa page) = 0;
+  /// All pages of the vCPU were released: everything is to be dropped.
+  virtual void pages_released() = 0;
+};
+
 class BlockCache {
  public:
   static constexpr unsigned kMaxInsns = 64;
@@ -80,6 +90,9 @@ class BlockCache {
 
   /// Changes when blocks' memory may have been reused: links to or from older blocks are void.
   u64 epoch() const { return epoch_; }
+
+  /// May be null. It outlives the cache or is taken away before.
+  void set_sharer(CodePageSharer* sharer) { sharer_ = sharer; }
 
   struct Stats { u64 built = 0, killed = 0, flushes = 0; };
   const Stats& stats() const { return stats_; }
@@ -117,6 +130,7 @@ class BlockCache {
   Page* find_page(u64 frame) const;
   Page* page_for(u64 frame);
   void* allocate(std::size_t bytes);
+  void release(Gpa page);
   void kill(Block* block);
   /// Kills the blocks of page that doomed() names, and forgets the page when none is left.
   template <class F>
@@ -125,6 +139,7 @@ class BlockCache {
   void track(Block* block, unsigned which, Gpa page, const u8* image, const u8* host);
 
   Mmu& mmu_;
+  CodePageSharer* sharer_ = nullptr;
   std::size_t arena_size_;
   std::unique_ptr<u8[]> arena_;
   std::size_t used_ = 0;

@@ -17,6 +17,7 @@ namespace {
 struct Node {
   std::atomic<u64> begin{0}, end{0};  // end 0: free
   std::atomic<u64> exit_fpe{0}, exit_other{0};
+  std::atomic<bool> keep{false};  // RAX is the guest's: only R14 is ours
   Node* next = nullptr;
 };
 
@@ -61,6 +62,11 @@ void handler(int sig, siginfo_t* info, void* context) {
       const u64 end = n->end.load(std::memory_order_acquire);
       if (rip >= end || rip < n->begin.load(std::memory_order_relaxed)) continue;
       const bool fpe = sig == SIGFPE;
+      if (n->keep.load(std::memory_order_relaxed)) {
+        regs[REG_R14] = static_cast<greg_t>(rip);
+        regs[REG_RIP] = static_cast<greg_t>(n->exit_other.load(std::memory_order_relaxed));
+        return;
+      }
       regs[REG_RAX] = static_cast<greg_t>(fpe ? HostFault::FloatingPoint : HostFault::Other);
       regs[REG_RIP] = static_cast<greg_t>((fpe ? n->exit_fpe : n->exit_other).load(std::memory_order_relaxed));
       return;
@@ -88,6 +94,12 @@ void install(int sig) {
 }  // namespace
 
 HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other) {
+  add(begin, end, exit_fpe, exit_other, false);
+}
+
+HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit) { add(begin, end, exit, exit, true); }
+
+void HostFaultRange::add(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other, bool keep) {
   const std::lock_guard lock(g_mutex);
   for (const int sig : kSignals) install(sig);
   Node* node = nullptr;
@@ -98,6 +110,7 @@ HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit_fp
   node->begin.store(reinterpret_cast<u64>(begin));
   node->exit_fpe.store(reinterpret_cast<u64>(exit_fpe));
   node->exit_other.store(reinterpret_cast<u64>(exit_other));
+  node->keep.store(keep);
   node->end.store(reinterpret_cast<u64>(end), std::memory_order_release);
   if (fresh) {
     node->next = g_nodes.load();

@@ -20,12 +20,16 @@ class HostFaultRange {
   /// Code in [begin, end): faults go on at exit_fpe (SIGFPE) or exit_other. Addresses in the executable
   /// mapping. Installs the handlers when they are not there yet.
   HostFaultRange(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other);
+  /// Code whose fault exit wants all registers as they were, but for R14, which gets the address of
+  /// the instruction that faulted.
+  HostFaultRange(const u8* begin, const u8* end, const u8* exit);
   ~HostFaultRange();
   HostFaultRange(const HostFaultRange&) = delete;
   HostFaultRange& operator=(const HostFaultRange&) = delete;
 
  private:
-  void* node_;
+  void add(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other, bool keep);
+  void* node_ = nullptr;
 };
 
 /// Before a stub runs with unmasked exceptions: SIGFPE is not blocked on this thread (a blocked one

@@ -343,6 +343,8 @@ void Interpreter::set_max_block_insns(unsigned n) {
   impl_->cache.flush(true);
 }
 
+void Interpreter::set_page_sharer(CodePageSharer* sharer) { impl_->cache.set_sharer(sharer); }
+
 void Interpreter::code_written(Gpa gpa, unsigned size) { impl_->cache.written(gpa, size); }
 void Interpreter::validate_page(Gpa page, const u8* host) { impl_->cache.validate(page, host); }
 void Interpreter::code_flush() { impl_->cache.flush(true); }

@@ -10,6 +10,8 @@
 /// Threading: the vCPU's thread. Context::attention may be raised by any thread.
 namespace ring3::engine {
 
+class CodePageSharer;  ///< interp/block_cache.hpp
+
 class Interpreter final : public CodeObserver {
  public:
   enum class Result : u8 {
@@ -36,6 +38,9 @@ class Interpreter final : public CodeObserver {
 
   /// At most n instructions in a block (0: the default). For tests: block boundaries hide bugs.
   void set_max_block_insns(unsigned n);
+
+  /// Another cache of this vCPU that holds code of guest pages, told when pages are released; may be null.
+  void set_page_sharer(CodePageSharer* sharer);
 
   u64 debug_dr6() const;      ///< for Result::Debug
   u8 debug_vector() const;    ///< 1 or 3

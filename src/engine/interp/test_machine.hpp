@@ -248,13 +248,16 @@ class TestMachine {
   Outcome resume(u64 budget = 100000) {
     outcome_ = Outcome{};
     c().mode_changed();
-    outcome_.result = interp_->run(budget);
+    outcome_.result = runner ? runner(budget) : interp_->run(budget);
     return outcome_;
   }
   /// The appended HLT was reached: retired at CPL 0, #GP(0) at CPL 3.
   bool ended_at_hlt(const Outcome& out) const {
     return out.halted() || (out.raised(vec::GP, 0) && s.rip == hlt_offset_);
   }
+  /// Runs guest code in place of the interpreter's own run loop, when set.
+  std::function<Interpreter::Result(u64 budget)> runner;
+
   /// One-instruction blocks instead of basic blocks.
   void one_at_a_time(bool on) { interp_->set_max_block_insns(on ? 1 : 0); }
 

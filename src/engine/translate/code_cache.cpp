@@ -1,0 +1,190 @@
+#include "engine/translate/code_cache.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ring3::engine {
+
+Result<std::unique_ptr<CodeCache>> CodeCache::create(std::size_t arena_bytes) {
+  auto arena = CodeArena::create(std::clamp<std::size_t>(arena_bytes, 1u << 20, 1u << 30));
+  if (!arena) return arena.error();
+  return std::unique_ptr<CodeCache>(new CodeCache(std::move(*arena)));
+}
+
+CodeCache::CodeCache(std::unique_ptr<CodeArena> arena)
+    : arena_(std::move(arena)), jumps_(new JumpEntry[kJumpEntries]), hash_(1u << kHashBits, nullptr) {}
+
+u64 CodeCache::bias(u8 mode, u64 fetch_generation) {
+  if (space_->generation != fetch_generation) {
+    space_ = std::find_if(std::begin(spaces_), std::end(spaces_),
+                          [&](const Space& sp) { return sp.generation == fetch_generation; });
+    if (space_ == std::end(spaces_)) {
+      space_ = &spaces_[next_space_++ % kSpaces];
+      *space_ = Space{};
+      space_->generation = fetch_generation;
+    }
+  }
+  u64* b = &space_->bias[mode % kModes];
+  if (*b == 0) {
+    next_bias_ += 1ull << 48;
+    if (next_bias_ == 0) {  // all numbers were used: those of old entries come again
+      std::fill_n(jumps_.get(), kJumpEntries, JumpEntry{});
+      for (Space& sp : spaces_) std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
+      next_bias_ = 1ull << 48;
+    }
+    *b = next_bias_;
+  }
+  return *b;
+}
+
+unsigned CodeCache::bucket(Gpa gpa, u64 rip, u8 mode) {
+  return static_cast<unsigned>(((gpa.value ^ rip << 17 ^ u64{mode} << 60) * 0x9e3779b97f4a7c15ull) >> (64 - kHashBits));
+}
+
+CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode) const {
+  for (CodeBlock* b = hash_[bucket(gpa, rip, mode)]; b != nullptr; b = b->hash_next)
+    if (b->rip == rip && b->gpa == gpa && b->mode == mode) return b;
+  return nullptr;
+}
+
+CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& block, const u8* guest) {
+  const u8* code = arena_->append(block.code);
+  if (code == nullptr) return nullptr;
+  CodeBlock& b = blocks_.emplace_back();
+  b.rip = rip;
+  b.gpa = gpa;
+  b.mode = mode;
+  b.code = code;
+  b.code_size = static_cast<u32>(block.code.size());
+  b.bytes = static_cast<u16>(block.bytes);
+  b.count = static_cast<u16>(block.insns);
+  b.guest_bytes = static_cast<u32>(guest_.size());
+  guest_.insert(guest_.end(), guest, guest + block.bytes);
+  b.first_exit = next_tag();
+  b.exit_count = static_cast<u16>(block.exits.size());
+  for (const DirectExit& e : block.exits) {
+    Exit& x = exits_.emplace_back();
+    x.jump = code + e.jump;
+    x.stub = code + e.stub;
+    x.target = e.target;
+    x.from = &b;
+  }
+  b.faults = static_cast<u32>(faults_.size());
+  b.fault_count = static_cast<u16>(block.faults.size());
+  faults_.insert(faults_.end(), block.faults.begin(), block.faults.end());
+  CodeBlock*& head = hash_[bucket(gpa, rip, mode)];
+  b.hash_next = head;
+  head = &b;
+  pages_[gpa.frame()].push_back(&b);
+  stats_.built++;
+  return &b;
+}
+
+void CodeCache::point(const Exit& exit, const u8* to) {
+  const i64 distance = to - (exit.jump + 5);
+  const i32 rel = static_cast<i32>(distance);  // an arena has at most 1 GiB
+  u8 bytes[4];
+  std::memcpy(bytes, &rel, 4);
+  arena_->patch(exit.jump + 1, bytes);
+}
+
+void CodeCache::link(u32 tag, CodeBlock* to) {
+  if (tag >= exits_.size() || to->dead) return;
+  Exit& x = exits_[tag];
+  CodeBlock* from = x.from;
+  if (from->dead || x.to != nullptr || x.target != to->rip || from->mode != to->mode ||
+      from->gpa.page() != to->gpa.page() || (from->rip ^ to->rip) >> kPageShift != 0)
+    return;
+  x.to = to;
+  x.next_incoming = to->incoming;
+  to->incoming = tag;
+  point(x, to->code);
+  stats_.linked++;
+}
+
+bool CodeCache::fault_rip(u64 pc, u64* rip) const {
+  const u8* at = reinterpret_cast<const u8*>(pc);
+  auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at,
+                             [](const u8* p, const CodeBlock& b) { return p < b.code; });
+  if (it == blocks_.begin()) return false;
+  const CodeBlock& b = *--it;
+  for (unsigned i = 0; i < b.fault_count; i++) {
+    const HostFaultPoint& f = faults_[b.faults + i];
+    if (b.code + f.offset != at) continue;
+    *rip = f.rip;
+    return true;
+  }
+  return false;
+}
+
+void CodeCache::kill(CodeBlock* block) {
+  if (block->dead) return;
+  block->dead = true;
+  CodeBlock** at = &hash_[bucket(block->gpa, block->rip, block->mode)];
+  while (*at != nullptr && *at != block) at = &(*at)->hash_next;
+  if (*at == block) *at = block->hash_next;
+  for (u32 tag = block->incoming; tag != kNone;) {
+    Exit& x = exits_[tag];
+    tag = x.next_incoming;
+    x.to = nullptr;
+    x.next_incoming = kNone;
+    point(x, x.stub);
+  }
+  block->incoming = kNone;
+  // Its own exits leave to the run loop: the dead code may be running still.
+  for (u32 tag = block->first_exit; tag < block->first_exit + block->exit_count; tag++) {
+    Exit& x = exits_[tag];
+    if (x.to == nullptr) continue;
+    u32* link = &x.to->incoming;
+    while (*link != kNone && *link != tag) link = &exits_[*link].next_incoming;
+    if (*link == tag) *link = x.next_incoming;
+    x.to = nullptr;
+    x.next_incoming = kNone;
+    point(x, x.stub);
+  }
+  JumpEntry& e = jumps_[block->rip & (kJumpEntries - 1)];
+  if (e.code == reinterpret_cast<u64>(block->code)) e = JumpEntry{};
+  stats_.killed++;
+}
+
+template <class F>
+void CodeCache::sweep(u64 frame, F&& doomed) {
+  const auto page = pages_.find(frame);
+  if (page == pages_.end()) return;
+  std::vector<CodeBlock*>& list = page->second;
+  std::erase_if(list, [&](CodeBlock* b) {
+    if (!doomed(*b)) return false;
+    kill(b);
+    return true;
+  });
+  if (list.empty()) pages_.erase(page);
+}
+
+void CodeCache::written(Gpa gpa, unsigned size) {
+  const u64 first = gpa.page_offset(), end = first + size;
+  sweep(gpa.frame(), [&](const CodeBlock& b) {
+    const u64 from = b.gpa.page_offset();
+    return from < end && first < from + b.bytes;
+  });
+}
+
+void CodeCache::validate(Gpa page, const u8* host) {
+  // SAFETY: host has a page of bytes, and no block reaches past the end of its page.
+  sweep(page.frame(), [&](const CodeBlock& b) {
+    return std::memcmp(host + b.gpa.page_offset(), guest_.data() + b.guest_bytes, b.bytes) != 0;
+  });
+}
+
+void CodeCache::flush() {
+  blocks_.clear();
+  exits_.clear();
+  faults_.clear();
+  guest_.clear();
+  pages_.clear();
+  std::fill(hash_.begin(), hash_.end(), nullptr);
+  std::fill_n(jumps_.get(), kJumpEntries, JumpEntry{});
+  arena_->clear();
+  stats_.flushes++;
+}
+
+}  // namespace ring3::engine

@@ -1,0 +1,124 @@
+#pragma once
+#include <deque>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "base/result.hpp"
+#include "engine/codecache/code_arena.hpp"
+#include "engine/translate/block_translator.hpp"
+
+/// The translated blocks of one vCPU: lookup, linking, invalidation.
+///
+/// A block is found by guest-physical address, linear address and mode. In front of that stands the jump
+/// table, which translated code searches by itself: an entry counts only under the bias (a number for the
+/// mode and the state of the fetch translations) that it was made under.
+///
+/// Links: a direct exit inside a guest page jumps to its successor's code once that is known. They hold as
+///        long as both blocks live: whoever runs in the page has fetched from it, and a change of mode or
+///        translation is never made by translated code.
+/// Killed blocks are unlinked at once, but their code stays until the whole cache is emptied, so that a
+///        block may be killed by an access of its own.
+/// Bounded: by the arena; when it is full, everything goes.
+/// Threading: the vCPU's thread.
+namespace ring3::engine {
+
+struct CodeBlock {
+  u64 rip = 0;
+  Gpa gpa;
+  const u8* code = nullptr;
+  u32 code_size = 0;
+  u32 first_exit = 0;     ///< its exits' tags begin here
+  u32 guest_bytes = 0;    ///< index of its bytes' copy
+  u32 incoming = ~0u;     ///< list of the exits linked to it
+  u32 faults = 0;         ///< index of its first fault point
+  u16 fault_count = 0;
+  u16 exit_count = 0;
+  u16 bytes = 0;          ///< of guest code
+  u16 count = 0;          ///< instructions
+  u8 mode = 0;            ///< TranslateMode::bits()
+  bool dead = false;
+  CodeBlock* hash_next = nullptr;
+};
+
+class CodeCache {
+ public:
+  struct Stats {
+    u64 built = 0, killed = 0, flushes = 0, linked = 0;
+  };
+
+  static Result<std::unique_ptr<CodeCache>> create(std::size_t arena_bytes);
+
+  JumpEntry* jump_table() { return jumps_.get(); }
+  const CodeArena& arena() const { return *arena_; }
+  const Stats& stats() const { return stats_; }
+
+  /// Jump-table entries made under another bias than this one do not match.
+  u64 bias(u8 mode, u64 fetch_generation);
+  const u8* recall(u64 rip, u64 bias) const {
+    const JumpEntry& e = jumps_[rip & (kJumpEntries - 1)];
+    return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
+  }
+  void remember(const CodeBlock& block, u64 bias) {
+    jumps_[block.rip & (kJumpEntries - 1)] = {0 - (block.rip + bias), reinterpret_cast<u64>(block.code)};
+  }
+
+  CodeBlock* find(Gpa gpa, u64 rip, u8 mode) const;
+  u32 next_tag() const { return static_cast<u32>(exits_.size()); }
+  /// Null when it does not fit: flush() first. guest: the bytes that it was made from.
+  CodeBlock* add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& block, const u8* guest);
+  /// The exit that left with this tag goes to `to` from now on, if that may be.
+  void link(u32 tag, CodeBlock* to);
+  /// RIP of the guest instruction whose host instruction faults at pc.
+  bool fault_rip(u64 pc, u64* rip) const;
+
+  void written(Gpa gpa, unsigned size);
+  void validate(Gpa page, const u8* host);
+  bool holds_page(Gpa page) const { return pages_.count(page.frame()) != 0; }
+  /// Drops everything. No block may be running.
+  void flush();
+  /// Rises with every flush: pointers and tags from before are void.
+  u64 epoch() const { return stats_.flushes; }
+
+ private:
+  static constexpr unsigned kHashBits = 15;
+  static constexpr u32 kNone = ~0u;
+
+  struct Exit {
+    const u8* jump = nullptr;  ///< its E9
+    const u8* stub = nullptr;
+    u64 target = 0;
+    CodeBlock* from = nullptr;
+    CodeBlock* to = nullptr;
+    u32 next_incoming = kNone;
+  };
+
+  explicit CodeCache(std::unique_ptr<CodeArena> arena);
+  static unsigned bucket(Gpa gpa, u64 rip, u8 mode);
+  void kill(CodeBlock* block);
+  void point(const Exit& exit, const u8* to);
+  template <class F>
+  void sweep(u64 frame, F&& doomed);
+
+  std::unique_ptr<CodeArena> arena_;
+  std::unique_ptr<JumpEntry[]> jumps_;
+  static constexpr unsigned kSpaces = 16, kModes = 8;
+  /// Biases in use for a fetch generation; with PCID, generations come back.
+  struct Space {
+    u64 generation = 0;
+    u64 bias[kModes] = {};
+  };
+  Space spaces_[kSpaces];
+  Space* space_ = spaces_;
+  unsigned next_space_ = 0;
+  u64 next_bias_ = 0;
+  std::vector<CodeBlock*> hash_;
+  std::deque<CodeBlock> blocks_;  ///< in the order of their code
+  std::vector<Exit> exits_;       ///< by tag
+  std::vector<HostFaultPoint> faults_;
+  std::vector<u8> guest_;
+  std::unordered_map<u64, std::vector<CodeBlock*>> pages_;
+  Stats stats_;
+};
+
+}  // namespace ring3::engine

@@ -1,0 +1,201 @@
+/* Entering and leaving translated code; the contracts are in frame.hpp. AT&T syntax. */
+#include "engine/translate/frame_layout.h"
+
+#define GPR(n) (8 * (n))
+#define XMM(n) (160 + 16 * (n))
+#define YMMH(n) (576 + 16 * (n))
+
+    .text
+
+.macro load_vector n
+    vmovdqu XMM(\n)(%r14), %xmm\n
+    vinsertf128 $1, YMMH(\n)(%r14), %ymm\n, %ymm\n
+.endm
+.macro save_vector n
+    vmovdqu %xmm\n, XMM(\n)(%r14)
+    vextractf128 $1, %ymm\n, YMMH(\n)(%r14)
+.endm
+.macro push_vector n
+    vmovdqu %ymm\n, 32*\n(%rsp)
+.endm
+.macro pop_vector n
+    vmovdqu 32*\n(%rsp), %ymm\n
+.endm
+.macro all op
+    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+    \op \n
+    .endr
+.endm
+
+/* void ring3_jit_enter(const u8* code): the guest's state is in VcpuState, the frame at gs. */
+    .globl ring3_jit_enter
+    .hidden ring3_jit_enter
+    .type ring3_jit_enter, @function
+    .balign 64
+ring3_jit_enter:
+    push %rbp
+    push %rbx
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    sub $8, %rsp
+    mov %rsp, %gs:RING3_FRAME_HOST_RSP
+    stmxcsr %gs:RING3_FRAME_HOST_MXCSR
+    mov %rdi, %r15
+    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    ldmxcsr 24(%r14)
+    all load_vector
+    mov %gs:RING3_FRAME_STATE_RFLAGS, %r14
+    mov (%r14), %rax
+    mov %eax, %ecx
+    mov %al, %ah
+    shr $11, %ecx
+    and $1, %ecx
+    mov %cl, %al
+    add $0x7f, %al                /* OF */
+    sahf                          /* the others */
+    mov %gs:RING3_FRAME_STATE_GPR, %r14
+    mov GPR(0)(%r14), %rax
+    mov GPR(1)(%r14), %rcx
+    mov GPR(2)(%r14), %rdx
+    mov GPR(3)(%r14), %rbx
+    mov GPR(4)(%r14), %r13
+    mov GPR(5)(%r14), %rbp
+    mov GPR(6)(%r14), %rsi
+    mov GPR(7)(%r14), %rdi
+    mov GPR(8)(%r14), %r8
+    mov GPR(9)(%r14), %r9
+    mov GPR(10)(%r14), %r10
+    mov GPR(11)(%r14), %r11
+    mov GPR(12)(%r14), %r12
+    jmp *%r15
+    .size ring3_jit_enter, . - ring3_jit_enter
+
+.macro thunk name
+    .globl \name
+    .hidden \name
+    .type \name, @function
+    .balign 32
+\name:
+.endm
+
+thunk ring3_jit_exit_interpret
+    movl $RING3_REASON_INTERPRET, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+
+thunk ring3_jit_exit_attention
+    movl $RING3_REASON_ATTENTION, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+
+/* From the fault handler: r14 = host address of the instruction that faulted. */
+thunk ring3_jit_exit_fault
+    movl $RING3_REASON_FAULT, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+
+thunk ring3_jit_exit_next
+    movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
+    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+leave:
+    mov %r14, %gs:RING3_FRAME_EXIT_RIP
+    mov %gs:RING3_FRAME_STATE_GPR, %r14
+    mov %rax, GPR(0)(%r14)
+    mov %rcx, GPR(1)(%r14)
+    mov %rdx, GPR(2)(%r14)
+    mov %rbx, GPR(3)(%r14)
+    mov %r13, GPR(4)(%r14)
+    mov %rbp, GPR(5)(%r14)
+    mov %rsi, GPR(6)(%r14)
+    mov %rdi, GPR(7)(%r14)
+    mov %r8, GPR(8)(%r14)
+    mov %r9, GPR(9)(%r14)
+    mov %r10, GPR(10)(%r14)
+    mov %r11, GPR(11)(%r14)
+    mov %r12, GPR(12)(%r14)
+    lahf
+    seto %al
+    movzbl %ah, %ecx
+    movzbl %al, %eax
+    shl $11, %eax
+    or %ecx, %eax
+    mov %rax, %gs:RING3_FRAME_SAVED_FLAGS
+    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    stmxcsr 24(%r14)
+    all save_vector
+    vzeroupper
+    ldmxcsr %gs:RING3_FRAME_HOST_MXCSR
+    mov %gs:RING3_FRAME_HOST_RSP, %rsp
+    add $8, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbx
+    pop %rbp
+    ret
+
+/* No instruction here but after `leave` changes the flags. JRCXZ and LEA compare. */
+thunk ring3_jit_exit_indirect
+    mov %rcx, %gs:RING3_FRAME_SAVED_RCX
+    mov %gs:RING3_FRAME_ATTENTION, %rcx
+    mov (%rcx), %ecx
+    jrcxz 1f
+    mov %gs:RING3_FRAME_SAVED_RCX, %rcx
+    jmp ring3_jit_exit_attention
+1:  mov %r14, %gs:RING3_FRAME_EXIT_RIP
+    movzwl %r14w, %r15d
+    mov %gs:RING3_FRAME_JUMP_BIAS, %rcx
+    lea (%r14, %rcx), %r14
+    lea (%r15, %r15), %r15
+    mov %gs:RING3_FRAME_JUMP_TABLE, %rcx
+    lea (%rcx, %r15, 8), %r15
+    mov (%r15), %rcx
+    lea (%rcx, %r14), %rcx
+    jrcxz 2f
+    mov %gs:RING3_FRAME_SAVED_RCX, %rcx
+    mov %gs:RING3_FRAME_EXIT_RIP, %r14
+    movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+2:  mov %gs:RING3_FRAME_SAVED_RCX, %rcx
+    jmp *8(%r15)
+
+.macro fill name, write
+thunk \name
+    push %rax
+    push %rcx
+    push %rdx
+    push %rsi
+    push %rdi
+    push %r8
+    push %r9
+    push %r10
+    push %r11
+    push %r14
+    sub $(512 + 8), %rsp
+    all push_vector
+    vzeroupper
+    mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
+    mov %r14, %rsi
+    mov %r15d, %edx
+    mov $\write, %ecx
+    call *%gs:RING3_FRAME_FILL_FUNCTION
+    mov %rax, %r15
+    all pop_vector
+    add $(512 + 8), %rsp
+    pop %r14
+    pop %r11
+    pop %r10
+    pop %r9
+    pop %r8
+    pop %rdi
+    pop %rsi
+    pop %rdx
+    pop %rcx
+    pop %rax
+    ret
+.endm
+
+    fill ring3_jit_fill_read, 0
+    fill ring3_jit_fill_write, 1
+
+    .section .note.GNU-stack, "", @progbits

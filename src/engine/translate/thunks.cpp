@@ -1,0 +1,62 @@
+#include "engine/translate/thunks.hpp"
+
+#include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+extern "C" {
+void ring3_jit_enter(const ring3::u8* code);
+extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
+    ring3_jit_exit_indirect[], ring3_jit_exit_fault[], ring3_jit_fill_read[], ring3_jit_fill_write[];
+}
+
+namespace ring3::engine {
+namespace {
+
+constexpr int kArchSetGs = 0x1001, kArchGetGs = 0x1004;  // asm/prctl.h
+constexpr unsigned long kHasFsgsbase = 1u << 1;          // AT_HWCAP2
+
+bool has_fsgsbase() {
+  static const bool has = (::getauxval(AT_HWCAP2) & kHasFsgsbase) != 0;
+  return has;
+}
+
+u64 gs_base() {
+  u64 base = 0;
+  if (has_fsgsbase()) {
+    asm volatile("rdgsbase %0" : "=r"(base));
+  } else {
+    ::syscall(SYS_arch_prctl, kArchGetGs, &base);
+  }
+  return base;
+}
+
+void set_gs_base(u64 base) {
+  if (has_fsgsbase()) {
+    asm volatile("wrgsbase %0" : : "r"(base) : "memory");
+  } else {
+    ::syscall(SYS_arch_prctl, kArchSetGs, base);
+  }
+}
+
+}  // namespace
+
+void fill_thunks(JitFrame* frame) {
+  frame->exit_next = reinterpret_cast<u64>(ring3_jit_exit_next);
+  frame->exit_interpret = reinterpret_cast<u64>(ring3_jit_exit_interpret);
+  frame->exit_attention = reinterpret_cast<u64>(ring3_jit_exit_attention);
+  frame->exit_indirect = reinterpret_cast<u64>(ring3_jit_exit_indirect);
+  frame->fill_read = reinterpret_cast<u64>(ring3_jit_fill_read);
+  frame->fill_write = reinterpret_cast<u64>(ring3_jit_fill_write);
+}
+
+const u8* fault_thunk() { return ring3_jit_exit_fault; }
+
+void enter_translated(const u8* code) { ring3_jit_enter(code); }
+
+bool host_can_translate() { return __builtin_cpu_supports("avx"); }
+
+JitGsBase::JitGsBase(JitFrame* frame) : previous_(gs_base()) { set_gs_base(reinterpret_cast<u64>(frame)); }
+JitGsBase::~JitGsBase() { set_gs_base(previous_); }
+
+}  // namespace ring3::engine

@@ -1,0 +1,28 @@
+#pragma once
+#include "engine/translate/frame.hpp"
+
+/// The assembly around translated code (thunks.S).
+namespace ring3::engine {
+
+/// Writes the thunks' addresses into the frame.
+void fill_thunks(JitFrame* frame);
+/// Where a host fault in translated code goes on, r14 = address of the instruction.
+const u8* fault_thunk();
+/// Runs translated code until an exit. Precondition: JitGsBase stands on this thread with the same frame.
+void enter_translated(const u8* code);
+/// Whether this host can run translated code at all (AVX, LAHF).
+bool host_can_translate();
+
+/// Holds the thread's gs base at a frame; 64-bit Linux programs have no use of their own for it.
+class JitGsBase {
+ public:
+  explicit JitGsBase(JitFrame* frame);
+  ~JitGsBase();
+  JitGsBase(const JitGsBase&) = delete;
+  JitGsBase& operator=(const JitGsBase&) = delete;
+
+ private:
+  u64 previous_;
+};
+
+}  // namespace ring3::engine

@@ -1,0 +1,236 @@
+#include "engine/translate/translator_vcpu.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "engine/decode/decoder.hpp"
+#include "engine/interp/operand.hpp"
+#include "engine/translate/thunks.hpp"
+
+namespace ring3::engine {
+namespace {
+
+constexpr unsigned kMaxInsns = 64;
+constexpr u32 kMxcsrMasks = 0x1f80;
+/// Instructions that the interpreter runs at once in a mode that is not translated.
+constexpr u64 kOtherMode = 4096;
+
+/// Leaves to the interpreter at rip: movabs r14, rip; jmp gs:[exit_interpret].
+void interpret_stub(u64 rip, std::vector<u8>* code) {
+  code->assign({0x49, 0xbe});
+  for (unsigned i = 0; i < 8; i++) code->push_back(static_cast<u8>(rip >> (8 * i)));
+  code->insert(code->end(), {0x65, 0xff, 0x24, 0x25});
+  for (unsigned i = 0; i < 4; i++) code->push_back(static_cast<u8>(frame::kExitInterpret >> (8 * i)));
+}
+
+}  // namespace
+
+ring3::Result<std::unique_ptr<TranslatorVcpu>> TranslatorVcpu::create(VcpuState& state, Mmu& mmu,
+                                                                      Interpreter& interpreter,
+                                                                      std::unique_ptr<BlockTranslator> translator,
+                                                                      const Options& options) {
+  if (!host_can_translate()) return Error::of(ENOTSUP, "translated code needs a host with AVX");
+  auto cache = CodeCache::create(options.arena_bytes);
+  if (!cache) return cache.error();
+  return std::unique_ptr<TranslatorVcpu>(
+      new TranslatorVcpu(state, mmu, interpreter, std::move(translator), std::move(*cache), options));
+}
+
+TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpreter,
+                               std::unique_ptr<BlockTranslator> translator, std::unique_ptr<CodeCache> cache,
+                               const Options& options)
+    : s_(state),
+      mmu_(mmu),
+      interpreter_(interpreter),
+      c_(interpreter.context()),
+      translator_(std::move(translator)),
+      cache_(std::move(cache)),
+      options_(options),
+      fault_range_(cache_->arena().begin(), cache_->arena().end(), fault_thunk()),
+      insns_(kMaxInsns),
+      has_feature_(new bool[kMaxInsns]) {
+  fill_thunks(&frame_);
+  frame_.attention = reinterpret_cast<u64>(&c_.attention);
+  frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
+  frame_.state_gpr = reinterpret_cast<u64>(s_.gpr);
+  frame_.state_rflags = reinterpret_cast<u64>(&s_.rflags);
+  frame_.state_xsave = reinterpret_cast<u64>(s_.xsave.bytes);
+  frame_.fill_function = reinterpret_cast<u64>(&TranslatorVcpu::fill);
+  frame_.fill_context = reinterpret_cast<u64>(this);
+  interpreter_.set_page_sharer(this);
+  mmu_.set_code_observer(this);
+}
+
+TranslatorVcpu::~TranslatorVcpu() {
+  interpreter_.set_page_sharer(nullptr);
+  mmu_.set_code_observer(&interpreter_);
+}
+
+u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
+  TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
+  v.stats_.fills++;
+  return v.mmu_.warm(linear, static_cast<unsigned>(size), write != 0) ? 1 : 0;
+}
+
+bool TranslatorVcpu::can_enter() const {
+  return c_.code64 && !c_.slow_step && !s_.sti_shadow && !s_.mov_ss_shadow && !(s_.rflags & rflags::RF) &&
+         !c_.env.replaying && !s_.exception.pending;
+}
+
+TranslateMode TranslatorVcpu::mode() const {
+  TranslateMode m;
+  m.user = c_.cpl == 3;
+  u32 mxcsr;
+  std::memcpy(&mxcsr, s_.xsave.bytes + 24, 4);
+  m.sse = c_.fpu_ok && (s_.cr4 & cr4::OSFXSR) && (mxcsr & kMxcsrMasks) == kMxcsrMasks;
+  m.avx = m.sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
+  return m;
+}
+
+CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode) {
+  mmu_.add_code_page(gpa.page());
+  // An image: what is decoded and what is kept are the same bytes, whoever writes meanwhile.
+  const unsigned room = static_cast<unsigned>(kPageSize - gpa.page_offset());
+  const unsigned max = std::clamp(options_.max_insns, 1u, kMaxInsns);
+  u8 image[kMaxInsns * 15];
+  const unsigned size = std::min(room, max * 15);
+  // SAFETY: host is readable to the end of its page.
+  std::memcpy(image, host, size);
+
+  unsigned count = 0, at = 0;
+  while (count < max && at < size) {
+    DecodedInsn& insn = insns_[count];
+    const DecodeResult r =
+        decode(image + at, std::min(size - at, 15u), CodeMode::Bits64, false, c_.features.amd, &insn);
+    if (r != DecodeResult::Ok) break;
+    has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
+    at += insn.length;
+    count++;
+    if (insn.has(kEndsBlock)) break;
+  }
+
+  BlockRequest request;
+  request.rip = rip;
+  request.mode = mode;
+  for (unsigned attempt = 0; attempt < 2; attempt++) {
+    request.insns = std::span<const DecodedInsn>(insns_.data(), count);
+    request.has_feature = std::span<const bool>(has_feature_.get(), count);
+    request.first_tag = cache_->next_tag();
+    out_.clear();
+    if (count == 0 || !translator_->translate(request, &out_)) {
+      out_.clear();
+      interpret_stub(rip, &out_.code);
+      out_.bytes = count == 0 ? std::min(room, 15u) : insns_[0].length;
+      // What is undefined may depend on bytes past its length.
+      if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
+    } else {
+      stats_.translated++;
+    }
+    if (CodeBlock* b = cache_->add(gpa, rip, mode.bits(), out_, image)) return b;
+    interpreter_.code_flush();  // both caches: they share the hold on the pages
+    mmu_.add_code_page(gpa.page());
+  }
+  return nullptr;
+}
+
+CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode) {
+  if (!canonical(rip)) return nullptr;
+  Gpa gpa;
+  const u8* host;
+  const Stop kept = mmu_.stop();
+  if (!mmu_.fetch(rip, &gpa, &host) || host == nullptr) {
+    mmu_.stop() = kept;
+    return nullptr;  // the interpreter finds the same, and delivers it
+  }
+  CodeBlock* b = cache_->find(gpa, rip, mode.bits());
+  if (b == nullptr) b = translate(gpa, rip, host, mode);
+  return b;
+}
+
+void TranslatorVcpu::enter(const u8* code) {
+  frame_.r13 = s_.gpr[R13];
+  frame_.r14 = s_.gpr[R14];
+  frame_.r15 = s_.gpr[R15];
+  frame_.fs_base = s_.seg[FS].base;
+  frame_.gs_base = s_.seg[GS].base;
+  frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+  enter_translated(code);
+  s_.gpr[R13] = frame_.r13;
+  s_.gpr[R14] = frame_.r14;
+  s_.gpr[R15] = frame_.r15;
+  s_.rflags = (s_.rflags & ~rflags::STATUS) | (frame_.saved_flags & rflags::STATUS);
+  s_.rip = frame_.exit_rip;
+  stats_.entries++;
+}
+
+Interpreter::Result TranslatorVcpu::run(u64 budget) {
+  const u64 limit = c_.retired + budget < c_.retired ? ~0ull : c_.retired + budget;
+  arm_host_faults();
+  const JitGsBase gs(&frame_);
+  u32 tag = frame::kNoTag;
+  u64 tag_epoch = 0;
+  for (;;) {
+    if (c_.retired >= limit) return Interpreter::Result::Budget;
+    bool interpret = !can_enter();
+    if (!interpret) {
+      if (c_.attention.load(std::memory_order_relaxed) != 0) return Interpreter::Result::Attention;
+      if (c_.interrupt_window && (s_.rflags & rflags::IF)) return Interpreter::Result::Attention;
+      const TranslateMode m = mode();
+      u64 bias = cache_->bias(m.bits(), mmu_.fetch_generation());
+      const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip, bias) : nullptr;
+      if (code == nullptr) {
+        CodeBlock* b = lookup(s_.rip, m);
+        if (b != nullptr) {
+          bias = cache_->bias(m.bits(), mmu_.fetch_generation());
+          cache_->remember(*b, bias);
+          if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b);
+          code = b->code;
+          c_.retired += b->count;
+        }
+      } else {
+        c_.retired++;
+      }
+      tag = frame::kNoTag;
+      if (code != nullptr) {
+        frame_.jump_bias = bias;
+        enter(code);
+        switch (frame_.exit_reason) {
+          case RING3_REASON_NEXT:
+            tag = frame_.exit_tag;
+            tag_epoch = cache_->epoch();
+            continue;
+          case RING3_REASON_ATTENTION:
+          case RING3_REASON_INDIRECT:
+            continue;
+          case RING3_REASON_FAULT:
+            stats_.faults++;
+            // An address that was not announced: the engine's own error. The state is not exact any more.
+            if (!cache_->fault_rip(frame_.exit_rip, &s_.rip)) return Interpreter::Result::Exit;
+            break;
+          default:
+            break;
+        }
+      }
+      interpret = true;
+    }
+    tag = frame::kNoTag;
+    stats_.interpreted++;
+    const u64 n = c_.code64 ? 1 : std::min(kOtherMode, limit - c_.retired);
+    const Interpreter::Result r = interpreter_.run(n);
+    if (r != Interpreter::Result::Budget) return r;
+  }
+}
+
+void TranslatorVcpu::code_written(Gpa gpa, unsigned size) {
+  cache_->written(gpa, size);
+  interpreter_.code_written(gpa, size);
+}
+
+void TranslatorVcpu::validate_page(Gpa page, const u8* host) {
+  cache_->validate(page, host);
+  interpreter_.validate_page(page, host);
+}
+
+void TranslatorVcpu::code_flush() { interpreter_.code_flush(); }  // pages_released() empties the code cache
+
+}  // namespace ring3::engine

@@ -1,0 +1,78 @@
+#pragma once
+#include <memory>
+
+#include "engine/interp/block_cache.hpp"
+#include "engine/interp/host_fault.hpp"
+#include "engine/interp/interpreter.hpp"
+#include "engine/translate/block_translator.hpp"
+#include "engine/translate/code_cache.hpp"
+
+/// Runs a vCPU by translation: 64-bit code runs as host code, everything else (other modes, shadows,
+/// single stepping, instructions that the translator leaves out, faulting and device accesses) goes to
+/// the interpreter, one instruction at a time, from an exact state.
+///
+/// What differs from the interpreter: attention is seen at backward and indirect branches and at interpreted
+/// instructions, not at every block; Context::retired, and so the budget, counts a block when the run loop
+/// enters it, but not what runs through links and the jump table from there.
+/// Threading: the vCPU's thread. While run() runs, the thread's gs base is the engine's.
+namespace ring3::engine {
+
+class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
+ public:
+  struct Options {
+    std::size_t arena_bytes = 32u << 20;
+    unsigned max_insns = 64;  ///< of a block
+  };
+  struct Stats {
+    u64 entries = 0, interpreted = 0, translated = 0, fills = 0, faults = 0;
+  };
+
+  /// Errors: ENOTSUP when the host lacks what translated code needs; ENOMEM.
+  /// The interpreter must outlive this; from now on the Mmu's observer is this.
+  static ring3::Result<std::unique_ptr<TranslatorVcpu>> create(VcpuState& state, Mmu& mmu, Interpreter& interpreter,
+                                                               std::unique_ptr<BlockTranslator> translator,
+                                                               const Options& options);
+  ~TranslatorVcpu() override;
+
+  /// As Interpreter::run().
+  Interpreter::Result run(u64 budget = ~0ull);
+
+  const Stats& stats() const { return stats_; }
+  const CodeCache& cache() const { return *cache_; }
+
+  void code_written(Gpa gpa, unsigned size) override;
+  void validate_page(Gpa page, const u8* host) override;
+  void code_flush() override;
+
+ private:
+  TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpreter, std::unique_ptr<BlockTranslator> translator,
+                 std::unique_ptr<CodeCache> cache, const Options& options);
+
+  bool holds_page(Gpa page) override { return cache_->holds_page(page); }
+  void pages_released() override { cache_->flush(); }
+
+  /// Whether the next instruction may run translated, but for its address.
+  bool can_enter() const;
+  TranslateMode mode() const;
+  /// The block at RIP; null: the interpreter is to run the instruction.
+  CodeBlock* lookup(u64 rip, TranslateMode mode);
+  CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode);
+  void enter(const u8* code);
+  static u64 fill(void* self, u64 linear, u64 size, u64 write);
+
+  VcpuState& s_;
+  Mmu& mmu_;
+  Interpreter& interpreter_;
+  Context& c_;
+  std::unique_ptr<BlockTranslator> translator_;
+  std::unique_ptr<CodeCache> cache_;
+  const Options options_;
+  HostFaultRange fault_range_;
+  JitFrame frame_;
+  TranslatedBlock out_;
+  std::vector<DecodedInsn> insns_;
+  std::unique_ptr<bool[]> has_feature_;
+  Stats stats_;
+};
+
+}  // namespace ring3::engine

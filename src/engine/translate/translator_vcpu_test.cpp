@@ -1,0 +1,266 @@
+#include "engine/translate/translator_vcpu.hpp"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "engine/interp/test_machine.hpp"
+
+/// The run loop with a translator of a few instructions: whatever it leaves out is interpreted.
+namespace ring3::engine {
+namespace {
+
+using test::hex;
+using test::TestMachine;
+using test::TestMode;
+
+void put(std::vector<u8>* code, u64 v, unsigned bytes) {
+  for (unsigned i = 0; i < bytes; i++) code->push_back(static_cast<u8>(v >> (8 * i)));
+}
+
+/// NOP, register ADD/SUB/INC/DEC of rax..rbx (copied), JMP, Jcc and near indirect jumps through rax.
+class TinyTranslator final : public BlockTranslator {
+ public:
+  explicit TinyTranslator(unsigned* made) : made_(made) {}
+  bool translate(const BlockRequest& request, TranslatedBlock* out) override {
+    ++*made_;
+    out_ = out;
+    request_ = &request;
+    rip_ = request.rip;
+    for (const DecodedInsn& insn : request.insns) {
+      const u64 next = rip_ + insn.length;
+      if (insn.op == Op::Jmp || insn.op == Op::Jcc) {
+        if (insn.operands[0].kind != OperandKind::Rel) break;
+        const u64 target = next + static_cast<u64>(insn.imm);
+        std::size_t patch = 0;
+        if (insn.op == Op::Jcc) {
+          out->code.insert(out->code.end(), {0x0f, static_cast<u8>(0x80 | (insn.opcode & 15))});
+          patch = out->code.size();
+          put(&out->code, 0, 4);
+          leave(next);
+          const u32 rel = static_cast<u32>(out->code.size() - patch - 4);
+          std::memcpy(out->code.data() + patch, &rel, 4);
+        }
+        leave(target);
+        count(insn);
+        return true;
+      }
+      const bool plain = (insn.op == Op::Add || insn.op == Op::Sub || insn.op == Op::Inc || insn.op == Op::Dec) &&
+                         !insn.has(kHasMem) && insn.operands[0].kind == OperandKind::Gpr &&
+                         insn.operands[0].reg < 4 && insn.operands[1].kind != OperandKind::GprHigh;
+      const bool div = insn.op == Op::Div && !insn.has(kHasMem) && insn.operands[0].reg < 4;
+      if (insn.op != Op::Nop && !plain && !div) break;
+      if (div) out->faults.push_back({static_cast<u32>(out->code.size()), rip_});
+      out->code.insert(out->code.end(), insn.raw, insn.raw + insn.length);
+      count(insn);
+    }
+    if (out->insns == 0) return false;
+    leave(rip_);
+    return true;
+  }
+
+ private:
+  void count(const DecodedInsn& insn) {
+    rip_ += insn.length;
+    out_->insns++;
+    out_->bytes += insn.length;
+  }
+  void jump_gs(u32 offset) {
+    out_->code.insert(out_->code.end(), {0x65, 0xff, 0x24, 0x25});
+    put(&out_->code, offset, 4);
+  }
+  /// An exit to target, polling attention first.
+  void leave(u64 target) {
+    std::vector<u8>& code = out_->code;
+    if ((target ^ request_->rip) >> kPageShift != 0) {
+      code.insert(code.end(), {0x49, 0xbe});
+      put(&code, target, 8);
+      jump_gs(frame::kExitIndirect);
+      return;
+    }
+    // mov r14, gs:[attention]; mov r15, rcx; mov ecx, [r14]; jrcxz ok
+    code.insert(code.end(), {0x65, 0x4c, 0x8b, 0x34, 0x25});
+    put(&code, frame::kAttention, 4);
+    code.insert(code.end(), {0x49, 0x89, 0xcf, 0x41, 0x8b, 0x0e, 0xe3, 21, 0x4c, 0x89, 0xf9, 0x49, 0xbe});
+    put(&code, target, 8);
+    jump_gs(frame::kExitAttention);
+    code.insert(code.end(), {0x4c, 0x89, 0xf9});  // ok: mov rcx, r15
+    DirectExit e;
+    e.target = target;
+    e.jump = static_cast<u32>(code.size());
+    e.stub = e.jump + 5;
+    code.push_back(0xe9);
+    put(&code, 0, 4);
+    code.insert(code.end(), {0x49, 0xbe});
+    put(&code, target, 8);
+    code.insert(code.end(), {0x41, 0xbf});
+    put(&code, request_->first_tag + out_->exits.size(), 4);
+    jump_gs(frame::kExitNext);
+    out_->exits.push_back(e);
+  }
+
+  unsigned* made_;
+  TranslatedBlock* out_ = nullptr;
+  const BlockRequest* request_ = nullptr;
+  u64 rip_ = 0;
+};
+
+struct Machine : TestMachine {
+  explicit Machine(std::size_t arena = 1u << 20) : TestMachine(TestMode::Long64) {
+    TranslatorVcpu::Options options;
+    options.arena_bytes = arena;
+    auto v = TranslatorVcpu::create(s, mmu(), interpreter(), std::make_unique<TinyTranslator>(&made), options);
+    CHECK(v.ok());
+    vcpu = std::move(*v);
+    runner = [this](u64 budget) { return vcpu->run(budget); };
+  }
+  ~Machine() { vcpu.reset(); }
+  unsigned made = 0;
+  std::unique_ptr<TranslatorVcpu> vcpu;
+};
+
+TEST(TranslatorVcpu, RunsAndKeepsAllRegisters) {
+  Machine m;
+  u64 before[16];
+  for (unsigned i = 0; i < 16; i++)
+    if (i != RSP) m.s.gpr[i] = 0x1111111111111111ull * i + 5;
+  m.s.rflags |= rflags::OF | rflags::AF | rflags::CF;
+  std::memcpy(before, m.s.gpr, sizeof before);
+  for (unsigned i = 0; i < 16; i++) {
+    std::memset(m.s.xsave.xmm(i), static_cast<int>(0x10 + i), 16);
+    std::memset(m.s.xsave.ymm_high(i), static_cast<int>(0x50 + i), 16);
+  }
+  const auto xsave = m.s.xsave;
+  const u64 flags = m.s.rflags;
+  EXPECT_TRUE(m.run(hex("90 90 90")).halted());
+  EXPECT_EQ(std::memcmp(before, m.s.gpr, sizeof before), 0);
+  EXPECT_EQ(std::memcmp(xsave.bytes, m.s.xsave.bytes, 1024), 0);
+  EXPECT_EQ(m.s.rflags, flags);
+  EXPECT_GE(m.vcpu->stats().entries, 1u);
+}
+
+TEST(TranslatorVcpu, FlagsAndInterpretedInstructionsMix) {
+  Machine m;
+  m.s.gpr[RAX] = ~0ull;
+  m.s.gpr[RBX] = 1;
+  // add rax, rbx; adc rcx, 0 (interpreted); inc rdx; seto bl (interpreted)
+  m.s.gpr[RCX] = 5;
+  m.s.gpr[RDX] = 0x7fffffffffffffff;
+  EXPECT_TRUE(m.run(hex("48 01 d8 48 83 d1 00 48 ff c2 0f 90 c3")).halted());
+  EXPECT_EQ(m.s.gpr[RAX], 0u);
+  EXPECT_EQ(m.s.gpr[RCX], 6u);
+  EXPECT_EQ(m.s.gpr[RBX] & 0xff, 1u);
+}
+
+TEST(TranslatorVcpu, LoopsAreLinked) {
+  Machine m;
+  m.s.gpr[RCX] = 100000;
+  m.s.gpr[RAX] = 0;
+  // l: add rax, rcx; dec rcx; jnz l
+  EXPECT_TRUE(m.run(hex("48 01 c8 48 ff c9 75 f8")).halted());
+  EXPECT_EQ(m.s.gpr[RAX], 100000ull * 100001 / 2);
+  EXPECT_LT(m.vcpu->stats().entries, 10u);
+  EXPECT_GE(m.vcpu->cache().stats().linked, 1u);
+}
+
+TEST(TranslatorVcpu, OtherPagesGoThroughTheJumpTable) {
+  Machine m;
+  m.s.gpr[RCX] = 1000;
+  // Page 1: dec rcx; jmp page 2. Page 2: nop; jnz page 1; hlt
+  m.load_code(hex("48 ff c9 e9 f8 0f 00 00"), TestMachine::kCode);
+  m.load_code(hex("90 0f 85 f9 ef ff ff f4"), TestMachine::kCode + 0x1000);
+  m.s.rip = TestMachine::kCode;
+  EXPECT_TRUE(m.resume().halted());
+  EXPECT_EQ(m.s.gpr[RCX], 0u);
+  EXPECT_LT(m.vcpu->stats().entries, 20u);
+}
+
+TEST(TranslatorVcpu, AttentionEndsALoop) {
+  Machine m;
+  m.load_code(hex("48 ff c0 eb fb"));
+  m.s.rip = TestMachine::kCode;
+  m.c().attention = 1;
+  EXPECT_EQ(m.resume().result, Interpreter::Result::Attention);
+  m.c().attention = 0;
+  // The loop itself sees it too: raised while translated code runs.
+  std::atomic<bool> done{false};
+  std::thread other([&] {
+    while (!done) m.c().attention = 1;
+  });
+  EXPECT_EQ(m.resume(~0ull).result, Interpreter::Result::Attention);
+  done = true;
+  other.join();
+  m.c().attention = 0;
+  EXPECT_TRUE(m.s.rip == TestMachine::kCode || m.s.rip == TestMachine::kCode + 3);
+}
+
+TEST(TranslatorVcpu, DivideErrorIsTheGuests) {
+  Machine m;
+  m.s.gpr[RAX] = 7;
+  m.s.gpr[RDX] = 0;
+  m.s.gpr[RCX] = 0;
+  m.s.gpr[R13] = 0x1313;
+  m.s.gpr[R14] = 0x1414;
+  m.s.gpr[R15] = 0x1515;
+  const auto out = m.run(hex("90 48 f7 f1"));
+  EXPECT_TRUE(out.raised(vec::DE));
+  EXPECT_EQ(m.s.rip, TestMachine::kCode + 1);
+  EXPECT_EQ(m.s.gpr[RAX], 7u);
+  EXPECT_EQ(m.s.gpr[R13], 0x1313u);
+  EXPECT_EQ(m.s.gpr[R14], 0x1414u);
+  EXPECT_EQ(m.s.gpr[R15], 0x1515u);
+  EXPECT_EQ(m.vcpu->stats().faults, 1u);
+}
+
+TEST(TranslatorVcpu, SelfModifyingCode) {
+  Machine m;
+  // mov byte [rip+1], 0x00 makes "add eax, 1"'s... : the immediate of the next ADD is replaced (interpreted store).
+  m.s.gpr[RAX] = 0;
+  m.s.gpr[RCX] = 3;
+  // l: add rax, 1; inc byte [rip - 7 -> imm]; dec rcx; jnz l
+  EXPECT_TRUE(m.run(hex("48 83 c0 01 fe 05 f9 ff ff ff 48 ff c9 75 f1")).halted());
+  EXPECT_EQ(m.s.gpr[RAX], 1u + 2 + 3);
+  EXPECT_GE(m.vcpu->cache().stats().killed, 1u);
+}
+
+TEST(TranslatorVcpu, WritesUnseenByTheEngineAreFoundAtTheNextFetch) {
+  Machine m;
+  m.s.gpr[RAX] = 0;
+  EXPECT_TRUE(m.run(hex("48 83 c0 01")).halted());
+  m.store<u8>(TestMachine::kCode + 3, 5);
+  m.mmu().expire_fetches();
+  m.s.rip = TestMachine::kCode;
+  EXPECT_TRUE(m.resume().halted());
+  EXPECT_EQ(m.s.gpr[RAX], 6u);
+}
+
+TEST(TranslatorVcpu, AFullArenaIsEmptied) {
+  Machine m(1);  // the least: 1 MiB
+  std::vector<u8> code;
+  for (int i = 0; i < 3000; i++) {
+    const u8 step[] = {0x48, 0x83, 0xc0, 0x01, 0xeb, 0x00};  // add rax, 1; jmp next
+    code.insert(code.end(), step, step + sizeof step);
+  }
+  m.s.gpr[RAX] = 0;
+  const auto out = m.run(code, ~0ull);
+  EXPECT_TRUE(out.halted());
+  EXPECT_EQ(m.s.gpr[RAX], 3000u);
+  for (int round = 0; round < 20; round++) {
+    m.store<u8>(TestMachine::kCode + 3, static_cast<u8>(round));
+    m.mmu().expire_fetches();
+    for (u64 i = 0; i < 3000; i++) m.store<u8>(TestMachine::kCode + 6 * i + 3, static_cast<u8>(round));
+    m.s.gpr[RAX] = 0;
+    m.s.rip = TestMachine::kCode;
+    ASSERT_TRUE(m.resume(~0ull).halted());
+    ASSERT_EQ(m.s.gpr[RAX], 3000u * static_cast<unsigned>(round));
+  }
+  EXPECT_GE(m.vcpu->cache().stats().flushes, 1u);
+}
+
+TEST(TranslatorVcpu, BudgetEnds) {
+  Machine m;
+  EXPECT_EQ(m.run(hex("48 83 d0 01 48 83 d0 01"), 1).result, Interpreter::Result::Budget);
+}
+
+}  // namespace
+}  // namespace ring3::engine
