@@ -68,4 +68,8 @@ StubCode make_fault_exit(bool avx, unsigned* exit_other);
 /// True when the instruction's result or exceptions depend on MXCSR. map: 1 = 0F, 2 = 0F38, 3 = 0F3A.
 bool uses_mxcsr(unsigned map, u8 opcode);
 
+/// True for opcodes of the MMX, SSE and AVX maps that have no implicit memory operand and no effect
+/// beside registers, flags and the ModRM operand: what may be executed on the host. map as above.
+bool runs_on_host(bool vex, unsigned map, u8 opcode);
+
 }  // namespace ring3::engine

@@ -1,0 +1,200 @@
+#include "engine/translate/block_translator.hpp"
+
+#include <algorithm>
+
+#include "engine/translate/builder.hpp"
+
+namespace ring3::engine {
+
+namespace {
+
+enum class Family : u8 { None, Plain, Mov, Lea, Verbatim, Push, Pop, Leave, Jmp, Jcc, Count, Call, Ret };
+
+constexpr Family family_of(Op op) {
+  switch (op) {
+    case Op::Add: case Op::Or: case Op::Adc: case Op::Sbb: case Op::And: case Op::Sub: case Op::Xor: case Op::Cmp: case Op::Test:
+    case Op::Inc: case Op::Dec: case Op::Neg: case Op::Not: case Op::Xadd: case Op::Cmpxchg: case Op::Cmpxchg8b:
+    case Op::Cmpxchg16b: case Op::Adcx: case Op::Adox: case Op::Andn: case Op::Bextr: case Op::Blsi: case Op::Blsmsk:
+    case Op::Blsr: case Op::Bzhi: case Op::Mulx: case Op::Pdep: case Op::Pext: case Op::Rorx: case Op::Sarx: case Op::Shlx:
+    case Op::Shrx: case Op::Mul: case Op::Imul1: case Op::Imul2: case Op::Imul3: case Op::Div: case Op::Idiv: case Op::Rol:
+    case Op::Ror: case Op::Rcl: case Op::Rcr: case Op::Shl: case Op::Shr: case Op::Sar: case Op::Shld: case Op::Shrd:
+    case Op::Bt: case Op::Bts: case Op::Btr: case Op::Btc: case Op::Bsf: case Op::Bsr: case Op::Tzcnt: case Op::Lzcnt:
+    case Op::Popcnt: case Op::Crc32: case Op::Bswap: case Op::Movbe: case Op::Movnti: case Op::Movzx: case Op::Movsx:
+    case Op::Movsxd: case Op::Xchg: case Op::Cmovcc: case Op::Setcc: case Op::HostVec:
+      return Family::Plain;
+    case Op::Mov: return Family::Mov;
+    case Op::Lea: return Family::Lea;
+    case Op::Cbw: case Op::Cwd: case Op::Lahf: case Op::Sahf: case Op::Clc: case Op::Stc: case Op::Cmc: case Op::Nop:
+    case Op::Prefetch: case Op::Endbr: case Op::Pause: case Op::Lfence: case Op::Mfence: case Op::Sfence: case Op::Vzeroupper:
+    case Op::Vzeroall:
+      return Family::Verbatim;
+    case Op::Push: return Family::Push;
+    case Op::Pop: return Family::Pop;
+    case Op::Leave: return Family::Leave;
+    case Op::Jmp: return Family::Jmp;
+    case Op::Jcc: return Family::Jcc;
+    case Op::Jcxz: case Op::Loop: case Op::Loope: case Op::Loopne: return Family::Count;
+    case Op::Call: return Family::Call;
+    case Op::Ret: return Family::Ret;
+    default: return Family::None;
+  }
+}
+
+}  // namespace
+
+bool BlockBuilder::supported(std::size_t n) const {
+  const BlockRequest& r = *request_;
+  if (n >= r.insns.size() || n >= r.has_feature.size() || !r.has_feature[n]) return false;
+  const DecodedInsn& i = r.insns[n];
+  switch (i.op) {
+    case Op::HostVec: return i.has(kVex) ? r.mode.avx : r.mode.sse;
+    case Op::Vzeroupper: case Op::Vzeroall: return r.mode.avx;
+    default: return family_of(i.op) != Family::None;
+  }
+}
+
+bool BlockBuilder::one(const DecodedInsn& i) {
+  switch (family_of(i.op)) {
+    case Family::Plain: return plain(i);
+    case Family::Mov: return mov_register(i) || plain(i);
+    case Family::Lea: return lea(i);
+    case Family::Verbatim: return verbatim(i);
+    case Family::Push: return push(i);
+    case Family::Pop: return pop(i);
+    case Family::Leave: return leave(i);
+    case Family::Jmp: return jmp(i);
+    case Family::Jcc: return jcc(i);
+    case Family::Count: return count_branch(i);
+    case Family::Call: return call(i);
+    case Family::Ret: return ret(i);
+    case Family::None: break;
+  }
+  return false;
+}
+
+/// What lies behind the block: slow paths, interpretation, polls, exit stubs.
+void BlockBuilder::finish() {
+  for (SlowPath& s : slow_) {
+    Interpret& interpret = interpret_[s.insn];
+    e_.bind(s.entry);
+    emit_address(kScratch0, s.address);
+    if (s.aligned) {
+      e_.test8_imm(kScratch0, static_cast<u8>(s.size - 1));
+      e_.jcc(5, interpret.entry);
+    }
+    e_.mov_imm(kScratch1, s.size);
+    e_.encode({.opcode = 0xff, .reg = 2, .memory = true, .mem = HostMem::frame(s.write ? frame::kFillWrite : frame::kFillRead)});
+    e_.encode({.opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
+    e_.jcc(4, interpret.entry);
+    e_.jmp(s.retry);
+  }
+  for (Interpret& i : interpret_) {
+    if (!i.used) continue;
+    e_.bind(i.entry);
+    if (i.flags_in_frame) emit_flags_restore(kScratch0);
+    e_.mov_imm(kScratch0, i.rip);
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitInterpret)});
+  }
+  for (Poll& p : polls_) {
+    e_.bind(p.entry);
+    e_.mov(kHostRcx, kScratch0);
+    e_.mov_imm(kScratch0, p.target);
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitAttention)});
+  }
+  for (std::size_t n = 0; n < stubs_.size(); n++) {
+    out_->exits[n].stub = e_.size();
+    e_.bind(stubs_[n].entry);
+    e_.mov_imm(kScratch0, stubs_[n].target);
+    e_.mov_imm(kScratch1, request_->first_tag + static_cast<u32>(n));
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitNext)});
+  }
+}
+
+void BlockBuilder::start_over() {
+  out_->clear();
+  e_.clear();
+  slow_.clear();
+  interpret_.clear();
+  polls_.clear();
+  stubs_.clear();
+  rip_ = request_->rip;
+  flags_ = Flags::Host;
+  ended_ = false;
+}
+
+std::size_t BlockBuilder::body(std::size_t count) {
+  live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
+  for (std::size_t n = count; n-- > 0;) live_[n] = (live_[n + 1] & ~use_[n].writes) | use_[n].reads;
+  for (std::size_t n = 0; n < count; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    insn_ = &i;
+    index_ = n;
+    const u32 size = e_.size();
+    const std::size_t slow = slow_.size(), faults = out_->faults.size();
+    const Flags flags = flags_;
+    interpret_.emplace_back();
+    interpret_.back().rip = rip_;
+    if (!one(i)) {
+      e_.truncate(size);
+      slow_.resize(slow);
+      out_->faults.resize(faults);
+      interpret_.pop_back();
+      flags_ = flags;
+      return n;
+    }
+    rip_ += i.length;
+    if (ended_ || i.has(kEndsBlock)) return n + 1;
+  }
+  return count;
+}
+
+bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
+  request_ = &request;
+  out_ = out;
+  std::size_t count = 0;
+  while (count < request.insns.size() && supported(count)) count++;
+  use_.resize(count);
+  live_.resize(count + 1);
+  for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
+
+  start_over();
+  std::size_t done = body(count);
+  if (done < count && !ended_) {
+    // An instruction was refused after flags before it had been found dead on its account.
+    count = done;
+    start_over();
+    done = body(count);
+  }
+  if (done == 0) return false;
+  out->insns = static_cast<u32>(done);
+  out->bytes = static_cast<u32>(rip_ - request.rip);
+  if (!ended_) {
+    index_ = done;
+    if (done < request.insns.size()) {
+      exit_interpret_now();
+    } else {
+      flags_to_host(kScratch0);
+      exit_to(rip_, false);
+    }
+  }
+  finish();
+  out->flags_in = live_[0];
+  out->code.assign(e_.data(), e_.data() + e_.size());
+  return true;
+}
+
+namespace {
+
+class Translator final : public BlockTranslator {
+ public:
+  bool translate(const BlockRequest& request, TranslatedBlock* out) override { return builder_.run(request, out); }
+
+ private:
+  BlockBuilder builder_;
+};
+
+}  // namespace
+
+std::unique_ptr<BlockTranslator> create_block_translator() { return std::make_unique<Translator>(); }
+
+}  // namespace ring3::engine

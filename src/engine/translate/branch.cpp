@@ -1,0 +1,178 @@
+#include "engine/translate/builder.hpp"
+
+/// Near control flow: JMP Jcc JRCXZ LOOP CALL RET, and the block's exits.
+///
+/// Faults: a target that is not canonical is left to the interpreter, with nothing changed.
+/// Polls:  a direct exit that goes backward looks at attention, by way of RCX, which leaves the flags alone;
+///         exit_indirect polls by itself.
+namespace ring3::engine {
+namespace {
+
+bool canonical_address(u64 a) { return static_cast<u64>(static_cast<i64>(a << 16) >> 16) == a; }
+
+HostMem frame_at(u32 offset) { return HostMem::frame(offset); }
+/// jmp gs:[offset]
+Encoding thunk_jump(u32 offset) { return {.opcode = 0xff, .reg = 4, .memory = true, .mem = frame_at(offset)}; }
+
+}  // namespace
+
+void BlockBuilder::exit_interpret_now() {
+  flags_to_host(kScratch0);
+  e_.mov_imm(kScratch0, rip());
+  e_.encode(thunk_jump(frame::kExitInterpret));
+  ended_ = true;
+}
+
+void BlockBuilder::exit_to(u64 target, bool backward) {
+  ended_ = true;
+  if (!same_page(target)) {
+    e_.mov_imm(kScratch0, target);
+    e_.encode(thunk_jump(frame::kExitIndirect));
+    return;
+  }
+  if (backward) {
+    polls_.push_back({{}, target});
+    e_.mov(kScratch0, kHostRcx);
+    e_.load(kHostRcx, frame_at(frame::kAttention));
+    e_.load32(kHostRcx, HostMem::at(kHostRcx));
+    const u32 over = e_.jrcxz_short(8);
+    e_.jmp(polls_.back().entry);
+    e_.bind_short(over);
+    e_.mov(kHostRcx, kScratch0);
+  }
+  stubs_.push_back({{}, target});
+  out_->exits.push_back({e_.size(), 0, target});
+  e_.jmp(stubs_.back().entry);
+}
+
+void BlockBuilder::exit_indirect() {
+  ended_ = true;
+  e_.encode(thunk_jump(frame::kExitIndirect));
+}
+
+void BlockBuilder::check_canonical(u8 reg, u8 temp) {
+  e_.mov(temp, reg);
+  e_.encode({.w = true, .opcode = 0xc1, .reg = 4, .rm = temp, .imm_size = 1, .imm = {16}});  // shl
+  e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = temp, .imm_size = 1, .imm = {16}});  // sar
+  e_.encode({.w = true, .opcode = 0x39, .reg = reg, .rm = temp});                            // cmp
+  e_.jcc(5, interpret_label());
+}
+
+bool BlockBuilder::jmp(const DecodedInsn& i) {
+  const Operand& o = i.operands[0];
+  if (i.opsize != 8) return false;
+  if (o.kind == OperandKind::Rel) {
+    const u64 target = next_rip() + static_cast<u64>(i.imm);
+    if (!canonical_address(target)) return false;
+    flags_to_host(kScratch0);
+    exit_to(target);
+    return true;
+  }
+  if (o.kind == OperandKind::Mem) {
+    Access a;
+    if (!access_of(i, &a)) return false;
+    e_.load(kScratch0, a.mem);
+  } else if (o.kind == OperandKind::Gpr) {
+    clobber_flags();
+    if (special(o.reg)) {
+      e_.load(kScratch0, slot(o.reg));
+    } else {
+      e_.mov(kScratch0, host(o.reg));
+    }
+  } else {
+    return false;
+  }
+  check_canonical(kScratch0, kScratch1);
+  flags_to_host(kScratch1);
+  exit_indirect();
+  return true;
+}
+
+bool BlockBuilder::jcc(const DecodedInsn& i) {
+  if (i.opsize != 8 || i.operands[0].kind != OperandKind::Rel) return false;
+  const u64 target = next_rip() + static_cast<u64>(i.imm);
+  if (!canonical_address(target)) return false;
+  flags_to_host(kScratch0);
+  Label taken;
+  e_.jcc(i.opcode & 15, taken);
+  exit_to(next_rip());
+  e_.bind(taken);
+  exit_to(target);
+  return true;
+}
+
+/// JRCXZ, LOOP, LOOPE, LOOPNE: the host's own, over the first exit.
+bool BlockBuilder::count_branch(const DecodedInsn& i) {
+  if (i.opsize != 8 || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel) return false;
+  const u64 target = next_rip() + static_cast<u64>(i.imm);
+  if (!canonical_address(target) || i.opcode < 0xe0 || i.opcode > 0xe3) return false;
+  flags_to_host(kScratch0);
+  if (i.addrsize == 4) e_.byte(0x67);
+  e_.bytes({i.opcode, 0});
+  const u32 over = e_.size() - 1;
+  exit_to(next_rip());
+  e_.bind_short(over);
+  exit_to(target);
+  return true;
+}
+
+bool BlockBuilder::call(const DecodedInsn& i) {
+  const Operand& o = i.operands[0];
+  if (i.opsize != 8) return false;
+  const u64 back = next_rip();
+  const auto push_return = [&](const Access& a) {
+    if (static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back) {
+      e_.store_imm32(a.mem, static_cast<i32>(back));
+    } else {
+      e_.mov_imm(kScratch0, back);
+      e_.store(a.mem, kScratch0);
+    }
+  };
+  Access a;
+  if (o.kind == OperandKind::Rel) {
+    const u64 target = back + static_cast<u64>(i.imm);
+    if (!canonical_address(target)) return false;
+    if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
+    push_return(a);
+    e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+    flags_to_host(kScratch0);
+    exit_to(target);
+    return true;
+  }
+  if (o.kind == OperandKind::Mem) {
+    if (!access_of(i, &a)) return false;
+    e_.load(kScratch0, a.mem);
+  } else if (o.kind == OperandKind::Gpr) {
+    clobber_flags();
+    if (special(o.reg)) {
+      e_.load(kScratch0, slot(o.reg));
+    } else {
+      e_.mov(kScratch0, host(o.reg));
+    }
+  } else {
+    return false;
+  }
+  check_canonical(kScratch0, kScratch1);
+  e_.store(frame_at(kValueSlot), kScratch0);
+  if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
+  push_return(a);
+  e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+  flags_to_host(kScratch0);
+  e_.load(kScratch0, frame_at(kValueSlot));
+  exit_indirect();
+  return true;
+}
+
+bool BlockBuilder::ret(const DecodedInsn& i) {
+  if (i.opsize != 8) return false;
+  Access a;
+  if (!access(stack_address(0), 8, Kind::Read, false, &a)) return false;
+  e_.load(kScratch0, a.mem);
+  check_canonical(kScratch0, kScratch1);
+  e_.lea(kHostR13, HostMem::at(kHostR13, 8 + static_cast<i32>(static_cast<u16>(i.imm))));
+  flags_to_host(kScratch1);
+  exit_indirect();
+  return true;
+}
+
+}  // namespace ring3::engine

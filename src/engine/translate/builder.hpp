@@ -1,0 +1,144 @@
+#pragma once
+#include <vector>
+
+#include "engine/translate/block_translator.hpp"
+#include "engine/translate/emitter.hpp"
+#include "engine/translate/liveness.hpp"
+#include "engine/translate/reencode.hpp"
+
+/// One block being translated. Private to this room.
+///
+/// Flags: where the guest's status flags are is known at every point: in the host's RFLAGS, in the frame (as
+///        LAHF and SETO leave them), or nowhere because nobody will read them. Code that clobbers RFLAGS moves
+///        them to the frame first, once; they come back when an instruction needs them, or at an exit.
+/// Memory: access() emits the inline check and says how the instruction reaches the operand. Up to the
+///        last check of an instruction nothing of the guest's state changes, so that it can be left to
+///        the interpreter from the check's slow path.
+/// Failure: a family returns false when it cannot translate the instruction; what it emitted is dropped.
+namespace ring3::engine {
+
+class BlockBuilder {
+ public:
+  bool run(const BlockRequest& request, TranslatedBlock* out);
+
+ private:
+  static constexpr u8 kScratch0 = kHostR14, kScratch1 = kHostR15;
+  static constexpr u32 kFlagsSlot = frame::kScratch, kRaxSlot = frame::kScratch + 8, kValueSlot = frame::kScratch + 16;
+
+  enum class Flags : u8 { Host, Frame, Dead };
+
+  /// A guest address.
+  struct Address {
+    bool constant = false;
+    u64 value = 0;          ///< constant: linear, before a segment base
+    u8 base = kNoReg, index = kNoReg;  ///< guest registers
+    u8 scale_log2 = 0;
+    i32 disp = 0;
+    bool narrow = false;    ///< 32-bit address size
+    u32 segment = 0;        ///< frame offset of the segment base; 0: none (no base stands at offset 0)
+  };
+  enum class Kind : u8 { Read, Write };
+  struct Access {
+    HostMem mem;
+    bool scratch0_free = false, scratch1_free = false;
+  };
+
+  /// Code behind the block: reached from a check.
+  struct SlowPath {
+    Label entry, retry;
+    Address address;
+    u8 size = 0;
+    bool aligned = false, write = false;
+    u32 insn = 0;
+  };
+  struct Interpret {
+    Label entry;
+    u64 rip = 0;
+    bool flags_in_frame = false;
+    bool used = false;
+  };
+  struct Poll {
+    Label entry;
+    u64 target = 0;
+  };
+  struct Stub {
+    Label entry;
+    u64 target = 0;
+  };
+
+  // ---- block_translator.cpp ----
+  bool supported(std::size_t n) const;
+  void start_over();
+  std::size_t body(std::size_t count);  ///< how many of the first count instructions were translated
+  bool one(const DecodedInsn& i);
+  void finish();
+  u64 rip() const { return rip_; }
+  u64 next_rip() const { return rip_ + insn_->length; }
+  bool same_page(u64 target) const { return ((target ^ request_->rip) & kPageMask) == 0; }
+
+  // ---- flags.cpp ----
+  void clobber_flags();          ///< the flags are about to be lost
+  void need_flags(u8 scratch);   ///< the instruction uses or changes them; scratch: a free host register or kHostNone
+  void flags_to_host(u8 scratch);
+  void emit_flags_restore(u8 scratch);
+
+  // ---- memory.cpp ----
+  static bool special(u8 guest) { return guest >= R13 && guest <= R15; }
+  static u8 host(u8 guest) { return guest == RSP ? static_cast<u8>(kHostR13) : guest; }
+  static HostMem slot(u8 guest) { return HostMem::frame(frame::kR13 + 8u * (guest - R13)); }
+  bool address_of(const DecodedInsn& i, Address* out) const;
+  static Address stack_address(i32 disp) {
+    Address a;
+    a.base = RSP;
+    a.disp = disp;
+    return a;
+  }
+  /// Linear address to a register; clobbers flags when both registers or a segment are in the frame.
+  void emit_address(u8 to, const Address& a);
+  bool access(const Address& a, u8 size, Kind kind, bool aligned, Access* out);
+  bool access_of(const DecodedInsn& i, Access* out);  ///< of the insn's own memory operand
+  /// Makes the operand [r14], so that r15 is free.
+  void single_register(Access* a);
+  Label& interpret_label();
+  /// The value of a guest register in a host register: its own, or scratch loaded from the frame.
+  u8 value_of(u8 guest, u8 scratch);
+
+  // ---- exits (branch.cpp) ----
+  void exit_interpret_now();
+  void exit_to(u64 target) { exit_to(target, target <= rip()); }
+  void exit_to(u64 target, bool backward);  ///< direct; flags in the host, scratch registers free
+  void exit_indirect();          ///< r14 = target; flags in the host
+  void check_canonical(u8 reg, u8 temp);  ///< clobbers flags; not canonical: interpret
+
+  // ---- families; false: not translated ----
+  bool plain(const DecodedInsn& i);                 // plain.cpp: re-encoded
+  bool plain_high_byte(const DecodedInsn& i, Reencoding& r);
+  bool lea(const DecodedInsn& i);                   // move.cpp
+  bool mov_register(const DecodedInsn& i);
+  bool verbatim(const DecodedInsn& i);
+  bool push(const DecodedInsn& i);                  // stack.cpp
+  bool pop(const DecodedInsn& i);
+  bool leave(const DecodedInsn& i);
+  bool jmp(const DecodedInsn& i);                   // branch.cpp
+  bool jcc(const DecodedInsn& i);
+  bool count_branch(const DecodedInsn& i);
+  bool call(const DecodedInsn& i);
+  bool ret(const DecodedInsn& i);
+
+  Emitter e_;
+  const BlockRequest* request_ = nullptr;
+  TranslatedBlock* out_ = nullptr;
+  const DecodedInsn* insn_ = nullptr;
+  std::size_t index_ = 0;
+  u64 rip_ = 0;
+  Flags flags_ = Flags::Host;
+  bool ended_ = false;  ///< the block's last exit was written
+  std::vector<u64> live_;  ///< status flags live before each instruction; one entry more
+  std::vector<FlagUse> use_;
+  std::vector<SlowPath> slow_;
+  std::vector<Interpret> interpret_;  ///< per instruction that was translated
+  std::vector<Poll> polls_;
+  std::vector<Stub> stubs_;
+};
+
+}  // namespace ring3::engine

@@ -1,0 +1,204 @@
+#include "engine/translate/emitter.hpp"
+
+#include <cstring>
+
+namespace ring3::engine {
+
+void Emitter::imm32(u32 v) {
+  for (int i = 0; i < 4; i++) byte(static_cast<u8>(v >> (8 * i)));
+}
+void Emitter::imm64(u64 v) {
+  imm32(static_cast<u32>(v));
+  imm32(static_cast<u32>(v >> 32));
+}
+void Emitter::patch32(u32 at, u32 v) { std::memcpy(code_.data() + at, &v, 4); }
+
+bool Emitter::encode(const Encoding& e) {
+  u8 out[32];
+  unsigned n = 0;
+  const auto put = [&](unsigned b) { out[n++] = static_cast<u8>(b); };
+  const bool rm_used = e.has_modrm ? !e.memory : true;
+  const bool r = e.has_modrm && (e.reg & 8);
+  const bool x = e.memory && e.mem.index != kHostNone && (e.mem.index & 8);
+  const bool b = e.memory ? e.mem.base != kHostNone && (e.mem.base & 8) : rm_used && (e.rm & 8);
+
+  if (e.memory && e.mem.gs) put(0x65);
+  if (e.lock) put(0xf0);
+  if (e.vex) {
+    if (e.map == 1 && !e.w && !x && !b) {
+      put(0xc5);
+      put((r ? 0 : 0x80) | (~e.vvvv & 15) << 3 | (e.l ? 4 : 0) | e.pp);
+    } else {
+      put(0xc4);
+      put((r ? 0 : 0x80) | (x ? 0 : 0x40) | (b ? 0 : 0x20) | e.map);
+      put((e.w ? 0x80 : 0) | (~e.vvvv & 15) << 3 | (e.l ? 4 : 0) | e.pp);
+    }
+  } else {
+    if (e.p66) put(0x66);
+    if (e.rep) put(e.rep);
+    const u8 rex = static_cast<u8>((e.w ? 8 : 0) | (r ? 4 : 0) | (x ? 2 : 0) | (b ? 1 : 0));
+    if (rex || e.rex_forced) {
+      if (e.rex_barred) return false;
+      put(0x40 | rex);
+    }
+    if (e.map != 0) put(0x0f);
+    if (e.map == 2) put(0x38);
+    if (e.map == 3) put(0x3a);
+  }
+  if (!e.has_modrm) {
+    put(e.opcode | (e.rm & 7));
+  } else {
+    put(e.opcode);
+    const unsigned reg = (e.reg & 7u) << 3;
+    if (!e.memory) {
+      put(0xc0 | reg | (e.rm & 7));
+    } else {
+      const HostMem& m = e.mem;
+      const bool no_base = m.base == kHostNone;
+      const bool sib = no_base || m.index != kHostNone || (m.base & 7) == 4;
+      unsigned mod;
+      if (no_base) {
+        mod = 0;
+      } else if (m.disp == 0 && (m.base & 7) != 5) {
+        mod = 0;
+      } else {
+        mod = m.disp >= -128 && m.disp <= 127 ? 1 : 2;
+      }
+      put(mod << 6 | reg | (sib ? 4 : m.base & 7u));
+      if (sib) {
+        const unsigned index = m.index == kHostNone ? 4 : m.index & 7u;
+        put(static_cast<unsigned>(m.scale_log2) << 6 | index << 3 | (no_base ? 5 : m.base & 7u));
+      }
+      if (mod == 1) {
+        put(static_cast<u8>(m.disp));
+      } else if (mod == 2 || no_base) {
+        for (int i = 0; i < 4; i++) put(static_cast<u32>(m.disp) >> (8 * i));
+      }
+    }
+  }
+  for (unsigned i = 0; i < e.imm_size; i++) put(e.imm[i]);
+  code_.insert(code_.end(), out, out + n);
+  return true;
+}
+
+void Emitter::op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map) {
+  Encoding e;
+  e.w = w;
+  e.map = map;
+  e.opcode = opcode;
+  e.reg = reg;
+  e.memory = true;
+  e.mem = m;
+  encode(e);
+}
+void Emitter::op_rr(bool w, u8 opcode, u8 reg, u8 rm) {
+  const u8 rex = static_cast<u8>((w ? 8 : 0) | (reg & 8 ? 4 : 0) | (rm & 8 ? 1 : 0));
+  if (rex) byte(0x40 | rex);
+  bytes({opcode, static_cast<u8>(0xc0 | (reg & 7) << 3 | (rm & 7))});
+}
+
+void Emitter::mov(u8 to, u8 from) { op_rr(true, 0x89, from, to); }
+void Emitter::mov32(u8 to, u8 from) { op_rr(false, 0x89, from, to); }
+void Emitter::mov_imm(u8 to, u64 value) {
+  if (value <= 0xffffffff) {
+    if (to & 8) byte(0x41);
+    byte(static_cast<u8>(0xb8 | (to & 7)));
+    imm32(static_cast<u32>(value));
+  } else if (static_cast<u64>(static_cast<i64>(static_cast<i32>(value))) == value) {
+    bytes({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), 0xc7, static_cast<u8>(0xc0 | (to & 7))});
+    imm32(static_cast<u32>(value));
+  } else {
+    bytes({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), static_cast<u8>(0xb8 | (to & 7))});
+    imm64(value);
+  }
+}
+void Emitter::load(u8 to, const HostMem& m) { op_rm(true, 0x8b, to, m); }
+void Emitter::load32(u8 to, const HostMem& m) { op_rm(false, 0x8b, to, m); }
+void Emitter::store(const HostMem& m, u8 from) { op_rm(true, 0x89, from, m); }
+void Emitter::store32(const HostMem& m, u8 from) { op_rm(false, 0x89, from, m); }
+void Emitter::store_imm32(const HostMem& m, i32 value) {
+  op_rm(true, 0xc7, 0, m);
+  imm32(static_cast<u32>(value));
+}
+void Emitter::lea(u8 to, const HostMem& m) { op_rm(true, 0x8d, to, m); }
+void Emitter::lea32(u8 to, const HostMem& m) { op_rm(false, 0x8d, to, m); }
+
+void Emitter::shr(u8 reg, u8 count) {
+  op_rr(true, 0xc1, 5, reg);
+  byte(count);
+}
+void Emitter::and32(u8 reg, u32 mask) {
+  op_rr(false, 0x81, 4, reg);
+  imm32(mask);
+}
+void Emitter::and_imm(u8 reg, i32 mask) {
+  if (mask >= -128 && mask <= 127) {
+    op_rr(true, 0x83, 4, reg);
+    byte(static_cast<u8>(mask));
+  } else {
+    op_rr(true, 0x81, 4, reg);
+    imm32(static_cast<u32>(mask));
+  }
+}
+void Emitter::add(u8 reg, const HostMem& m) { op_rm(true, 0x03, reg, m); }
+void Emitter::cmp(u8 reg, const HostMem& m) { op_rm(true, 0x3b, reg, m); }
+void Emitter::cmp_imm(const HostMem& m, i32 value) {
+  op_rm(true, 0x81, 7, m);
+  imm32(static_cast<u32>(value));
+}
+void Emitter::cmp32_imm(const HostMem& m, i32 value) {
+  const bool small = value >= -128 && value <= 127;
+  op_rm(false, small ? 0x83 : 0x81, 7, m);
+  if (small) {
+    byte(static_cast<u8>(value));
+  } else {
+    imm32(static_cast<u32>(value));
+  }
+}
+void Emitter::test8_imm(u8 reg, u8 mask) {
+  byte(static_cast<u8>(0x40 | (reg & 8 ? 1 : 0)));
+  bytes({0xf6, static_cast<u8>(0xc0 | (reg & 7)), mask});
+}
+
+void Emitter::use(Label& l) {
+  if (l.at != Label::kUnbound) {
+    imm32(l.at - (size() + 4));
+  } else {
+    const u32 before = l.uses;
+    l.uses = size();
+    imm32(before);
+  }
+}
+void Emitter::jcc(u8 condition, Label& to) {
+  bytes({0x0f, static_cast<u8>(0x80 | condition)});
+  use(to);
+}
+void Emitter::jmp(Label& to) {
+  byte(0xe9);
+  use(to);
+}
+void Emitter::call(Label& to) {
+  byte(0xe8);
+  use(to);
+}
+void Emitter::bind(Label& l) {
+  l.at = size();
+  for (u32 use = l.uses; use != Label::kUnbound;) {
+    u32 next;
+    std::memcpy(&next, code_.data() + use, 4);
+    patch32(use, l.at - (use + 4));
+    use = next;
+  }
+  l.uses = Label::kUnbound;
+}
+u32 Emitter::jrcxz_short(u8 address_size) {
+  if (address_size == 4) byte(0x67);
+  bytes({0xe3, 0});
+  return size() - 1;
+}
+u32 Emitter::jcc_short(u8 condition) {
+  bytes({static_cast<u8>(0x70 | condition), 0});
+  return size() - 1;
+}
+
+}  // namespace ring3::engine

@@ -1,0 +1,169 @@
+#include "engine/translate/builder.hpp"
+
+/// Guest addresses and the inline check.
+///
+/// The check, for an operand of n bytes at a:
+///     r15 = tlb + entry(a);  r14 = page of a + n - 1;  r14 == [r15 + tag] ?  r15 = [r15 + addend]
+/// A tag is the page its entry stands for, or no page's address; an entry never holds another entry's page, so
+/// an access that crosses into the next page misses too. Where alignment is required, the low bits stay in the
+/// comparison, and a misaligned address misses.
+/// The operand is then at a + addend, with the instruction's own base register where it has one.
+namespace ring3::engine {
+
+bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
+  const MemOperand& m = i.mem;
+  *out = Address{};
+  if (i.addrsize == 2 || !i.has(kHasMem)) return false;
+  out->narrow = i.addrsize == 4;
+  if (i.disp != static_cast<i32>(i.disp)) return false;  // a 64-bit offset
+  if (m.seg == FS) out->segment = frame::kFsBase;
+  if (m.seg == GS) out->segment = frame::kGsBase;
+  if (m.base == kRipBase || (m.base == kNoReg && m.index == kNoReg)) {
+    if (m.index != kNoReg) return false;
+    const u64 value = static_cast<u64>(i.disp) + (m.base == kRipBase ? next_rip() : 0);
+    out->constant = true;
+    out->value = out->narrow ? static_cast<u32>(value) : value;
+    return true;
+  }
+  if ((m.base != kNoReg && m.base > 15) || (m.index != kNoReg && (m.index > 15 || m.index == RSP))) return false;
+  out->base = m.base;
+  out->index = m.index;
+  out->scale_log2 = m.scale_log2 & 3;
+  out->disp = static_cast<i32>(i.disp);
+  return true;
+}
+
+void BlockBuilder::emit_address(u8 to, const Address& a) {
+  if (a.constant) {
+    e_.mov_imm(to, a.value);
+    if (a.segment) e_.add(to, HostMem::frame(a.segment));
+    return;
+  }
+  HostMem m;
+  m.disp = a.disp;
+  m.scale_log2 = a.scale_log2;
+  bool add_base = false;
+  if (a.base != kNoReg && !special(a.base)) m.base = host(a.base);
+  if (a.index != kNoReg && !special(a.index)) m.index = host(a.index);
+  if (a.index != kNoReg && special(a.index)) {
+    e_.load(to, slot(a.index));
+    m.index = to;
+    add_base = a.base != kNoReg && special(a.base);
+  } else if (a.base != kNoReg && special(a.base)) {
+    e_.load(to, slot(a.base));
+    m.base = to;
+  }
+  if (add_base) {
+    e_.lea(to, m);
+    e_.add(to, slot(a.base));
+    if (a.narrow) e_.mov32(to, to);
+  } else if (a.narrow) {
+    e_.lea32(to, m);
+  } else if (m.index == kHostNone && m.disp == 0) {
+    if (m.base != to) e_.mov(to, m.base);
+  } else {
+    e_.lea(to, m);
+  }
+  if (a.segment) e_.add(to, HostMem::frame(a.segment));
+}
+
+Label& BlockBuilder::interpret_label() {
+  Interpret& i = interpret_.back();
+  i.used = true;
+  i.flags_in_frame = flags_ == Flags::Frame;
+  return i.entry;
+}
+
+bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Access* out) {
+  if (size == 0 || size > 64) return false;
+  const u32 tag = kind == Kind::Write ? frame::kTlbWriteTag : frame::kTlbReadTag;
+  const i32 page_mask = aligned ? -static_cast<i32>(kPageSize) | (size - 1) : -static_cast<i32>(kPageSize);
+  const i32 reach = aligned ? 0 : size - 1;
+  clobber_flags();
+  interpret_label();
+  const auto fits = [](u64 v) { return static_cast<u64>(static_cast<i64>(static_cast<i32>(v))) == v; };
+
+  slow_.emplace_back();
+  SlowPath& s = slow_.back();
+  s.address = a;
+  s.size = size;
+  s.aligned = aligned;
+  s.write = kind == Kind::Write;
+  s.insn = static_cast<u32>(interpret_.size() - 1);
+  e_.bind(s.retry);
+
+  if (a.constant && a.segment == 0) {
+    const u64 v = a.value;
+    if ((v & (kPageSize - 1)) + size > kPageSize || (aligned && (v & (size - 1u)) != 0)) return false;
+    const i32 entry = static_cast<i32>((v >> frame::kTlbShift) & frame::kTlbMask);
+    e_.load(kScratch1, HostMem::frame(frame::kTlb));
+    const u64 page = v & kPageMask;
+    if (fits(page)) {
+      e_.cmp_imm(HostMem::at(kScratch1, entry + static_cast<i32>(tag)), static_cast<i32>(page));
+    } else {
+      e_.mov_imm(kScratch0, page);
+      e_.cmp(kScratch0, HostMem::at(kScratch1, entry + static_cast<i32>(tag)));
+    }
+    e_.jcc(5, s.entry);
+    e_.load(kScratch1, HostMem::at(kScratch1, entry + static_cast<i32>(frame::kTlbAddend)));
+    if (fits(v)) {
+      *out = {HostMem::at(kScratch1, static_cast<i32>(v)), true, false};
+    } else {
+      e_.mov_imm(kScratch0, v);
+      *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+    }
+    return true;
+  }
+
+  const bool in_registers = !a.constant && a.segment == 0 && !a.narrow && (a.base == kNoReg || !special(a.base)) &&
+                            (a.index == kNoReg || !special(a.index)) && a.disp < 0x7fff0000;
+  emit_address(kScratch1, a);
+  e_.shr(kScratch1, frame::kTlbShift);
+  e_.and32(kScratch1, frame::kTlbMask);
+  e_.add(kScratch1, HostMem::frame(frame::kTlb));
+  Address last = a;
+  if (in_registers) last.disp += reach;
+  emit_address(kScratch0, last);
+  if (!in_registers && reach != 0) e_.lea(kScratch0, HostMem::at(kScratch0, reach));
+  e_.and_imm(kScratch0, page_mask);
+  e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
+  e_.jcc(5, s.entry);
+  if (in_registers && a.base != kNoReg && a.index == kNoReg) {
+    e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+    *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
+  } else {
+    emit_address(kScratch0, a);
+    e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+    *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+  }
+  return true;
+}
+
+bool BlockBuilder::access_of(const DecodedInsn& i, Access* out) {
+  const Operand* mem = nullptr;
+  for (const Operand& o : i.operands)
+    if (o.kind == OperandKind::Mem) mem = &o;
+  if (mem == nullptr || (mem->access & kReadWrite) == 0) return false;
+  Address a;
+  if (!address_of(i, &a)) return false;
+  const bool write = (mem->access & kWrite) || i.op == Op::Cmpxchg || i.op == Op::Cmpxchg8b || i.op == Op::Cmpxchg16b;
+  const bool aligned = i.has(kAligned) || i.op == Op::Cmpxchg16b;
+  if (aligned && (mem->size & (mem->size - 1)) != 0) return false;
+  return access(a, mem->size, write ? Kind::Write : Kind::Read, aligned, out);
+}
+
+void BlockBuilder::single_register(Access* a) {
+  if (a->scratch1_free) return;
+  if (a->mem.base != kScratch0 || a->mem.index != kHostNone || a->mem.disp != 0) e_.lea(kScratch0, a->mem);
+  a->mem = HostMem::at(kScratch0);
+  a->scratch0_free = false;
+  a->scratch1_free = true;
+}
+
+u8 BlockBuilder::value_of(u8 guest, u8 scratch) {
+  if (!special(guest)) return host(guest);
+  e_.load(scratch, slot(guest));
+  return scratch;
+}
+
+}  // namespace ring3::engine

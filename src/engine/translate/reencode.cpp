@@ -1,0 +1,177 @@
+#include "engine/translate/reencode.hpp"
+
+#include "engine/interp/vector_stub.hpp"
+
+namespace ring3::engine {
+namespace {
+
+bool has_modrm_byte(u8 map, u8 op) {
+  if (map >= 2) return true;
+  if (map == 0) {
+    if (op < 0x40) return (op & 7) < 4;
+    return op == 0x62 || op == 0x63 || op == 0x69 || op == 0x6b || (op >= 0x80 && op <= 0x8f) || op == 0xc0 || op == 0xc1 ||
+           op == 0xc6 || op == 0xc7 || (op >= 0xd0 && op <= 0xd3) || (op >= 0xd8 && op <= 0xdf) || op == 0xf6 || op == 0xf7 ||
+           op >= 0xfe;
+  }
+  if (op >= 0x80 && op <= 0x8f) return false;
+  if (op >= 0xc8 && op <= 0xcf) return false;
+  if (op >= 0x30 && op <= 0x37) return false;
+  return !(op >= 0x05 && op <= 0x09) && op != 0x0b && op != 0x0e && op != 0x77 && op != 0xa0 && op != 0xa1 && op != 0xa2 &&
+         op != 0xa8 && op != 0xa9 && op != 0xaa;
+}
+
+/// General registers in ModRM of integer instructions.
+u8 integer_fields(const Encoding& e) {
+  const u8 op = e.opcode;
+  constexpr u8 kBoth = kGprReg | kGprRm;
+  if (e.vex) {
+    if (e.map == 2 && (op == 0xf2 || op == 0xf5 || op == 0xf6 || op == 0xf7)) return kBoth | kGprVvvv;
+    if (e.map == 2 && op == 0xf3) return kGprRm | kGprVvvv;
+    if (e.map == 3 && op == 0xf0) return kBoth;
+    return 0;
+  }
+  switch (e.map) {
+    case 0:
+      if (op < 0x40 || op == 0x63 || op == 0x69 || op == 0x6b || (op >= 0x84 && op <= 0x8b)) return kBoth;
+      return kGprRm;
+    case 1:
+      if (op == 0xc7) return 0;
+      if ((op >= 0x90 && op <= 0x9f) || op == 0xba) return kGprRm;
+      return kBoth;
+    case 2: return kBoth;
+    default: return 0;
+  }
+}
+
+u8 vector_fields(const Encoding& e, const DecodedInsn& insn) {
+  bool gpr = false;
+  for (const Operand& o : insn.operands) gpr |= o.kind == OperandKind::Gpr;
+  if (!gpr) return 0;
+  const u8 op = e.opcode;
+  if (e.map == 1 && (op == 0x2c || op == 0x2d || op == 0x50 || op == 0xc5 || op == 0xd7)) return kGprReg;
+  if (e.map == 1 && (op == 0x2a || op == 0x6e || op == 0x7e || op == 0xc4)) return kGprRm;
+  if (e.map == 3 && ((op >= 0x14 && op <= 0x17) || op == 0x20 || op == 0x22)) return kGprRm;
+  return 0;
+}
+
+}  // namespace
+
+bool take_apart(const DecodedInsn& insn, Reencoding* out) {
+  *out = Reencoding{};
+  Encoding& e = out->e;
+  const unsigned n = insn.length <= 15 ? insn.length : 15;
+  unsigned i = 0;
+  u8 rex = 0;
+  bool p66 = false;
+  u8 rep = 0;
+  for (; i < n; i++) {
+    const u8 c = insn.raw[i];
+    if (c == 0x66) {
+      p66 = true;
+    } else if (c == 0xf2 || c == 0xf3) {
+      rep = c;
+    } else if (c == 0xf0 || c == 0x26 || c == 0x2e || c == 0x36 || c == 0x3e || c == 0x64 || c == 0x65 || c == 0x67) {
+    } else if ((c & 0xf0) == 0x40) {
+      rex = c;
+      continue;
+    } else {
+      break;
+    }
+    rex = 0;  // a REX prefix counts only right before the opcode
+  }
+  const auto next = [&](u8* to) {
+    if (i >= n) return false;
+    *to = insn.raw[i++];
+    return true;
+  };
+  u8 c = 0;
+  if (!next(&c)) return false;
+  bool r = false, b = false;
+  if (insn.has(kVex)) {
+    e.vex = true;
+    u8 v1 = 0, v2 = 0;
+    if (c == 0xc4) {
+      if (!next(&v1) || !next(&v2)) return false;
+      e.map = v1 & 0x1f;
+      r = !(v1 & 0x80);
+      b = !(v1 & 0x20);
+      e.w = v2 & 0x80;
+    } else if (c == 0xc5) {
+      if (!next(&v2)) return false;
+      e.map = 1;
+      r = !(v2 & 0x80);
+    } else {
+      return false;
+    }
+    e.vvvv = ~(v2 >> 3) & 15;
+    e.l = v2 & 4;
+    e.pp = v2 & 3;
+    if (e.map < 1 || e.map > 3 || !next(&e.opcode)) return false;
+  } else {
+    e.p66 = p66;
+    e.rep = rep;
+    e.lock = insn.has(kLock);
+    e.w = rex & 8;
+    r = rex & 4;
+    b = rex & 1;
+    e.rex_forced = rex != 0;
+    if (c == 0x0f) {
+      e.map = 1;
+      if (!next(&c)) return false;
+      if (c == 0x38 || c == 0x3a) {
+        e.map = c == 0x38 ? 2 : 3;
+        if (!next(&c)) return false;
+      }
+    }
+    e.opcode = c;
+  }
+  e.has_modrm = has_modrm_byte(e.map, e.opcode);
+  if (e.has_modrm) {
+    u8 modrm = 0;
+    if (!next(&modrm)) return false;
+    e.reg = static_cast<u8>((modrm >> 3 & 7) | (r ? 8 : 0));
+    const u8 mod = modrm >> 6, rm = modrm & 7;
+    e.memory = mod != 3;
+    if (e.memory != insn.has(kHasMem)) return false;
+    if (e.memory) {
+      u8 base = rm;
+      if (rm == 4) {
+        if (!next(&base)) return false;
+        base &= 7;
+      }
+      i += mod == 1 ? 1 : mod == 2 || base == 5 ? 4 : 0;
+    } else {
+      e.rm = static_cast<u8>(rm | (b ? 8 : 0));
+    }
+  } else if (insn.has(kHasMem)) {
+    return false;
+  }
+  if (insn.op == Op::HostVec) {
+    if (!e.has_modrm || !runs_on_host(e.vex, e.map, e.opcode)) return false;
+    out->gpr_fields = vector_fields(e, insn);
+  } else if (e.has_modrm) {
+    out->gpr_fields = integer_fields(e);
+  } else {
+    const bool in_opcode = (e.map == 0 && ((e.opcode >= 0x90 && e.opcode <= 0x97) || (e.opcode >= 0xb0 && e.opcode <= 0xbf))) ||
+                           (e.map == 1 && e.opcode >= 0xc8 && e.opcode <= 0xcf);
+    if (in_opcode) {
+      e.rm = static_cast<u8>((e.opcode & 7) | (b ? 8 : 0));
+      e.opcode &= 0xf8;
+      out->gpr_fields = kGprRm;
+    }
+  }
+  if (e.memory) out->gpr_fields &= static_cast<u8>(~kGprRm);
+  for (const Operand& o : insn.operands) {
+    if (o.kind != OperandKind::GprHigh) continue;
+    e.rex_barred = true;
+    // Only the byte operand of MOVZX, MOVSX and CRC32 stands beside a wider register.
+    const bool reg_is_byte = insn.op != Op::Movzx && insn.op != Op::Movsx && insn.op != Op::Crc32;
+    if ((out->gpr_fields & kGprRm) && e.rm >= 4 && e.rm < 8) out->high_rm = true;
+    if ((out->gpr_fields & kGprReg) && reg_is_byte && e.reg >= 4 && e.reg < 8) out->high_reg = true;
+  }
+  if (i > n || n - i > sizeof e.imm) return false;
+  while (i < n) e.imm[e.imm_size++] = insn.raw[i++];
+  return true;
+}
+
+}  // namespace ring3::engine
