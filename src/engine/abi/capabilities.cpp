@@ -53,7 +53,6 @@ int check_extension(u64 capability) {
     case KVM_CAP_IOAPIC_POLARITY_IGNORED:
     case KVM_CAP_IMMEDIATE_EXIT:
     case KVM_CAP_GET_MSR_FEATURES:
-    case KVM_CAP_MSR_PLATFORM_INFO:
     case KVM_CAP_EXCEPTION_PAYLOAD:
     case KVM_CAP_X86_TRIPLE_FAULT_EVENT:
     case KVM_CAP_SREGS2:

@@ -22,12 +22,21 @@ Result<Config> Config::create(const EngineOptions& options) {
       auto v = number(name, text, 1, 1024);
       if (!v) return v.error();
       config.cache_bytes = static_cast<std::size_t>(*v) << 20;
+    } else if (name == "code-mib") {
+      auto v = number(name, text, 1, 1024);
+      if (!v) return v.error();
+      config.code_bytes = static_cast<std::size_t>(*v) << 20;
+    } else if (name == "engine") {
+      if (text != "interpreter" && text != "translator") {
+        return Error::of(EINVAL, "engine option engine=" + text + ": interpreter or translator is needed");
+      }
+      config.translate = text == "translator";
     } else if (name == "quantum") {
       auto v = number(name, text, 1, ~0u);
       if (!v) return v.error();
       config.quantum = *v;
     } else {
-      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, quantum)");
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-mib, engine, quantum)");
     }
   }
   config.clock = std::make_shared<HostClock>();

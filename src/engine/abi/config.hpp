@@ -11,6 +11,8 @@ namespace ring3::engine::abi {
 
 struct Config {
   std::size_t cache_bytes = 16u << 20;  ///< decoded-code cache of a VM, shared out among its vCPUs
+  bool translate = false;               ///< engine=translator
+  std::size_t code_bytes = 128u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
   std::shared_ptr<const HostClock> clock;
 

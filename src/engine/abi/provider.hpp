@@ -14,6 +14,8 @@ namespace ring3::engine {
 /// | name        | value            | meaning                                              |
 /// |-------------|------------------|------------------------------------------------------|
 /// | cache-mib   | 1..1024          | decoded-code cache of a whole VM, MiB (default 16)   |
+/// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 128)     |
+/// | engine      | interpreter, translator | what runs guest code (default interpreter)    |
 /// | quantum     | 1..2^32-1        | guest instructions between two looks at the event flag's slow sources |
 struct EngineOptions {
   std::map<std::string, std::string> values;

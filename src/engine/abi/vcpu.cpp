@@ -12,6 +12,7 @@
 #include "engine/abi/user_memory.hpp"
 #include "engine/abi/vm.hpp"
 #include "engine/interp/features.hpp"
+#include "engine/interp/msr.hpp"
 
 namespace ring3::engine::abi {
 
@@ -27,10 +28,10 @@ Vcpu::Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz)
       env_(*this),
       mmu_(state_, vm.memory(), vm.tracker(), index),
       apic_base_(Lapic::kDefaultBase | Lapic::kBaseEnable | (id == vm.boot_vcpu() ? Lapic::kBaseBsp : 0)),
-      mp_state_(KVM_MP_STATE_RUNNABLE),
-      arch_capabilities_(abi::arch_capabilities()) {}
+      mp_state_(KVM_MP_STATE_RUNNABLE) {}
 
-Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes) {
+Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes,
+                                           std::size_t code_bytes) {
   std::unique_ptr<Vcpu> v(new Vcpu(vm, id, index, tsc_khz));
   v->wake_fd_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!v->wake_fd_) return Error::from_errno("eventfd");
@@ -45,10 +46,23 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
     if (!boot) v->mp_state_ = KVM_MP_STATE_UNINITIALIZED;
   }
   v->state_.reset();
-  v->state_.msr.mcg_cap = mce_cap_supported() & ~u64{0xff};
+  Msrs& m = v->state_.msr;
+  m.mcg_cap = mce_cap_supported() & ~u64{0xff};
+  feature_msr(msr::ARCH_CAPABILITIES, &m.arch_capabilities);
+  feature_msr(msr::UCODE_REV, &m.microcode_rev);
+  feature_msr(msr::AMD_DE_CFG, &m.de_cfg);
+  m.hwcr = 1u << 24;  // the TSC counts at the P0 frequency
   v->mmu_.set_port(&v->env_);
   v->interp_ = Interpreter::create(v->state_, v->mmu_, v->env_, cache_bytes);
   v->mmu_.set_code_observer(v->interp_.get());
+  if (vm.config().translate) {
+    TranslatorVcpu::Options options;
+    options.arena_bytes = code_bytes;
+    auto translator =
+        TranslatorVcpu::create(v->state_, v->mmu_, *v->interp_, create_block_translator(), options);
+    if (!translator) return translator.error();
+    v->translator_ = std::move(*translator);
+  }
   v->use_features(v->all_features_);
   vm.tracker().register_vcpu(index, &v->mmu_, &v->interp_->context().attention, kAttendMmu);
   v->registered_ = true;
@@ -136,7 +150,6 @@ void Vcpu::reset(bool init) {
   if (lapic_) lapic_->reset(init);
   nmis_.store(0);
   nmi_injected_ = exception_injected_ = triple_fault_pending_ = false;
-  misc_features_ = 0;
   env_.drop();
   mmu_.flush_all();
   state_changed();

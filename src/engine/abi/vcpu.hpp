@@ -14,6 +14,7 @@
 #include "engine/abi/cpuid.hpp"
 #include "engine/abi/environment.hpp"
 #include "engine/interp/interpreter.hpp"
+#include "engine/translate/translator_vcpu.hpp"
 #include "engine/irq/lapic.hpp"
 #include "engine/mmu/mmu.hpp"
 #include "engine/timer/pvclock.hpp"
@@ -44,7 +45,8 @@ class Vcpu {
  public:
   static constexpr std::size_t kRunSize = 3 * kPageSize;
 
-  static Result<std::unique_ptr<Vcpu>> create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes);
+  static Result<std::unique_ptr<Vcpu>> create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes,
+                                              std::size_t code_bytes);
   ~Vcpu();
 
   long ioctl(unsigned long request, u64 arg);
@@ -163,6 +165,7 @@ class Vcpu {
   VcpuEnvironment env_;
   Mmu mmu_;
   std::unique_ptr<Interpreter> interp_;
+  std::unique_ptr<TranslatorVcpu> translator_;  // null: guest code is interpreted
   bool registered_ = false;
 
   u64 cr8_ = 0, apic_base_;      // without a LAPIC
@@ -183,8 +186,7 @@ class Vcpu {
   UniqueFd signal_fd_;               // readable when a signal that sigmask_ lets through is pending
   u64 vapic_addr_ = 0;
   u64 last_steal_ns_ = 0;
-  u64 arch_capabilities_, platform_info_ = 0, misc_features_ = 0, power_ctl_ = 0, smi_count_ = 0, poll_control_ = 1,
-      feature_control_ = 0;
+  u64 power_ctl_ = 0, smi_count_ = 0, feature_control_ = 0;
 
   // any thread
   std::atomic<u32> nmis_{0};

@@ -1,4 +1,5 @@
 // MSRs behind Environment: the LAPIC's, the TSC's, kvmclock's, and those KVM answers although they do nothing.
+// The core's own stand in engine/interp/msr.hpp and are asked first.
 #include <cstring>
 
 #include "engine/abi/msr_list.hpp"
@@ -11,8 +12,7 @@ namespace ring3::engine::abi {
 namespace {
 
 constexpr u32 kTsc = 0x10, kApicBase = 0x1b, kSmiCount = 0x34, kFeatureControl = 0x3a, kTscAdjust = 0x3b, kFsbFreq = 0xcd,
-              kPlatformInfo = 0xce, kArchCapabilities = 0x10a, kBblCrCtl3 = 0x11e, kMiscFeatures = 0x140,
-              kPerfStatus = 0x198, kPowerCtl = 0x1fc, kTscDeadline = 0x6e0, kK7ClkCtl = 0xc001001b;
+              kBblCrCtl3 = 0x11e, kPerfStatus = 0x198, kPowerCtl = 0x1fc, kTscDeadline = 0x6e0, kK7ClkCtl = 0xc001001b;
 
 // Reads as zero; writes are dropped.
 bool silent(u32 index) {
@@ -65,17 +65,6 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
       return Msr::Ok;
     case kSmiCount: *value = smi_count_; return Msr::Ok;
     case kFeatureControl: *value = feature_control_; return Msr::Ok;
-    case kPlatformInfo:
-      if (!host && !vm_.platform_info_readable()) return Msr::Fault;
-      *value = platform_info_;
-      return Msr::Ok;
-    case kMiscFeatures: *value = misc_features_; return Msr::Ok;
-    case kArchCapabilities: {
-      const kvm_cpuid_entry2* e = cpuid_.find(7, 0);
-      if (!host && e != nullptr && !(e->edx >> 29 & 1)) return Msr::Fault;
-      *value = arch_capabilities_;
-      return Msr::Ok;
-    }
     case kPowerCtl: *value = power_ctl_; return Msr::Ok;
     case kFsbFreq: *value = 3; return Msr::Ok;
     case kPerfStatus: *value = 1000ull | 4ull << 40; return Msr::Ok;
@@ -137,19 +126,6 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
     case kFeatureControl:
       if (!host && (feature_control_ & 1)) return Msr::Fault;  // locked
       feature_control_ = value;
-      return Msr::Ok;
-    case kPlatformInfo:
-      if (!host) return Msr::Fault;
-      platform_info_ = value;
-      return Msr::Ok;
-    case kMiscFeatures:
-      // Bit 0, CPUID faulting, is not offered in PLATFORM_INFO.
-      if (value != 0) return Msr::Fault;
-      misc_features_ = value;
-      return Msr::Ok;
-    case kArchCapabilities:
-      if (!host) return Msr::Fault;
-      arch_capabilities_ = value;
       return Msr::Ok;
     case kPowerCtl: power_ctl_ = value; return Msr::Ok;
     case kPerfStatus: case kBblCrCtl3: case kK7ClkCtl: return Msr::Ok;

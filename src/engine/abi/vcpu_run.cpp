@@ -326,7 +326,8 @@ long Vcpu::run_loop() {
       case Step::Run: break;
     }
     c.interrupt_window = want_window_;
-    switch (interp_->run(vm_.config().quantum)) {
+    const u64 quantum = vm_.config().quantum;
+    switch (translator_ ? translator_->run(quantum) : interp_->run(quantum)) {
       case Interpreter::Result::Attention: break;
       case Interpreter::Result::Budget:
         look_for_signals_ = true;

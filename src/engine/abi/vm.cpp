@@ -63,7 +63,9 @@ Result<Vcpu*> Vm::create_vcpu(u64 id) {
   const std::size_t index = vcpus_.size();
   std::size_t cache = config_.cache_bytes / 2;
   for (std::size_t i = 0; i < index && cache > (1u << 20); i++) cache = cache * 3 / 4;
-  auto vcpu = Vcpu::create(*this, n, static_cast<unsigned>(index), default_tsc_khz_, cache);
+  std::size_t code = config_.code_bytes / 2;
+  for (std::size_t i = 0; i < index && code > (4u << 20); i++) code = code * 3 / 4;
+  auto vcpu = Vcpu::create(*this, n, static_cast<unsigned>(index), default_tsc_khz_, cache, code);
   if (!vcpu) return vcpu.error();
   Vcpu* raw = (*vcpu).get();
   vcpus_.push_back(std::move(*vcpu));
@@ -118,9 +120,6 @@ long Vm::enable_cap(u64 arg) {
       return 0;
     case KVM_CAP_X86_TRIPLE_FAULT_EVENT:
       triple_fault_event_.store(value != 0, std::memory_order_relaxed);
-      return 0;
-    case KVM_CAP_MSR_PLATFORM_INFO:
-      platform_info_.store(value != 0, std::memory_order_relaxed);
       return 0;
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: {
       u64 allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;

@@ -65,7 +65,6 @@ class Vm final : public VcpuSink {
   unsigned boot_vcpu() const { return boot_vcpu_; }
   bool exception_payload() const { return exception_payload_.load(std::memory_order_relaxed); }
   bool triple_fault_event() const { return triple_fault_event_.load(std::memory_order_relaxed); }
-  bool platform_info_readable() const { return platform_info_.load(std::memory_order_relaxed); }
   unsigned reserved_ioapic_pins() const { return split_pins_; }
 
   /// A store by the engine itself. False when it is not writable memory. Any thread; a vCPU's thread is outside
@@ -109,7 +108,7 @@ class Vm final : public VcpuSink {
   unsigned split_pins_ = 0;
   u32 default_tsc_khz_ = 0;
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
-  std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, platform_info_{true};
+  std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
   std::atomic<u32> manual_dirty_log_{0};
 
   // Destroyed in reverse order: first the threads that raise interrupts, then the vCPUs with their LAPICs, then the chips.
