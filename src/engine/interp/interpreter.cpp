@@ -191,6 +191,7 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
   if (e == Exec::Stop) {
     const bool exit = c.stop().kind == Stop::Kind::Exit;
     if (rf && c.stop().kind != Stop::Kind::Trap) s.rflags |= rflags::RF;
+    const u64 hits = c.slow_step ? c.mmu.take_breakpoint_hits() : 0;  // void when it did not retire
     const Ended ended = stopped(&insn, &retired);
     if (exit || ended == Result::Exit) {
       s.sti_shadow = sti;
@@ -198,8 +199,10 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
       if (rf) s.rflags |= rflags::RF;
       return ended;
     }
-    if (retired) c.retired++;
-    held_db |= c.slow_step ? c.mmu.take_breakpoint_hits() : 0;
+    if (retired) {
+      c.retired++;
+      held_db |= hits;
+    }
     if (ended) return ended;
     if (debugged) return debug(vec::DB, dr6::BS);
     if (held_db != 0) return trap_debug(std::exchange(held_db, 0));

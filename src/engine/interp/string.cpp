@@ -113,7 +113,7 @@ Exec movs(Context& c, const DecodedInsn& i) {
     if (source == nullptr) return 0;
     u8* target = c.mmu.bulk_pointer(to, true, bytes);
     if (target == nullptr) return 0;
-    const u64 distance = static_cast<u64>(target - source);
+    const u64 distance = reinterpret_cast<u64>(target) - reinterpret_cast<u64>(source);
     // SAFETY: both ranges were given by the Mmu for these bytes.
     if (distance == 0) return n;
     if (distance < bytes) {  // the copy feeds on itself: a pattern
