@@ -105,10 +105,12 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
 bool BlockBuilder::count_branch(const DecodedInsn& i) {
   if (i.opsize != 8 || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel) return false;
   const u64 target = next_rip() + static_cast<u64>(i.imm);
-  if (!canonical_address(target) || i.opcode < 0xe0 || i.opcode > 0xe3) return false;
+  if (!canonical_address(target)) return false;
+  // By the operation: with a repeat prefix the opcode may mean another condition (decode knows).
+  const u8 opcode = i.op == Op::Loopne ? 0xe0 : i.op == Op::Loope ? 0xe1 : i.op == Op::Loop ? 0xe2 : 0xe3;
   flags_to_host(kScratch0);
   if (i.addrsize == 4) e_.byte(0x67);
-  e_.bytes({i.opcode, 0});
+  e_.bytes({opcode, 0});
   const u32 over = e_.size() - 1;
   exit_to(next_rip());
   e_.bind_short(over);

@@ -105,7 +105,7 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
     while (n < count && substitutes[n].guest != guest) n++;
     if (n == count) {
       if (count == 2) return false;
-      if (!a.scratch0_free && !a.scratch1_free) single_register(&a);
+      if (!a.scratch0_free && !a.scratch1_free && a.mem.index == kScratch1 && count == 0) single_register(&a);
       Substitute& s = substitutes[count];
       if (a.scratch0_free) {
         s.scratch = kScratch0;
