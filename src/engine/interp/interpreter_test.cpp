@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "engine/interp/test_machine.hpp"
 
 /// The run loop and the block cache: self-modifying code, fetches, shadows, stepping, breakpoints, replay.
@@ -43,17 +46,20 @@ TEST(Run, Attention) {
   });
 }
 
-/// The back-edge of a loop polls: another thread's flag ends an endless loop.
+/// The back-edge of a loop polls: another thread's flag ends an endless loop, also one of linked blocks.
 TEST(Run, AttentionEndsALoop) {
-  TestMachine m(TestMode::Long64);
-  m.c().event_filter = nullptr;
-  m.s.gpr[RSI] = 0;
-  // The loop raises the flag itself, as a device would, by a port write that the environment sees.
-  struct Raiser {
-    static void raise(TestMachine& machine) { machine.c().attention.fetch_or(1); }
-  };
-  Raiser::raise(m);
-  EXPECT_EQ(m.run(hex("eb fe"), ~0ull).result, Result::Attention);
+  for (const char* code : {"eb fe", "ff c0 eb 00 ff c3 eb f8"}) {
+    both_ways(TestMode::Long64, [&](TestMachine& m) {
+      m.c().attention = 0;
+      std::thread raiser([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        m.c().attention.fetch_or(1);
+      });
+      EXPECT_EQ(m.run(hex(code), ~0ull).result, Result::Attention);
+      raiser.join();
+      EXPECT_GT(m.c().retired, 1000u);
+    });
+  }
 }
 
 TEST(Run, InterruptWindow) {
@@ -462,6 +468,21 @@ TEST(Debug, DataBreakpoint) {
     out = m.run(hex("8e 56 04 90 90"));
     EXPECT_TRUE(out.raised(vec::DB));
     EXPECT_EQ(out.event.payload & 0xf, 1u);
+    EXPECT_EQ(m.s.rip, kCode + 4);
+  });
+}
+
+/// An instruction that reads the watched place and then faults raises its fault alone.
+TEST(Debug, DataBreakpointAndFault) {
+  both_ways(TestMode::Long64, [](TestMachine& m) {
+    m.s.dr[0] = kD + 4;
+    m.s.dr7 = 0x400 | 1u | 3u << 16 | 3u << 18;
+    m.s.gpr[RSI] = kD;
+    m.s.gpr[RSP] = 0x4000'0000;  // not mapped
+    EXPECT_TRUE(m.run(hex("ff 76 04 90")).raised(vec::PF, pferr::W));  // push [rsi + 4]
+    m.s.gpr[RSP] = TestMachine::kStackTop;
+    const auto out = m.run(hex("90 ff 76 04 90"));
+    EXPECT_TRUE(out.raised(vec::DB));
     EXPECT_EQ(m.s.rip, kCode + 4);
   });
 }
