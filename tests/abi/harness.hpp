@@ -26,14 +26,16 @@ using kvm::System;
 using kvm::Vcpu;
 using kvm::Vm;
 
-enum class Provider { Soft, Kernel };
+enum class Provider { Soft, Translator, Kernel };
 inline std::string provider_name(const testing::TestParamInfo<Provider>& info) {
-  return info.param == Provider::Soft ? "soft" : "kernel";
+  return info.param == Provider::Soft ? "soft" : info.param == Provider::Translator ? "translator" : "kernel";
 }
 
 inline Result<std::unique_ptr<Endpoint>> open_provider(Provider p) {
   if (p == Provider::Kernel) return kvm::open_kernel_kvm();
-  return engine::create_soft_system({});
+  engine::EngineOptions options;
+  if (p == Provider::Translator) options.values["engine"] = "translator";
+  return engine::create_soft_system(options);
 }
 
 struct Guest {
@@ -230,7 +232,7 @@ class AbiTest : public testing::TestWithParam<Provider> {
     if (!probe) GTEST_SKIP() << probe.error().message;
     system_ = std::make_unique<System>(std::move(*system));
   }
-  bool soft() const { return GetParam() == Provider::Soft; }
+  bool soft() const { return GetParam() != Provider::Kernel; }
   System& system() { return *system_; }
   template <class T>
   static u64 arg(T& v) { return reinterpret_cast<u64>(&v); }
