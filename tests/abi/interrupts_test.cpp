@@ -272,7 +272,7 @@ TEST_P(Interrupts, KicksAreNeverLost) {
     if (g == &guests::idle && !soft()) continue;
     const int kicks = soft() ? kKicks : 200;
     m.start_real(*g);
-    std::atomic<int> taken{0}, asked{0};
+    std::atomic<int> taken{0};
     std::atomic<bool> bad{false};
     std::thread runner([&] {
       while (taken.load() < kicks) {
