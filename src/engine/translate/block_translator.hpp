@@ -18,7 +18,9 @@ struct TranslateMode {
   bool user = false;       ///< CPL 3
   bool sse = false;        ///< SSE instructions run without #UD or #NM: CR0.EM/TS clear, CR4.OSFXSR set
   bool avx = false;        ///< VEX vector instructions too: CR4.OSXSAVE, XCR0[2:1] = 3
-  u8 bits() const { return static_cast<u8>(user | sse << 1 | avx << 2); }
+  bool lazy = false;       ///< sse and avx are off only because the vectors are not loaded: a vector
+                           ///< instruction leaves through exit_vectors
+  u8 bits() const { return static_cast<u8>(user | sse << 1 | avx << 2 | lazy << 3); }
 };
 
 struct BlockRequest {

@@ -19,7 +19,9 @@ Encoding thunk_jump(u32 offset) { return {.opcode = 0xff, .reg = 4, .memory = tr
 void BlockBuilder::exit_interpret_now() {
   flags_to_host(kScratch0);
   e_.mov_imm(kScratch0, rip());
-  e_.encode(thunk_jump(frame::kExitInterpret));
+  const Op op = request_->insns[index_].op;
+  const bool vector = op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall;
+  e_.encode(thunk_jump(request_->mode.lazy && vector ? frame::kExitVectors : frame::kExitInterpret));
   ended_ = true;
 }
 

@@ -142,7 +142,7 @@ void CodeCache::kill(CodeBlock* block) {
     x.next_incoming = kNone;
     point(x, x.stub);
   }
-  JumpEntry& e = jumps_[block->rip & (kJumpEntries - 1)];
+  JumpEntry& e = jumps_[jump_index(block->rip)];
   if (e.code == reinterpret_cast<u64>(block->code)) e = JumpEntry{};
   stats_.killed++;
 }

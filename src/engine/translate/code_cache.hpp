@@ -56,11 +56,11 @@ class CodeCache {
   /// Jump-table entries made under another bias than this one do not match.
   u64 bias(u8 mode, u64 fetch_generation);
   const u8* recall(u64 rip, u64 bias) const {
-    const JumpEntry& e = jumps_[rip & (kJumpEntries - 1)];
+    const JumpEntry& e = jumps_[jump_index(rip)];
     return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
   }
   void remember(const CodeBlock& block, u64 bias) {
-    jumps_[block.rip & (kJumpEntries - 1)] = {0 - (block.rip + bias), reinterpret_cast<u64>(block.code)};
+    jumps_[jump_index(block.rip)] = {0 - (block.rip + bias), reinterpret_cast<u64>(block.code)};
   }
 
   CodeBlock* find(Gpa gpa, u64 rip, u8 mode) const;
@@ -102,7 +102,7 @@ class CodeCache {
 
   std::unique_ptr<CodeArena> arena_;
   std::unique_ptr<JumpEntry[]> jumps_;
-  static constexpr unsigned kSpaces = 16, kModes = 8;
+  static constexpr unsigned kSpaces = 16, kModes = 16;
   /// Biases in use for a fetch generation; with PCID, generations come back.
   struct Space {
     u64 generation = 0;

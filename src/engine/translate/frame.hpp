@@ -40,7 +40,8 @@ struct alignas(64) JitFrame {
   u64 fill_function = 0;  ///< u64 (*)(void* context, u64 linear, u64 size, u64 write): 1 when the TLB now hits
   u64 fill_context = 0;
   u64 saved_flags = 0;  ///< the fill thunks' own
-  u32 host_mxcsr = 0, pad0 = 0;
+  u32 host_mxcsr = 0;
+  u32 vectors = 1;      ///< 0: the guest's vectors and MXCSR stay in VcpuState (TranslateMode::lazy)
   u64 saved_rax = 0;    ///< the exits' own
   u64 pad1[5] = {};
 
@@ -65,6 +66,8 @@ struct alignas(64) JitFrame {
   /// Keeps all other registers, vectors and scratch; clobbers the status flags.
   u64 fill_read = 0;
   u64 fill_write = 0;
+  /// In: r14 = RIP of a vector instruction in code of TranslateMode::lazy: it goes on with vectors loaded.
+  u64 exit_vectors = 0;
 };
 
 namespace frame {
@@ -73,7 +76,8 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
                      kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitIndirect = RING3_FRAME_EXIT_INDIRECT,
-                     kFillRead = RING3_FRAME_FILL_READ, kFillWrite = RING3_FRAME_FILL_WRITE;
+                     kFillRead = RING3_FRAME_FILL_READ, kFillWrite = RING3_FRAME_FILL_WRITE,
+                     kExitVectors = RING3_FRAME_EXIT_VECTORS;
 inline constexpr u32 kNoTag = ~0u;
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))
@@ -106,6 +110,8 @@ RING3_CHECK_OFFSET(exit_attention, RING3_FRAME_EXIT_ATTENTION);
 RING3_CHECK_OFFSET(exit_indirect, RING3_FRAME_EXIT_INDIRECT);
 RING3_CHECK_OFFSET(fill_read, RING3_FRAME_FILL_READ);
 RING3_CHECK_OFFSET(fill_write, RING3_FRAME_FILL_WRITE);
+RING3_CHECK_OFFSET(exit_vectors, RING3_FRAME_EXIT_VECTORS);
+RING3_CHECK_OFFSET(vectors, RING3_FRAME_VECTORS);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry = tlb + ((linear >> kTlbShift) & kTlbMask).
@@ -118,11 +124,12 @@ inline constexpr u32 kTlbAddend = offsetof(Mmu::TlbEntry, addend);
 static_assert(sizeof(Mmu::TlbEntry) == 32);
 }  // namespace frame
 
-/// A direct-mapped table in front of the code cache, indexed by the low 16 bits of RIP.
+/// A direct-mapped table in front of the code cache, indexed by jump_index(RIP).
 struct JumpEntry {
   u64 negated = 0;  ///< -(rip + jump_bias); 0 never matches
   u64 code = 0;     ///< host address
 };
 inline constexpr unsigned kJumpEntries = 1u << 16;
+inline constexpr u64 jump_index(u64 rip) { return (rip + (rip >> 16)) & (kJumpEntries - 1); }
 
 }  // namespace ring3::engine

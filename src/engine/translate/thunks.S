@@ -43,9 +43,12 @@ ring3_jit_enter:
     mov %rsp, %gs:RING3_FRAME_HOST_RSP
     stmxcsr %gs:RING3_FRAME_HOST_MXCSR
     mov %rdi, %r15
+    cmpl $0, %gs:RING3_FRAME_VECTORS
+    je 1f
     mov %gs:RING3_FRAME_STATE_XSAVE, %r14
     ldmxcsr 24(%r14)
     all load_vector
+1:
     mov %gs:RING3_FRAME_STATE_RFLAGS, %r14
     mov (%r14), %rax
     mov %eax, %ecx
@@ -93,6 +96,10 @@ thunk ring3_jit_exit_fault
     movl $RING3_REASON_FAULT, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
 
+thunk ring3_jit_exit_vectors
+    movl $RING3_REASON_VECTORS, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+
 thunk ring3_jit_exit_next
     movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
     mov %r15d, %gs:RING3_FRAME_EXIT_TAG
@@ -119,11 +126,14 @@ leave:
     shl $11, %eax
     or %ecx, %eax
     mov %rax, %gs:RING3_FRAME_SAVED_FLAGS
+    cmpl $0, %gs:RING3_FRAME_VECTORS
+    je 1f
     mov %gs:RING3_FRAME_STATE_XSAVE, %r14
     stmxcsr 24(%r14)
     all save_vector
     vzeroupper
     ldmxcsr %gs:RING3_FRAME_HOST_MXCSR
+1:
     mov %gs:RING3_FRAME_HOST_RSP, %rsp
     add $8, %rsp
     pop %r15
@@ -143,7 +153,9 @@ thunk ring3_jit_exit_indirect
     mov %gs:RING3_FRAME_SAVED_RCX, %rcx
     jmp ring3_jit_exit_attention
 1:  mov %r14, %gs:RING3_FRAME_EXIT_RIP
-    movzwl %r14w, %r15d
+    rorx $16, %r14, %r15          /* jump_index() */
+    lea (%r15, %r14), %r15
+    movzwl %r15w, %r15d
     mov %gs:RING3_FRAME_JUMP_BIAS, %rcx
     lea (%r14, %rcx), %r14
     lea (%r15, %r15), %r15
@@ -172,15 +184,21 @@ thunk \name
     push %r11
     push %r14
     sub $(512 + 8), %rsp
+    cmpl $0, %gs:RING3_FRAME_VECTORS
+    je 1f
     all push_vector
     vzeroupper
+1:
     mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
     mov %r14, %rsi
     mov %r15d, %edx
     mov $\write, %ecx
     call *%gs:RING3_FRAME_FILL_FUNCTION
     mov %rax, %r15
+    cmpl $0, %gs:RING3_FRAME_VECTORS
+    je 1f
     all pop_vector
+1:
     add $(512 + 8), %rsp
     pop %r14
     pop %r11

@@ -7,7 +7,7 @@
 extern "C" {
 void ring3_jit_enter(const ring3::u8* code);
 extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
-    ring3_jit_exit_indirect[], ring3_jit_exit_fault[], ring3_jit_fill_read[], ring3_jit_fill_write[];
+    ring3_jit_exit_indirect[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_fill_read[], ring3_jit_fill_write[];
 }
 
 namespace ring3::engine {
@@ -46,6 +46,7 @@ void fill_thunks(JitFrame* frame) {
   frame->exit_interpret = reinterpret_cast<u64>(ring3_jit_exit_interpret);
   frame->exit_attention = reinterpret_cast<u64>(ring3_jit_exit_attention);
   frame->exit_indirect = reinterpret_cast<u64>(ring3_jit_exit_indirect);
+  frame->exit_vectors = reinterpret_cast<u64>(ring3_jit_exit_vectors);
   frame->fill_read = reinterpret_cast<u64>(ring3_jit_fill_read);
   frame->fill_write = reinterpret_cast<u64>(ring3_jit_fill_write);
 }
@@ -54,7 +55,7 @@ const u8* fault_thunk() { return ring3_jit_exit_fault; }
 
 void enter_translated(const u8* code) { ring3_jit_enter(code); }
 
-bool host_can_translate() { return __builtin_cpu_supports("avx"); }
+bool host_can_translate() { return __builtin_cpu_supports("avx") && __builtin_cpu_supports("bmi2"); }
 
 JitGsBase::JitGsBase(JitFrame* frame) : previous_(gs_base()) { set_gs_base(reinterpret_cast<u64>(frame)); }
 JitGsBase::~JitGsBase() { set_gs_base(previous_); }

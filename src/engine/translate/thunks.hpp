@@ -10,7 +10,7 @@ void fill_thunks(JitFrame* frame);
 const u8* fault_thunk();
 /// Runs translated code until an exit. Precondition: JitGsBase stands on this thread with the same frame.
 void enter_translated(const u8* code);
-/// Whether this host can run translated code at all (AVX, LAHF).
+/// Whether this host can run translated code at all (AVX, BMI2).
 bool host_can_translate();
 
 /// Holds the thread's gs base at a frame; 64-bit Linux programs have no use of their own for it.

@@ -11,16 +11,17 @@ namespace ring3::engine {
 namespace {
 
 constexpr unsigned kMaxInsns = 64;
+constexpr unsigned kVectorsHeld = 64;  ///< interpreted instructions after which vectors are no longer loaded
 constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
-/// Leaves to the interpreter at rip: movabs r14, rip; jmp gs:[exit_interpret].
-void interpret_stub(u64 rip, std::vector<u8>* code) {
+/// Leaves at rip: movabs r14, rip; jmp gs:[thunk].
+void leave_stub(u64 rip, u32 thunk, std::vector<u8>* code) {
   code->assign({0x49, 0xbe});
   for (unsigned i = 0; i < 8; i++) code->push_back(static_cast<u8>(rip >> (8 * i)));
   code->insert(code->end(), {0x65, 0xff, 0x24, 0x25});
-  for (unsigned i = 0; i < 4; i++) code->push_back(static_cast<u8>(frame::kExitInterpret >> (8 * i)));
+  for (unsigned i = 0; i < 4; i++) code->push_back(static_cast<u8>(thunk >> (8 * i)));
 }
 
 }  // namespace
@@ -84,6 +85,11 @@ TranslateMode TranslatorVcpu::mode() const {
   std::memcpy(&mxcsr, s_.xsave.bytes + 24, 4);
   m.sse = c_.fpu_ok && (s_.cr4 & cr4::OSFXSR) && (mxcsr & kMxcsrMasks) == kMxcsrMasks;
   m.avx = m.sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
+  // The kernel hardly ever uses vectors: it runs without them loaded until it does.
+  if (m.sse && !m.user && vectors_held_ == 0) {
+    m.sse = m.avx = false;
+    m.lazy = true;
+  }
   return m;
 }
 
@@ -119,7 +125,9 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
     out_.clear();
     if (count == 0 || !translator_->translate(request, &out_)) {
       out_.clear();
-      interpret_stub(rip, &out_.code);
+      const Op op = count == 0 ? Op::Invalid : insns_[0].op;
+      const bool vector = op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall;
+      leave_stub(rip, mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_.code);
       out_.bytes = count == 0 ? std::min(room, 15u) : insns_[0].length;
       // What is undefined may depend on bytes past its length.
       if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
@@ -193,11 +201,15 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       tag = frame::kNoTag;
       if (code != nullptr) {
         frame_.jump_bias = bias;
+        frame_.vectors = m.sse;
         enter(code);
         switch (frame_.exit_reason) {
           case RING3_REASON_NEXT:
             tag = frame_.exit_tag;
             tag_epoch = cache_->epoch();
+            continue;
+          case RING3_REASON_VECTORS:
+            vectors_held_ = kVectorsHeld;
             continue;
           case RING3_REASON_ATTENTION:
           case RING3_REASON_INDIRECT:
@@ -215,6 +227,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     }
     tag = frame::kNoTag;
     stats_.interpreted++;
+    if (vectors_held_ != 0) vectors_held_--;
     const u64 n = c_.code64 ? 1 : std::min(kOtherMode, limit - c_.retired);
     const Interpreter::Result r = interpreter_.run(n);
     if (r != Interpreter::Result::Budget) return r;

@@ -73,6 +73,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::vector<DecodedInsn> insns_;
   std::unique_ptr<bool[]> has_feature_;
   Stats stats_;
+  unsigned vectors_held_ = 0;  ///< supervisor code runs with vectors loaded while it is not zero
 };
 
 }  // namespace ring3::engine
