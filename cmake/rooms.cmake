@@ -16,6 +16,9 @@ if(RING3_SANITIZE)
   if(RING3_SANITIZE MATCHES "undefined")
     list(APPEND RING3_SANITIZE_FLAGS -fno-sanitize-recover=all)
   endif()
+  if(RING3_SANITIZE MATCHES "thread" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    list(APPEND RING3_SANITIZE_FLAGS -Wno-tsan)  # it says that fences are not modelled
+  endif()
 endif()
 
 # Flags every target of the project gets.
