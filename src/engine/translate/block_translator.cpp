@@ -8,7 +8,7 @@ namespace ring3::engine {
 
 namespace {
 
-enum class Family : u8 { None, Plain, Mov, Lea, Verbatim, Push, Pop, Leave, Jmp, Jcc, Count, Call, Ret };
+enum class Family : u8 { None, Plain, Mov, Lea, Verbatim, Push, Pop, Leave, Pushf, Cli, Jmp, Jcc, Count, Call, Ret };
 
 constexpr Family family_of(Op op) {
   switch (op) {
@@ -31,6 +31,8 @@ constexpr Family family_of(Op op) {
     case Op::Push: return Family::Push;
     case Op::Pop: return Family::Pop;
     case Op::Leave: return Family::Leave;
+    case Op::Pushf: return Family::Pushf;
+    case Op::Cli: return Family::Cli;
     case Op::Jmp: return Family::Jmp;
     case Op::Jcc: return Family::Jcc;
     case Op::Jcxz: case Op::Loop: case Op::Loope: case Op::Loopne: return Family::Count;
@@ -49,6 +51,7 @@ bool BlockBuilder::supported(std::size_t n) const {
   switch (i.op) {
     case Op::HostVec: return i.has(kVex) ? r.mode.avx : r.mode.sse;
     case Op::Vzeroupper: case Op::Vzeroall: return r.mode.avx;
+    case Op::Cli: return !r.mode.user;  // at CPL 0 whatever IOPL says
     default: return family_of(i.op) != Family::None;
   }
 }
@@ -62,6 +65,8 @@ bool BlockBuilder::one(const DecodedInsn& i) {
     case Family::Push: return push(i);
     case Family::Pop: return pop(i);
     case Family::Leave: return leave(i);
+    case Family::Pushf: return pushf(i);
+    case Family::Cli: return cli();
     case Family::Jmp: return jmp(i);
     case Family::Jcc: return jcc(i);
     case Family::Count: return count_branch(i);

@@ -76,7 +76,7 @@ bool wanted(const DecodedInsn& i) {
     case Op::Mov: case Op::Movbe: case Op::Movnti: case Op::Movzx: case Op::Movsx: case Op::Movsxd: case Op::Lea: case Op::Xchg:
     case Op::Cmovcc: case Op::Setcc: case Op::Cbw: case Op::Cwd: case Op::Lahf: case Op::Sahf: case Op::Nop: case Op::Pause:
     case Op::Prefetch: case Op::Push: case Op::Pop: case Op::Leave: case Op::Clc: case Op::Stc: case Op::Cmc: case Op::HostVec:
-    case Op::Vzeroupper: case Op::Vzeroall: case Op::Mfence: case Op::Xlat:
+    case Op::Vzeroupper: case Op::Vzeroall: case Op::Mfence: case Op::Xlat: case Op::Pushf: case Op::Cli:
       return true;
     default: return false;
   }
@@ -195,6 +195,10 @@ class Pair {
       const u64 factor = insn.mem.index == insn.mem.base ? 1 + (1ull << insn.mem.scale_log2) : 1;
       s.gpr[insn.mem.base] = target / factor;
     }
+    if (insn.op >= Op::Bt && insn.op <= Op::Btc && insn.has(kHasMem) && insn.operands[1].kind == OperandKind::Gpr &&
+        insn.operands[1].reg != insn.mem.base && rng.below(4))
+      s.gpr[insn.operands[1].reg] = rng.below(4096) - 2048;
+    if (rng.below(2)) s.rflags |= rflags::IF;
     s.rip = rip;
     VcpuState& t = b_.m.s;
     std::memcpy(t.gpr, s.gpr, sizeof s.gpr);

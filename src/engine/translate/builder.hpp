@@ -23,7 +23,8 @@ class BlockBuilder {
 
  private:
   static constexpr u8 kScratch0 = kHostR14, kScratch1 = kHostR15;
-  static constexpr u32 kFlagsSlot = frame::kScratch, kRaxSlot = frame::kScratch + 8, kValueSlot = frame::kScratch + 16;
+  static constexpr u32 kFlagsSlot = frame::kScratch, kRaxSlot = frame::kScratch + 8, kValueSlot = frame::kScratch + 16,
+                       kRflags = RING3_FRAME_STATE_RFLAGS;
 
   enum class Flags : u8 { Host, Frame, Dead };
 
@@ -36,6 +37,8 @@ class BlockBuilder {
     i32 disp = 0;
     bool narrow = false;    ///< 32-bit address size
     u32 segment = 0;        ///< frame offset of the segment base; 0: none (no base stands at offset 0)
+    u8 bit = kNoReg;        ///< BT and its kind: guest register whose signed bit offset moves the operand
+    u8 bit_size = 0;        ///< by units of this many bytes
   };
   enum class Kind : u8 { Read, Write };
   struct Access {
@@ -99,6 +102,7 @@ class BlockBuilder {
   bool access_of(const DecodedInsn& i, Access* out);  ///< of the insn's own memory operand
   /// Makes the operand [r14], so that r15 is free.
   void single_register(Access* a);
+  void emit_bit_address(u8 to, const Address& a);
   Label& interpret_label();
   /// The value of a guest register in a host register: its own, or scratch loaded from the frame.
   u8 value_of(u8 guest, u8 scratch);
@@ -119,6 +123,8 @@ class BlockBuilder {
   bool push(const DecodedInsn& i);                  // stack.cpp
   bool pop(const DecodedInsn& i);
   bool leave(const DecodedInsn& i);
+  bool pushf(const DecodedInsn& i);
+  bool cli();
   bool jmp(const DecodedInsn& i);                   // branch.cpp
   bool jcc(const DecodedInsn& i);
   bool count_branch(const DecodedInsn& i);

@@ -88,6 +88,7 @@ FlagUse flag_use(const DecodedInsn& i) {
     case Op::Tzcnt: case Op::Lzcnt: return uses(0, CF | ZF);
     case Op::Cmovcc: case Op::Setcc: case Op::Jcc: return uses(condition_flags(i.opcode), 0);
     case Op::Loope: case Op::Loopne: return uses(ZF, 0);
+    case Op::Pushf: return uses(STATUS, 0);
     case Op::Lahf: return uses(SF | ZF | AF | PF | CF, 0);
     case Op::Sahf: return uses(0, SF | ZF | AF | PF | CF);
     case Op::Clc: case Op::Stc: return uses(0, CF);

@@ -33,7 +33,33 @@ bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
   return true;
 }
 
+/// The unit that a bit offset selects: address + (offset >> log2(bits)) * bytes, the offset signed.
+void BlockBuilder::emit_bit_address(u8 to, const Address& a) {
+  const u8 log2 = a.bit_size == 8 ? 3 : a.bit_size == 4 ? 2 : 1;
+  if (special(a.bit)) {
+    e_.load(to, slot(a.bit));
+  } else {
+    e_.mov(to, host(a.bit));
+  }
+  if (a.bit_size == 4) e_.encode({.w = true, .opcode = 0x63, .reg = to, .rm = to});            // movsxd
+  if (a.bit_size == 2) e_.encode({.w = true, .map = 1, .opcode = 0xbf, .reg = to, .rm = to});  // movsx
+  e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = to, .imm_size = 1, .imm = {static_cast<u8>(log2 + 3)}});  // sar
+  HostMem m;
+  m.index = to;
+  m.scale_log2 = log2;
+  m.disp = a.constant ? static_cast<i32>(a.value) : a.disp;
+  if (!a.constant && a.base != kNoReg && !special(a.base)) m.base = host(a.base);
+  e_.lea(to, m);
+  if (!a.constant && a.index != kNoReg) e_.lea(to, {to, host(a.index), a.scale_log2, false, 0});
+  if (!a.constant && a.base != kNoReg && special(a.base)) e_.add(to, slot(a.base));
+  if (a.segment) e_.add(to, HostMem::frame(a.segment));
+}
+
 void BlockBuilder::emit_address(u8 to, const Address& a) {
+  if (a.bit != kNoReg) {
+    emit_bit_address(to, a);
+    return;
+  }
   if (a.constant) {
     e_.mov_imm(to, a.value);
     if (a.segment) e_.add(to, HostMem::frame(a.segment));
@@ -92,7 +118,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   s.insn = static_cast<u32>(interpret_.size() - 1);
   e_.bind(s.retry);
 
-  if (a.constant && a.segment == 0) {
+  if (a.constant && a.segment == 0 && a.bit == kNoReg) {
     const u64 v = a.value;
     if ((v & (kPageSize - 1)) + size > kPageSize || (aligned && (v & (size - 1u)) != 0)) return false;
     const i32 entry = static_cast<i32>((v >> frame::kTlbShift) & frame::kTlbMask);
@@ -115,7 +141,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     return true;
   }
 
-  const bool in_registers = !a.constant && a.segment == 0 && !a.narrow && (a.base == kNoReg || !special(a.base)) &&
+  const bool in_registers = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg && (a.base == kNoReg || !special(a.base)) &&
                             (a.index == kNoReg || !special(a.index)) && a.disp < 0x7fff0000;
   emit_address(kScratch1, a);
   e_.shr(kScratch1, frame::kTlbShift);
@@ -132,7 +158,10 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
     *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
   } else {
-    emit_address(kScratch0, a);
+    // The instruction adds its bit offset by itself.
+    Address operand = a;
+    operand.bit = kNoReg;
+    emit_address(kScratch0, operand);
     e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
     *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
   }
@@ -149,6 +178,14 @@ bool BlockBuilder::access_of(const DecodedInsn& i, Access* out) {
   const bool write = (mem->access & kWrite) || i.op == Op::Cmpxchg || i.op == Op::Cmpxchg8b || i.op == Op::Cmpxchg16b;
   const bool aligned = i.has(kAligned) || i.op == Op::Cmpxchg16b;
   if (aligned && (mem->size & (mem->size - 1)) != 0) return false;
+  const bool bits = i.op == Op::Bt || i.op == Op::Bts || i.op == Op::Btr || i.op == Op::Btc;
+  if (bits && i.operands[1].kind == OperandKind::Gpr) {
+    if (a.narrow || (a.constant && a.value != static_cast<u64>(static_cast<i64>(static_cast<i32>(a.value)))) ||
+        (!a.constant && a.index != kNoReg && special(a.index)) || mem->size < 2 || mem->size > 8)
+      return false;
+    a.bit = i.operands[1].reg;
+    a.bit_size = mem->size;
+  }
   return access(a, mem->size, write ? Kind::Write : Kind::Read, aligned, out);
 }
 

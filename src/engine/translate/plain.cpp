@@ -58,9 +58,6 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
 
   Access a;
   if (e.memory) {
-    // A bit offset in a register reaches beyond the operand.
-    if ((i.op == Op::Bt || i.op == Op::Bts || i.op == Op::Btr || i.op == Op::Btc) && i.operands[1].kind != OperandKind::Imm)
-      return false;
     if (!access_of(i, &a)) return false;
   } else {
     a.scratch0_free = a.scratch1_free = true;

@@ -1,6 +1,6 @@
 #include "engine/translate/builder.hpp"
 
-/// PUSH, POP, LEAVE with 64-bit operands. rSP changes after the last check.
+/// PUSH, POP, LEAVE, PUSHF with 64-bit operands; rSP changes after the last check. CLI at CPL 0.
 namespace ring3::engine {
 
 bool BlockBuilder::push(const DecodedInsn& i) {
@@ -56,6 +56,41 @@ bool BlockBuilder::leave(const DecodedInsn& i) {
   e_.lea(kHostR13, HostMem::at(kHostRbp, 8));
   e_.load(kHostRbp, a.mem);
   return true;
+}
+
+/// The image: what VcpuState holds, with the status flags from the frame, without VM and RF.
+bool BlockBuilder::pushf(const DecodedInsn& i) {
+  if (i.opsize != 8) return false;
+  clobber_flags();
+  if (flags_ != Flags::Frame) return false;
+  const auto byte_to_scratch1 = [&](u32 offset) {
+    e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .memory = true, .mem = HostMem::frame(offset)});  // movzx
+  };
+  const auto merge = [&] { e_.encode({.opcode = 0x09, .reg = kScratch1, .rm = kScratch0}); };  // or r14d, r15d
+  e_.load(kScratch0, HostMem::frame(kRflags));
+  e_.load(kScratch0, HostMem::at(kScratch0));
+  e_.and32(kScratch0, static_cast<u32>(~(rflags::STATUS | rflags::VM | rflags::RF)));
+  byte_to_scratch1(kFlagsSlot + 1);
+  merge();
+  byte_to_scratch1(kFlagsSlot);
+  e_.encode({.opcode = 0xc1, .reg = 4, .rm = kScratch1, .imm_size = 1, .imm = {11}});  // shl: OF
+  merge();
+  e_.store(HostMem::frame(kValueSlot), kScratch0);
+  Access a;
+  if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
+  e_.load(kScratch0, HostMem::frame(kValueSlot));
+  e_.store(a.mem, kScratch0);
+  e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+  return true;
+}
+
+bool BlockBuilder::cli() {
+  clobber_flags();
+  e_.load(kScratch0, HostMem::frame(kRflags));
+  Encoding e{.opcode = 0x81, .reg = 4, .memory = true, .mem = HostMem::at(kScratch0)};  // and dword [r14], ~IF
+  e.imm_size = 4;
+  for (unsigned n = 0; n < 4; n++) e.imm[n] = static_cast<u8>(static_cast<u32>(~rflags::IF) >> (8 * n));
+  return e_.encode(e);
 }
 
 }  // namespace ring3::engine
