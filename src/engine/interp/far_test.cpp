@@ -471,11 +471,14 @@ TEST(Iret, LongModeToUserAndCompatibility) {
   m.s.seg[FS].selector = 0;
   m.s.seg[FS].unusable = 1;
   m.s.seg[FS].base = 0x1234'5678'9000;
+  m.s.seg[GS].selector = 3;
+  m.s.seg[GS].unusable = 1;
   m.stack<u64>({0x7fff'0000'1000, sel::Code64User, 0x202, 0x7fff'0000'2000, sel::DataUser});
   EXPECT_EQ(m.step(kIretq), Exec::Branch);
   EXPECT_EQ(m.s.cpl(), 3);
   EXPECT_TRUE(m.c().code64);
   EXPECT_EQ(m.s.seg[FS].base, 0x1234'5678'9000u);  // a null FS keeps the base that an MSR gave it
+  EXPECT_EQ(m.s.seg[GS].selector, 0);              // and null is 0 to the outer level
 
   Fixture n(TestMode::Long64);
   n.stack<u64>({0x1000, sel::Code32User, 0x202, 0x2000, sel::DataUser});

@@ -232,10 +232,11 @@ bool load_segment(Context& c, Seg seg, u16 selector) {
 
 void drop_inner_segments(Context& c, u8 cpl) {
   for (Seg seg : {ES, DS, FS, GS}) {
-    const Segment& g = c.s.seg[seg];
+    Segment& g = c.s.seg[seg];
     const bool conforming_code = (g.type & 0xc) == 0xc;
     if (g.unusable || is_null(g.selector)) {
-      // A null selector stays as it is: its base may have been set by WRFSBASE or an MSR.
+      // A null selector loses its RPL and nothing else: its base may have been set by WRFSBASE or an MSR.
+      if (is_null(g.selector)) g.selector = 0;
       continue;
     }
     if (!conforming_code && g.dpl < cpl) load_null(c, seg, 0);
