@@ -8,37 +8,140 @@ namespace ring3::engine {
 
 namespace {
 
-enum class Family : u8 { None, Plain, Mov, Lea, Verbatim, Push, Pop, Leave, Pushf, Cli, Jmp, Jcc, Count, Call, Ret };
+enum class Family : u8 {
+  None,
+  Plain,
+  Mov,
+  Lea,
+  Verbatim,
+  Push,
+  Pop,
+  Leave,
+  Pushf,
+  Cli,
+  Jmp,
+  Jcc,
+  Count,
+  Call,
+  Ret
+};
 
 constexpr Family family_of(Op op) {
   switch (op) {
-    case Op::Add: case Op::Or: case Op::Adc: case Op::Sbb: case Op::And: case Op::Sub: case Op::Xor: case Op::Cmp: case Op::Test:
-    case Op::Inc: case Op::Dec: case Op::Neg: case Op::Not: case Op::Xadd: case Op::Cmpxchg: case Op::Cmpxchg8b:
-    case Op::Cmpxchg16b: case Op::Adcx: case Op::Adox: case Op::Andn: case Op::Bextr: case Op::Blsi: case Op::Blsmsk:
-    case Op::Blsr: case Op::Bzhi: case Op::Mulx: case Op::Pdep: case Op::Pext: case Op::Rorx: case Op::Sarx: case Op::Shlx:
-    case Op::Shrx: case Op::Mul: case Op::Imul1: case Op::Imul2: case Op::Imul3: case Op::Div: case Op::Idiv: case Op::Rol:
-    case Op::Ror: case Op::Rcl: case Op::Rcr: case Op::Shl: case Op::Shr: case Op::Sar: case Op::Shld: case Op::Shrd:
-    case Op::Bt: case Op::Bts: case Op::Btr: case Op::Btc: case Op::Bsf: case Op::Bsr: case Op::Tzcnt: case Op::Lzcnt:
-    case Op::Popcnt: case Op::Crc32: case Op::Bswap: case Op::Movbe: case Op::Movnti: case Op::Movzx: case Op::Movsx:
-    case Op::Movsxd: case Op::Xchg: case Op::Cmovcc: case Op::Setcc: case Op::HostVec:
+    case Op::Add:
+    case Op::Or:
+    case Op::Adc:
+    case Op::Sbb:
+    case Op::And:
+    case Op::Sub:
+    case Op::Xor:
+    case Op::Cmp:
+    case Op::Test:
+    case Op::Inc:
+    case Op::Dec:
+    case Op::Neg:
+    case Op::Not:
+    case Op::Xadd:
+    case Op::Cmpxchg:
+    case Op::Cmpxchg8b:
+    case Op::Cmpxchg16b:
+    case Op::Adcx:
+    case Op::Adox:
+    case Op::Andn:
+    case Op::Bextr:
+    case Op::Blsi:
+    case Op::Blsmsk:
+    case Op::Blsr:
+    case Op::Bzhi:
+    case Op::Mulx:
+    case Op::Pdep:
+    case Op::Pext:
+    case Op::Rorx:
+    case Op::Sarx:
+    case Op::Shlx:
+    case Op::Shrx:
+    case Op::Mul:
+    case Op::Imul1:
+    case Op::Imul2:
+    case Op::Imul3:
+    case Op::Div:
+    case Op::Idiv:
+    case Op::Rol:
+    case Op::Ror:
+    case Op::Rcl:
+    case Op::Rcr:
+    case Op::Shl:
+    case Op::Shr:
+    case Op::Sar:
+    case Op::Shld:
+    case Op::Shrd:
+    case Op::Bt:
+    case Op::Bts:
+    case Op::Btr:
+    case Op::Btc:
+    case Op::Bsf:
+    case Op::Bsr:
+    case Op::Tzcnt:
+    case Op::Lzcnt:
+    case Op::Popcnt:
+    case Op::Crc32:
+    case Op::Bswap:
+    case Op::Movbe:
+    case Op::Movnti:
+    case Op::Movzx:
+    case Op::Movsx:
+    case Op::Movsxd:
+    case Op::Xchg:
+    case Op::Cmovcc:
+    case Op::Setcc:
+    case Op::HostVec:
       return Family::Plain;
-    case Op::Mov: return Family::Mov;
-    case Op::Lea: return Family::Lea;
-    case Op::Cbw: case Op::Cwd: case Op::Lahf: case Op::Sahf: case Op::Clc: case Op::Stc: case Op::Cmc: case Op::Nop:
-    case Op::Prefetch: case Op::Endbr: case Op::Pause: case Op::Lfence: case Op::Mfence: case Op::Sfence: case Op::Vzeroupper:
+    case Op::Mov:
+      return Family::Mov;
+    case Op::Lea:
+      return Family::Lea;
+    case Op::Cbw:
+    case Op::Cwd:
+    case Op::Lahf:
+    case Op::Sahf:
+    case Op::Clc:
+    case Op::Stc:
+    case Op::Cmc:
+    case Op::Nop:
+    case Op::Prefetch:
+    case Op::Endbr:
+    case Op::Pause:
+    case Op::Lfence:
+    case Op::Mfence:
+    case Op::Sfence:
+    case Op::Vzeroupper:
     case Op::Vzeroall:
       return Family::Verbatim;
-    case Op::Push: return Family::Push;
-    case Op::Pop: return Family::Pop;
-    case Op::Leave: return Family::Leave;
-    case Op::Pushf: return Family::Pushf;
-    case Op::Cli: return Family::Cli;
-    case Op::Jmp: return Family::Jmp;
-    case Op::Jcc: return Family::Jcc;
-    case Op::Jcxz: case Op::Loop: case Op::Loope: case Op::Loopne: return Family::Count;
-    case Op::Call: return Family::Call;
-    case Op::Ret: return Family::Ret;
-    default: return Family::None;
+    case Op::Push:
+      return Family::Push;
+    case Op::Pop:
+      return Family::Pop;
+    case Op::Leave:
+      return Family::Leave;
+    case Op::Pushf:
+      return Family::Pushf;
+    case Op::Cli:
+      return Family::Cli;
+    case Op::Jmp:
+      return Family::Jmp;
+    case Op::Jcc:
+      return Family::Jcc;
+    case Op::Jcxz:
+    case Op::Loop:
+    case Op::Loope:
+    case Op::Loopne:
+      return Family::Count;
+    case Op::Call:
+      return Family::Call;
+    case Op::Ret:
+      return Family::Ret;
+    default:
+      return Family::None;
   }
 }
 
@@ -49,30 +152,50 @@ bool BlockBuilder::supported(std::size_t n) const {
   if (n >= r.insns.size() || n >= r.has_feature.size() || !r.has_feature[n]) return false;
   const DecodedInsn& i = r.insns[n];
   switch (i.op) {
-    case Op::HostVec: return i.has(kVex) ? r.mode.avx : r.mode.sse;
-    case Op::Vzeroupper: case Op::Vzeroall: return r.mode.avx;
-    case Op::Cli: return !r.mode.user;  // at CPL 0 whatever IOPL says
-    default: return family_of(i.op) != Family::None;
+    case Op::HostVec:
+      return i.has(kVex) ? r.mode.avx : r.mode.sse;
+    case Op::Vzeroupper:
+    case Op::Vzeroall:
+      return r.mode.avx;
+    case Op::Cli:
+      return !r.mode.user;  // at CPL 0 whatever IOPL says
+    default:
+      return family_of(i.op) != Family::None;
   }
 }
 
 bool BlockBuilder::one(const DecodedInsn& i) {
   switch (family_of(i.op)) {
-    case Family::Plain: return plain(i);
-    case Family::Mov: return mov_register(i) || plain(i);
-    case Family::Lea: return lea(i);
-    case Family::Verbatim: return verbatim(i);
-    case Family::Push: return push(i);
-    case Family::Pop: return pop(i);
-    case Family::Leave: return leave(i);
-    case Family::Pushf: return pushf(i);
-    case Family::Cli: return cli();
-    case Family::Jmp: return jmp(i);
-    case Family::Jcc: return jcc(i);
-    case Family::Count: return count_branch(i);
-    case Family::Call: return call(i);
-    case Family::Ret: return ret(i);
-    case Family::None: break;
+    case Family::Plain:
+      return plain(i);
+    case Family::Mov:
+      return mov_register(i) || plain(i);
+    case Family::Lea:
+      return lea(i);
+    case Family::Verbatim:
+      return verbatim(i);
+    case Family::Push:
+      return push(i);
+    case Family::Pop:
+      return pop(i);
+    case Family::Leave:
+      return leave(i);
+    case Family::Pushf:
+      return pushf(i);
+    case Family::Cli:
+      return cli();
+    case Family::Jmp:
+      return jmp(i);
+    case Family::Jcc:
+      return jcc(i);
+    case Family::Count:
+      return count_branch(i);
+    case Family::Call:
+      return call(i);
+    case Family::Ret:
+      return ret(i);
+    case Family::None:
+      break;
   }
   return false;
 }
@@ -88,7 +211,10 @@ void BlockBuilder::finish() {
       e_.jcc(5, interpret.entry);
     }
     e_.mov_imm(kScratch1, s.size);
-    e_.encode({.opcode = 0xff, .reg = 2, .memory = true, .mem = HostMem::frame(s.write ? frame::kFillWrite : frame::kFillRead)});
+    e_.encode({.opcode = 0xff,
+               .reg = 2,
+               .memory = true,
+               .mem = HostMem::frame(s.write ? frame::kFillWrite : frame::kFillRead)});
     e_.encode({.opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
     e_.jcc(4, interpret.entry);
     e_.jmp(s.retry);
@@ -128,6 +254,7 @@ void BlockBuilder::start_over() {
 }
 
 std::size_t BlockBuilder::body(std::size_t count) {
+  count_ = count;
   live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
   for (std::size_t n = count; n-- > 0;) live_[n] = (live_[n + 1] & ~use_[n].writes) | use_[n].reads;
   for (std::size_t n = 0; n < count; n++) {
@@ -139,6 +266,7 @@ std::size_t BlockBuilder::body(std::size_t count) {
     const Flags flags = flags_;
     interpret_.emplace_back();
     interpret_.back().rip = rip_;
+    consumed_ = 1;
     if (!one(i)) {
       e_.truncate(size);
       slow_.resize(slow);
@@ -147,7 +275,8 @@ std::size_t BlockBuilder::body(std::size_t count) {
       flags_ = flags;
       return n;
     }
-    rip_ += i.length;
+    for (unsigned k = 0; k < consumed_; k++) rip_ += request_->insns[n + k].length;
+    n += consumed_ - 1;
     if (ended_ || i.has(kEndsBlock)) return n + 1;
   }
   return count;
@@ -192,7 +321,9 @@ namespace {
 
 class Translator final : public BlockTranslator {
  public:
-  bool translate(const BlockRequest& request, TranslatedBlock* out) override { return builder_.run(request, out); }
+  bool translate(const BlockRequest& request, TranslatedBlock* out) override {
+    return builder_.run(request, out);
+  }
 
  private:
   BlockBuilder builder_;

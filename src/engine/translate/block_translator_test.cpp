@@ -73,12 +73,39 @@ bool wanted(const DecodedInsn& i) {
   if (i.op >= Op::Add && i.op <= Op::Idiv) return true;
   if (i.op >= Op::Rol && i.op <= Op::Bswap) return true;
   switch (i.op) {
-    case Op::Mov: case Op::Movbe: case Op::Movnti: case Op::Movzx: case Op::Movsx: case Op::Movsxd: case Op::Lea: case Op::Xchg:
-    case Op::Cmovcc: case Op::Setcc: case Op::Cbw: case Op::Cwd: case Op::Lahf: case Op::Sahf: case Op::Nop: case Op::Pause:
-    case Op::Prefetch: case Op::Push: case Op::Pop: case Op::Leave: case Op::Clc: case Op::Stc: case Op::Cmc: case Op::HostVec:
-    case Op::Vzeroupper: case Op::Vzeroall: case Op::Mfence: case Op::Xlat: case Op::Pushf: case Op::Cli:
+    case Op::Mov:
+    case Op::Movbe:
+    case Op::Movnti:
+    case Op::Movzx:
+    case Op::Movsx:
+    case Op::Movsxd:
+    case Op::Lea:
+    case Op::Xchg:
+    case Op::Cmovcc:
+    case Op::Setcc:
+    case Op::Cbw:
+    case Op::Cwd:
+    case Op::Lahf:
+    case Op::Sahf:
+    case Op::Nop:
+    case Op::Pause:
+    case Op::Prefetch:
+    case Op::Push:
+    case Op::Pop:
+    case Op::Leave:
+    case Op::Clc:
+    case Op::Stc:
+    case Op::Cmc:
+    case Op::HostVec:
+    case Op::Vzeroupper:
+    case Op::Vzeroall:
+    case Op::Mfence:
+    case Op::Xlat:
+    case Op::Pushf:
+    case Op::Cli:
       return true;
-    default: return false;
+    default:
+      return false;
   }
 }
 bool is_branch(Op op) { return op >= Op::Jmp && op <= Op::Ret && op != Op::CallFar; }
@@ -143,11 +170,16 @@ DecodedInsn draw(Random& rng, Draw what) {
 
 u64 random_value(Random& rng) {
   switch (rng.below(8)) {
-    case 0: return rng.below(4);
-    case 1: return ~rng.below(4);
-    case 2: return 1ull << rng.below(64);
-    case 3: return static_cast<u64>(static_cast<i64>(static_cast<i8>(rng.next())));
-    default: return rng.next();
+    case 0:
+      return rng.below(4);
+    case 1:
+      return ~rng.below(4);
+    case 2:
+      return 1ull << rng.below(64);
+    case 3:
+      return static_cast<u64>(static_cast<i64>(static_cast<i8>(rng.next())));
+    default:
+      return rng.next();
   }
 }
 u64 random_address(Random& rng) {
@@ -170,7 +202,8 @@ class Pair {
  public:
   explicit Pair(unsigned max_insns) : a_(false, max_insns), b_(true, max_insns) {}
 
-  /// Gives both the same random state, in which the memory operand of insn (if any) is mapped most of the time.
+  /// Gives both the same random state, in which the memory operand of insn (if any) is mapped most of the
+  /// time.
   void randomise(Random& rng, const DecodedInsn& insn, u64 rip) {
     VcpuState& s = a_.m.s;
     for (u64& g : s.gpr) g = rng.below(3) ? random_value(rng) : random_address(rng);
@@ -190,13 +223,14 @@ class Pair {
     if (insn.has(kHasMem) && insn.mem.base < 16) {
       const u64 segment = insn.mem.seg == FS || insn.mem.seg == GS ? s.seg[insn.mem.seg].base : 0;
       u64 index = 0;
-      if (insn.mem.index < 16 && insn.mem.index != insn.mem.base) index = s.gpr[insn.mem.index] << insn.mem.scale_log2;
+      if (insn.mem.index < 16 && insn.mem.index != insn.mem.base)
+        index = s.gpr[insn.mem.index] << insn.mem.scale_log2;
       const u64 target = random_address(rng) - segment - static_cast<u64>(insn.disp) - index;
       const u64 factor = insn.mem.index == insn.mem.base ? 1 + (1ull << insn.mem.scale_log2) : 1;
       s.gpr[insn.mem.base] = target / factor;
     }
-    if (insn.op >= Op::Bt && insn.op <= Op::Btc && insn.has(kHasMem) && insn.operands[1].kind == OperandKind::Gpr &&
-        insn.operands[1].reg != insn.mem.base && rng.below(4))
+    if (insn.op >= Op::Bt && insn.op <= Op::Btc && insn.has(kHasMem) &&
+        insn.operands[1].kind == OperandKind::Gpr && insn.operands[1].reg != insn.mem.base && rng.below(4))
       s.gpr[insn.operands[1].reg] = rng.below(4096) - 2048;
     if (rng.below(2)) s.rflags |= rflags::IF;
     s.rip = rip;
@@ -229,23 +263,27 @@ class Pair {
     const VcpuState &s = a_.m.s, &t = b_.m.s;
     char text[160];
     const auto say = [&](const char* what, u64 x, u64 y) {
-      std::snprintf(text, sizeof text, "%s: interpreted %llx, translated %llx", what, static_cast<unsigned long long>(x),
-                    static_cast<unsigned long long>(y));
+      std::snprintf(text, sizeof text, "%s: interpreted %llx, translated %llx", what,
+                    static_cast<unsigned long long>(x), static_cast<unsigned long long>(y));
       return std::string(text);
     };
-    if (a_.has_event != b_.has_event || a_.vector != b_.vector) return say("event", a_.has_event ? a_.vector : 999, b_.has_event ? b_.vector : 999);
-    if (a_.result != b_.result) return say("result", static_cast<u64>(a_.result), static_cast<u64>(b_.result));
+    if (a_.has_event != b_.has_event || a_.vector != b_.vector)
+      return say("event", a_.has_event ? a_.vector : 999, b_.has_event ? b_.vector : 999);
+    if (a_.result != b_.result)
+      return say("result", static_cast<u64>(a_.result), static_cast<u64>(b_.result));
     if (s.rip != t.rip) return say("rip", s.rip, t.rip);
     for (unsigned n = 0; n < 16; n++)
       if (s.gpr[n] != t.gpr[n]) return say(("gpr" + std::to_string(n)).c_str(), s.gpr[n], t.gpr[n]);
     if ((s.rflags ^ t.rflags) & (flags | ~rflags::STATUS)) return say("rflags", s.rflags, t.rflags);
     for (unsigned at = 0; at < 832; at++) {
       if (at >= 512 && at < 576) continue;
-      if (s.xsave.bytes[at] != t.xsave.bytes[at]) return say(("xsave+" + std::to_string(at)).c_str(), s.xsave.bytes[at], t.xsave.bytes[at]);
+      if (s.xsave.bytes[at] != t.xsave.bytes[at])
+        return say(("xsave+" + std::to_string(at)).c_str(), s.xsave.bytes[at], t.xsave.bytes[at]);
     }
     if (std::memcmp(a_.m.ram(kLow - 0x1000), b_.m.ram(kLow - 0x1000), kHigh + 0x2000 - kLow) != 0) {
       for (u64 at = kLow - 0x1000; at < kHigh + 0x1000; at++)
-        if (*a_.m.ram(at) != *b_.m.ram(at)) return say(("memory " + std::to_string(at)).c_str(), *a_.m.ram(at), *b_.m.ram(at));
+        if (*a_.m.ram(at) != *b_.m.ram(at))
+          return say(("memory " + std::to_string(at)).c_str(), *a_.m.ram(at), *b_.m.ram(at));
     }
     return {};
   }
@@ -262,11 +300,22 @@ class Pair {
 u64 undefined_flags(const DecodedInsn& i) {
   using namespace rflags;
   switch (i.op) {
-    case Op::Div: case Op::Idiv: return STATUS;
-    case Op::Bsf: case Op::Bsr: return CF | SF | AF | PF | OF;
-    case Op::Tzcnt: case Op::Lzcnt: return SF | AF | PF | OF;
-    case Op::Mul: case Op::Imul1: case Op::Imul2: case Op::Imul3: return SF | ZF | AF | PF;
-    default: return 0;
+    case Op::Div:
+    case Op::Idiv:
+      return STATUS;
+    case Op::Bsf:
+    case Op::Bsr:
+      return CF | SF | AF | PF | OF;
+    case Op::Tzcnt:
+    case Op::Lzcnt:
+      return SF | AF | PF | OF;
+    case Op::Mul:
+    case Op::Imul1:
+    case Op::Imul2:
+    case Op::Imul3:
+      return SF | ZF | AF | PF;
+    default:
+      return 0;
   }
 }
 
@@ -297,7 +346,8 @@ void one_by_one(Draw what, unsigned count) {
       pair.randomise(rng, insn, TestMachine::kCode + at);
       pair.run(1);
       // A canonical target in unmapped space: the fault comes with the next fetch.
-      const std::string d = pair.difference(pair.interpreted().has_event ? 0 : rflags::STATUS & ~undefined_flags(insn));
+      const std::string d =
+          pair.difference(pair.interpreted().has_event ? 0 : rflags::STATUS & ~undefined_flags(insn));
       if (!d.empty()) {
         ADD_FAILURE() << describe(insn) << " case " << n << ": " << d;
         pair.heal();
@@ -349,13 +399,22 @@ TEST(TranslatedCode, RunsOfInstructionsDoAsInterpreted) {
       undefined = (undefined & ~use.writes) | undefined_flags(insn);
       if (k == 0) first = insn;
       // Fresh pointers, so that later accesses find memory too.
-      if (insn.has(kHasMem) && insn.mem.base < 16 && insn.mem.index == kNoReg && insn.mem.seg < FS && rng.below(4)) {
+      if (insn.has(kHasMem) && insn.mem.base < 16 && insn.mem.index == kNoReg && insn.mem.seg < FS &&
+          rng.below(4)) {
         const u64 value = random_address(rng) - static_cast<u64>(insn.disp);
         code.push_back(static_cast<u8>(0x48 | (insn.mem.base >> 3)));
         code.push_back(static_cast<u8>(0xb8 | (insn.mem.base & 7)));
         for (unsigned i = 0; i < 8; i++) code.push_back(static_cast<u8>(value >> (8 * i)));
       }
       code.insert(code.end(), insn.raw, insn.raw + insn.length);
+      if (rng.one_in(5)) {  // a prologue's or an epilogue's run
+        const u64 opcode = rng.below(2) ? 0x50 : 0x58;
+        for (u64 run = 1 + rng.below(10); run > 0; run--) {
+          if (rng.below(2)) code.push_back(0x41);
+          code.push_back(static_cast<u8>(opcode + rng.below(8)));
+        }
+        text += opcode == 0x50 ? "pushes\n" : "pops\n";
+      }
       text += describe(insn) + "\n";
     }
     code.push_back(0xf4);

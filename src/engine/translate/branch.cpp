@@ -12,7 +12,9 @@ bool canonical_address(u64 a) { return static_cast<u64>(static_cast<i64>(a << 16
 
 HostMem frame_at(u32 offset) { return HostMem::frame(offset); }
 /// jmp gs:[offset]
-Encoding thunk_jump(u32 offset) { return {.opcode = 0xff, .reg = 4, .memory = true, .mem = frame_at(offset)}; }
+Encoding thunk_jump(u32 offset) {
+  return {.opcode = 0xff, .reg = 4, .memory = true, .mem = frame_at(offset)};
+}
 
 }  // namespace
 
@@ -105,7 +107,8 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
 
 /// JRCXZ, LOOP, LOOPE, LOOPNE: the host's own, over the first exit.
 bool BlockBuilder::count_branch(const DecodedInsn& i) {
-  if (i.opsize != 8 || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel) return false;
+  if (i.opsize != 8 || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel)
+    return false;
   const u64 target = next_rip() + static_cast<u64>(i.imm);
   if (!canonical_address(target)) return false;
   // By the operation: with a repeat prefix the opcode may mean another condition (decode knows).

@@ -9,8 +9,8 @@
 /// One block being translated. Private to this room.
 ///
 /// Flags: where the guest's status flags are is known at every point: in the host's RFLAGS, in the frame (as
-///        LAHF and SETO leave them), or nowhere because nobody will read them. Code that clobbers RFLAGS moves
-///        them to the frame first, once; they come back when an instruction needs them, or at an exit.
+///        LAHF and SETO leave them), or nowhere because nobody will read them. Code that clobbers RFLAGS
+///        moves them to the frame first, once; they come back when an instruction needs them, or at an exit.
 /// Memory: access() emits the inline check and says how the instruction reaches the operand. Up to the
 ///        last check of an instruction nothing of the guest's state changes, so that it can be left to
 ///        the interpreter from the check's slow path.
@@ -23,22 +23,22 @@ class BlockBuilder {
 
  private:
   static constexpr u8 kScratch0 = kHostR14, kScratch1 = kHostR15;
-  static constexpr u32 kFlagsSlot = frame::kScratch, kRaxSlot = frame::kScratch + 8, kValueSlot = frame::kScratch + 16,
-                       kRflags = RING3_FRAME_STATE_RFLAGS;
+  static constexpr u32 kFlagsSlot = frame::kScratch, kRaxSlot = frame::kScratch + 8,
+                       kValueSlot = frame::kScratch + 16, kRflags = RING3_FRAME_STATE_RFLAGS;
 
   enum class Flags : u8 { Host, Frame, Dead };
 
   /// A guest address.
   struct Address {
     bool constant = false;
-    u64 value = 0;          ///< constant: linear, before a segment base
+    u64 value = 0;                     ///< constant: linear, before a segment base
     u8 base = kNoReg, index = kNoReg;  ///< guest registers
     u8 scale_log2 = 0;
     i32 disp = 0;
-    bool narrow = false;    ///< 32-bit address size
-    u32 segment = 0;        ///< frame offset of the segment base; 0: none (no base stands at offset 0)
-    u8 bit = kNoReg;        ///< BT and its kind: guest register whose signed bit offset moves the operand
-    u8 bit_size = 0;        ///< by units of this many bytes
+    bool narrow = false;  ///< 32-bit address size
+    u32 segment = 0;      ///< frame offset of the segment base; 0: none (no base stands at offset 0)
+    u8 bit = kNoReg;      ///< BT and its kind: guest register whose signed bit offset moves the operand
+    u8 bit_size = 0;      ///< by units of this many bytes
   };
   enum class Kind : u8 { Read, Write };
   struct Access {
@@ -80,8 +80,9 @@ class BlockBuilder {
   bool same_page(u64 target) const { return ((target ^ request_->rip) & kPageMask) == 0; }
 
   // ---- flags.cpp ----
-  void clobber_flags();          ///< the flags are about to be lost
-  void need_flags(u8 scratch);   ///< the instruction uses or changes them; scratch: a free host register or kHostNone
+  void clobber_flags();  ///< the flags are about to be lost
+  void need_flags(
+      u8 scratch);  ///< the instruction uses or changes them; scratch: a free host register or kHostNone
   void flags_to_host(u8 scratch);
   void emit_flags_restore(u8 scratch);
 
@@ -111,21 +112,22 @@ class BlockBuilder {
   void exit_interpret_now();
   void exit_to(u64 target) { exit_to(target, target <= rip()); }
   void exit_to(u64 target, bool backward);  ///< direct; flags in the host, scratch registers free
-  void exit_indirect();          ///< r14 = target; flags in the host
-  void check_canonical(u8 reg, u8 temp);  ///< clobbers flags; not canonical: interpret
+  void exit_indirect();                     ///< r14 = target; flags in the host
+  void check_canonical(u8 reg, u8 temp);    ///< clobbers flags; not canonical: interpret
 
   // ---- families; false: not translated ----
-  bool plain(const DecodedInsn& i);                 // plain.cpp: re-encoded
+  bool plain(const DecodedInsn& i);  // plain.cpp: re-encoded
   bool plain_high_byte(const DecodedInsn& i, Reencoding& r);
-  bool lea(const DecodedInsn& i);                   // move.cpp
+  bool lea(const DecodedInsn& i);  // move.cpp
   bool mov_register(const DecodedInsn& i);
   bool verbatim(const DecodedInsn& i);
-  bool push(const DecodedInsn& i);                  // stack.cpp
+  unsigned stack_run(Op op) const;  ///< how many PUSH r (POP r) stand here in a row
+  bool push(const DecodedInsn& i);  // stack.cpp
   bool pop(const DecodedInsn& i);
   bool leave(const DecodedInsn& i);
   bool pushf(const DecodedInsn& i);
   bool cli();
-  bool jmp(const DecodedInsn& i);                   // branch.cpp
+  bool jmp(const DecodedInsn& i);  // branch.cpp
   bool jcc(const DecodedInsn& i);
   bool count_branch(const DecodedInsn& i);
   bool call(const DecodedInsn& i);
@@ -136,9 +138,11 @@ class BlockBuilder {
   TranslatedBlock* out_ = nullptr;
   const DecodedInsn* insn_ = nullptr;
   std::size_t index_ = 0;
+  std::size_t count_ = 0;     ///< instructions that may be translated
+  unsigned consumed_ = 1;     ///< instructions that the family translated at once
   u64 rip_ = 0;
   Flags flags_ = Flags::Host;
-  bool ended_ = false;  ///< the block's last exit was written
+  bool ended_ = false;     ///< the block's last exit was written
   std::vector<u64> live_;  ///< status flags live before each instruction; one entry more
   std::vector<FlagUse> use_;
   std::vector<SlowPath> slow_;

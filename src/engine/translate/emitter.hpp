@@ -13,8 +13,22 @@ namespace ring3::engine {
 
 /// Host registers by number, as encoded.
 enum HostReg : u8 {
-  kHostRax, kHostRcx, kHostRdx, kHostRbx, kHostRsp, kHostRbp, kHostRsi, kHostRdi,
-  kHostR8, kHostR9, kHostR10, kHostR11, kHostR12, kHostR13, kHostR14, kHostR15,
+  kHostRax,
+  kHostRcx,
+  kHostRdx,
+  kHostRbx,
+  kHostRsp,
+  kHostRbp,
+  kHostRsi,
+  kHostRdi,
+  kHostR8,
+  kHostR9,
+  kHostR10,
+  kHostR11,
+  kHostR12,
+  kHostR13,
+  kHostR14,
+  kHostR15,
   kHostNone = 0xff,
 };
 
@@ -23,7 +37,7 @@ struct HostMem {
   u8 base = kHostNone;
   u8 index = kHostNone;  ///< never rsp
   u8 scale_log2 = 0;
-  bool gs = false;       ///< in the JitFrame
+  bool gs = false;  ///< in the JitFrame
   i32 disp = 0;
 
   static HostMem frame(u32 offset) { return {kHostNone, kHostNone, 0, true, static_cast<i32>(offset)}; }
@@ -32,22 +46,22 @@ struct HostMem {
 
 /// One instruction with a ModRM byte (or without: has_modrm false), ready to be written.
 struct Encoding {
-  bool p66 = false;      ///< legacy only
-  u8 rep = 0;            ///< 0, F2h, F3h; legacy only
+  bool p66 = false;  ///< legacy only
+  u8 rep = 0;        ///< 0, F2h, F3h; legacy only
   bool lock = false;
   bool vex = false;
   bool w = false, l = false;
-  u8 pp = 0;             ///< VEX: 0 none, 1 66h, 2 F3h, 3 F2h
-  u8 vvvv = 0;           ///< VEX: register number, not inverted; 0 with no operand (1111b)
-  u8 map = 0;            ///< 0 one byte, 1 0F, 2 0F38, 3 0F3A
+  u8 pp = 0;    ///< VEX: 0 none, 1 66h, 2 F3h, 3 F2h
+  u8 vvvv = 0;  ///< VEX: register number, not inverted; 0 with no operand (1111b)
+  u8 map = 0;   ///< 0 one byte, 1 0F, 2 0F38, 3 0F3A
   u8 opcode = 0;
   bool has_modrm = true;
-  u8 reg = 0;            ///< ModRM.reg with its extension bit, or the opcode extension
+  u8 reg = 0;  ///< ModRM.reg with its extension bit, or the opcode extension
   bool memory = false;
-  u8 rm = 0;             ///< register operand, or the register inside the opcode when there is no ModRM
+  u8 rm = 0;  ///< register operand, or the register inside the opcode when there is no ModRM
   HostMem mem;
-  bool rex_forced = false;   ///< byte operands 4..7 are SPL..DIL
-  bool rex_barred = false;   ///< byte operands 4..7 are AH..BH
+  bool rex_forced = false;  ///< byte operands 4..7 are SPL..DIL
+  bool rex_barred = false;  ///< byte operands 4..7 are AH..BH
   u8 imm_size = 0;
   u8 imm[8] = {};
 };
@@ -77,29 +91,29 @@ class Emitter {
   bool encode(const Encoding& e);
 
   // ---- moves; none of them touches flags ----
-  void mov(u8 to, u8 from);                         ///< 64 bits
+  void mov(u8 to, u8 from);  ///< 64 bits
   void mov32(u8 to, u8 from);
-  void mov_imm(u8 to, u64 value);                   ///< shortest form that gives this 64-bit value
-  void load(u8 to, const HostMem& m);               ///< 64 bits
+  void mov_imm(u8 to, u64 value);      ///< shortest form that gives this 64-bit value
+  void load(u8 to, const HostMem& m);  ///< 64 bits
   void load32(u8 to, const HostMem& m);
-  void store(const HostMem& m, u8 from);            ///< 64 bits
+  void store(const HostMem& m, u8 from);  ///< 64 bits
   void store32(const HostMem& m, u8 from);
-  void store_imm32(const HostMem& m, i32 value);    ///< sign-extended to 64 bits
+  void store_imm32(const HostMem& m, i32 value);  ///< sign-extended to 64 bits
   void lea(u8 to, const HostMem& m);
   void lea32(u8 to, const HostMem& m);
 
   // ---- these do ----
   void shr(u8 reg, u8 count);
   void and32(u8 reg, u32 mask);
-  void and_imm(u8 reg, i32 mask);                   ///< 64 bits
+  void and_imm(u8 reg, i32 mask);  ///< 64 bits
   void add(u8 reg, const HostMem& m);
   void cmp(u8 reg, const HostMem& m);
-  void cmp_imm(const HostMem& m, i32 value);        ///< 64 bits of memory
+  void cmp_imm(const HostMem& m, i32 value);  ///< 64 bits of memory
   void cmp32_imm(const HostMem& m, i32 value);
   void test8_imm(u8 reg, u8 mask);
 
   // ---- control ----
-  void jcc(u8 condition, Label& to);                ///< rel32; condition: the low four bits of the opcode
+  void jcc(u8 condition, Label& to);  ///< rel32; condition: the low four bits of the opcode
   void jmp(Label& to);
   void call(Label& to);
   void bind(Label& l);

@@ -13,8 +13,8 @@ void BlockBuilder::clobber_flags() {
   }
   // The scratch registers hold nothing before an instruction's first check.
   e_.mov(kScratch0, kHostRax);
-  e_.byte(0x9f);                     // lahf
-  e_.bytes({0x0f, 0x90, 0xc0});      // seto al
+  e_.byte(0x9f);                 // lahf
+  e_.bytes({0x0f, 0x90, 0xc0});  // seto al
   e_.store32(HostMem::frame(kFlagsSlot), kHostRax);
   e_.mov(kHostRax, kScratch0);
   flags_ = Flags::Frame;
@@ -28,7 +28,7 @@ void BlockBuilder::emit_flags_restore(u8 scratch) {
     e_.store(HostMem::frame(kRaxSlot), kHostRax);
   }
   e_.load32(kHostRax, HostMem::frame(kFlagsSlot));
-  e_.bytes({0x04, 0x7f, 0x9e});      // add al, 7Fh (OF); sahf
+  e_.bytes({0x04, 0x7f, 0x9e});  // add al, 7Fh (OF); sahf
   if (in_register) {
     e_.mov(kHostRax, scratch);
   } else {

@@ -42,59 +42,123 @@ bool vector_writes_flags(const DecodedInsn& i) {
 
 u64 condition_flags(u8 condition) {
   switch ((condition & 15) >> 1) {
-    case 0: return OF;
-    case 1: return CF;
-    case 2: return ZF;
-    case 3: return CF | ZF;
-    case 4: return SF;
-    case 5: return PF;
-    case 6: return SF | OF;
-    default: return SF | OF | ZF;
+    case 0:
+      return OF;
+    case 1:
+      return CF;
+    case 2:
+      return ZF;
+    case 3:
+      return CF | ZF;
+    case 4:
+      return SF;
+    case 5:
+      return PF;
+    case 6:
+      return SF | OF;
+    default:
+      return SF | OF | ZF;
   }
 }
 
 FlagUse flag_use(const DecodedInsn& i) {
   switch (i.op) {
-    case Op::Add: case Op::Sub: case Op::Cmp: case Op::Neg: case Op::Xadd: case Op::Cmpxchg: case Op::Popcnt:
+    case Op::Add:
+    case Op::Sub:
+    case Op::Cmp:
+    case Op::Neg:
+    case Op::Xadd:
+    case Op::Cmpxchg:
+    case Op::Popcnt:
       return uses(0, STATUS);
-    case Op::And: case Op::Or: case Op::Xor: case Op::Test:
+    case Op::And:
+    case Op::Or:
+    case Op::Xor:
+    case Op::Test:
       return uses(0, kLogic);
-    case Op::Adc: case Op::Sbb: return uses(CF, STATUS);
-    case Op::Inc: case Op::Dec: return uses(0, STATUS & ~CF);
-    case Op::Cmpxchg8b: case Op::Cmpxchg16b: return uses(0, ZF);
-    case Op::Adcx: return uses(CF, CF);
-    case Op::Adox: return uses(OF, OF);
-    case Op::Andn: case Op::Blsi: case Op::Blsmsk: case Op::Blsr: case Op::Bzhi: return uses(0, CF | ZF | SF | OF);
-    case Op::Bextr: return uses(0, CF | ZF | OF);
-    case Op::Mul: case Op::Imul1: case Op::Imul2: case Op::Imul3: return uses(0, CF | OF);
-    case Op::Div: case Op::Idiv: return uses(0, 0);
-    case Op::Shl: case Op::Shr: case Op::Sar: {
+    case Op::Adc:
+    case Op::Sbb:
+      return uses(CF, STATUS);
+    case Op::Inc:
+    case Op::Dec:
+      return uses(0, STATUS & ~CF);
+    case Op::Cmpxchg8b:
+    case Op::Cmpxchg16b:
+      return uses(0, ZF);
+    case Op::Adcx:
+      return uses(CF, CF);
+    case Op::Adox:
+      return uses(OF, OF);
+    case Op::Andn:
+    case Op::Blsi:
+    case Op::Blsmsk:
+    case Op::Blsr:
+    case Op::Bzhi:
+      return uses(0, CF | ZF | SF | OF);
+    case Op::Bextr:
+      return uses(0, CF | ZF | OF);
+    case Op::Mul:
+    case Op::Imul1:
+    case Op::Imul2:
+    case Op::Imul3:
+      return uses(0, CF | OF);
+    case Op::Div:
+    case Op::Idiv:
+      return uses(0, 0);
+    case Op::Shl:
+    case Op::Shr:
+    case Op::Sar: {
       const unsigned count = shift_count(i, 1);
       if (count == 0 || count >= i.operands[0].size * 8u) return uses(0, 0);
       return uses(0, CF | PF | ZF | SF | (count == 1 ? OF : 0));
     }
-    case Op::Rol: case Op::Ror: {
+    case Op::Rol:
+    case Op::Ror: {
       const unsigned count = shift_count(i, 1);
       return uses(0, count == 0 ? 0 : CF | (count == 1 ? OF : 0));
     }
-    case Op::Rcl: case Op::Rcr: return uses(CF, 0);
-    case Op::Shld: case Op::Shrd: {
+    case Op::Rcl:
+    case Op::Rcr:
+      return uses(CF, 0);
+    case Op::Shld:
+    case Op::Shrd: {
       const unsigned count = shift_count(i, 2);
       if (count == 0 || i.operands[0].size == 2) return uses(0, 0);
       return uses(0, CF | PF | ZF | SF | (count == 1 ? OF : 0));
     }
-    case Op::Bt: case Op::Bts: case Op::Btr: case Op::Btc: return uses(0, CF);
-    case Op::Bsf: case Op::Bsr: return uses(0, ZF);
-    case Op::Tzcnt: case Op::Lzcnt: return uses(0, CF | ZF);
-    case Op::Cmovcc: case Op::Setcc: case Op::Jcc: return uses(condition_flags(i.opcode), 0);
-    case Op::Loope: case Op::Loopne: return uses(ZF, 0);
-    case Op::Pushf: return uses(STATUS, 0);
-    case Op::Lahf: return uses(SF | ZF | AF | PF | CF, 0);
-    case Op::Sahf: return uses(0, SF | ZF | AF | PF | CF);
-    case Op::Clc: case Op::Stc: return uses(0, CF);
-    case Op::Cmc: return uses(CF, CF);
-    case Op::HostVec: return vector_writes_flags(i) ? uses(0, STATUS) : FlagUse{};
-    default: return FlagUse{};
+    case Op::Bt:
+    case Op::Bts:
+    case Op::Btr:
+    case Op::Btc:
+      return uses(0, CF);
+    case Op::Bsf:
+    case Op::Bsr:
+      return uses(0, ZF);
+    case Op::Tzcnt:
+    case Op::Lzcnt:
+      return uses(0, CF | ZF);
+    case Op::Cmovcc:
+    case Op::Setcc:
+    case Op::Jcc:
+      return uses(condition_flags(i.opcode), 0);
+    case Op::Loope:
+    case Op::Loopne:
+      return uses(ZF, 0);
+    case Op::Pushf:
+      return uses(STATUS, 0);
+    case Op::Lahf:
+      return uses(SF | ZF | AF | PF | CF, 0);
+    case Op::Sahf:
+      return uses(0, SF | ZF | AF | PF | CF);
+    case Op::Clc:
+    case Op::Stc:
+      return uses(0, CF);
+    case Op::Cmc:
+      return uses(CF, CF);
+    case Op::HostVec:
+      return vector_writes_flags(i) ? uses(0, STATUS) : FlagUse{};
+    default:
+      return FlagUse{};
   }
 }
 

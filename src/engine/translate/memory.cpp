@@ -4,10 +4,10 @@
 ///
 /// The check, for an operand of n bytes at a:
 ///     r15 = tlb + entry(a);  r14 = page of a + n - 1;  r14 == [r15 + tag] ?  r15 = [r15 + addend]
-/// A tag is the page its entry stands for, or no page's address; an entry never holds another entry's page, so
-/// an access that crosses into the next page misses too. Where alignment is required, the low bits stay in the
-/// comparison, and a misaligned address misses.
-/// The operand is then at a + addend, with the instruction's own base register where it has one.
+/// A tag is the page its entry stands for, or no page's address; an entry never holds another entry's page,
+/// so an access that crosses into the next page misses too. Where alignment is required, the low bits stay in
+/// the comparison, and a misaligned address misses. The operand is then at a + addend, with the instruction's
+/// own base register where it has one.
 namespace ring3::engine {
 
 bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
@@ -25,7 +25,8 @@ bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
     out->value = out->narrow ? static_cast<u32>(value) : value;
     return true;
   }
-  if ((m.base != kNoReg && m.base > 15) || (m.index != kNoReg && (m.index > 15 || m.index == RSP))) return false;
+  if ((m.base != kNoReg && m.base > 15) || (m.index != kNoReg && (m.index > 15 || m.index == RSP)))
+    return false;
   out->base = m.base;
   out->index = m.index;
   out->scale_log2 = m.scale_log2 & 3;
@@ -43,7 +44,12 @@ void BlockBuilder::emit_bit_address(u8 to, const Address& a) {
   }
   if (a.bit_size == 4) e_.encode({.w = true, .opcode = 0x63, .reg = to, .rm = to});            // movsxd
   if (a.bit_size == 2) e_.encode({.w = true, .map = 1, .opcode = 0xbf, .reg = to, .rm = to});  // movsx
-  e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = to, .imm_size = 1, .imm = {static_cast<u8>(log2 + 3)}});  // sar
+  e_.encode({.w = true,
+             .opcode = 0xc1,
+             .reg = 7,
+             .rm = to,
+             .imm_size = 1,
+             .imm = {static_cast<u8>(log2 + 3)}});  // sar
   HostMem m;
   m.index = to;
   m.scale_log2 = log2;
@@ -141,7 +147,8 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     return true;
   }
 
-  const bool in_registers = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg && (a.base == kNoReg || !special(a.base)) &&
+  const bool in_registers = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg &&
+                            (a.base == kNoReg || !special(a.base)) &&
                             (a.index == kNoReg || !special(a.index)) && a.disp < 0x7fff0000;
   emit_address(kScratch1, a);
   e_.shr(kScratch1, frame::kTlbShift);
@@ -175,12 +182,14 @@ bool BlockBuilder::access_of(const DecodedInsn& i, Access* out) {
   if (mem == nullptr || (mem->access & kReadWrite) == 0) return false;
   Address a;
   if (!address_of(i, &a)) return false;
-  const bool write = (mem->access & kWrite) || i.op == Op::Cmpxchg || i.op == Op::Cmpxchg8b || i.op == Op::Cmpxchg16b;
+  const bool write =
+      (mem->access & kWrite) || i.op == Op::Cmpxchg || i.op == Op::Cmpxchg8b || i.op == Op::Cmpxchg16b;
   const bool aligned = i.has(kAligned) || i.op == Op::Cmpxchg16b;
   if (aligned && (mem->size & (mem->size - 1)) != 0) return false;
   const bool bits = i.op == Op::Bt || i.op == Op::Bts || i.op == Op::Btr || i.op == Op::Btc;
   if (bits && i.operands[1].kind == OperandKind::Gpr) {
-    if (a.narrow || (a.constant && a.value != static_cast<u64>(static_cast<i64>(static_cast<i32>(a.value)))) ||
+    if (a.narrow ||
+        (a.constant && a.value != static_cast<u64>(static_cast<i64>(static_cast<i32>(a.value)))) ||
         (!a.constant && a.index != kNoReg && special(a.index)) || mem->size < 2 || mem->size > 8)
       return false;
     a.bit = i.operands[1].reg;

@@ -41,7 +41,9 @@ bool BlockBuilder::lea(const DecodedInsn& i) {
 /// MOV r64, r64 and r32, r32 in the one form that needs no scratch register.
 bool BlockBuilder::mov_register(const DecodedInsn& i) {
   const Operand &d = i.operands[0], &s = i.operands[1];
-  if (d.kind != OperandKind::Gpr || s.kind != OperandKind::Gpr || d.size != s.size || (d.size != 8 && d.size != 4)) return false;
+  if (d.kind != OperandKind::Gpr || s.kind != OperandKind::Gpr || d.size != s.size ||
+      (d.size != 8 && d.size != 4))
+    return false;
   if (special(d.reg) == special(s.reg)) return false;
   if (special(s.reg)) {
     if (d.size == 8) {
@@ -73,19 +75,45 @@ bool BlockBuilder::verbatim(const DecodedInsn& i) {
       if (i.opsize == 8) e_.byte(0x48);
       e_.byte(0x99);
       return true;
-    case Op::Lahf: e_.byte(0x9f); return true;
-    case Op::Sahf: e_.byte(0x9e); return true;
-    case Op::Clc: e_.byte(0xf8); return true;
-    case Op::Stc: e_.byte(0xf9); return true;
-    case Op::Cmc: e_.byte(0xf5); return true;
-    case Op::Nop: case Op::Prefetch: case Op::Endbr: return true;
-    case Op::Pause: e_.bytes({0xf3, 0x90}); return true;
-    case Op::Lfence: e_.bytes({0x0f, 0xae, 0xe8}); return true;
-    case Op::Mfence: e_.bytes({0x0f, 0xae, 0xf0}); return true;
-    case Op::Sfence: e_.bytes({0x0f, 0xae, 0xf8}); return true;
-    case Op::Vzeroupper: e_.bytes({0xc5, 0xf8, 0x77}); return true;
-    case Op::Vzeroall: e_.bytes({0xc5, 0xfc, 0x77}); return true;
-    default: return false;
+    case Op::Lahf:
+      e_.byte(0x9f);
+      return true;
+    case Op::Sahf:
+      e_.byte(0x9e);
+      return true;
+    case Op::Clc:
+      e_.byte(0xf8);
+      return true;
+    case Op::Stc:
+      e_.byte(0xf9);
+      return true;
+    case Op::Cmc:
+      e_.byte(0xf5);
+      return true;
+    case Op::Nop:
+    case Op::Prefetch:
+    case Op::Endbr:
+      return true;
+    case Op::Pause:
+      e_.bytes({0xf3, 0x90});
+      return true;
+    case Op::Lfence:
+      e_.bytes({0x0f, 0xae, 0xe8});
+      return true;
+    case Op::Mfence:
+      e_.bytes({0x0f, 0xae, 0xf0});
+      return true;
+    case Op::Sfence:
+      e_.bytes({0x0f, 0xae, 0xf8});
+      return true;
+    case Op::Vzeroupper:
+      e_.bytes({0xc5, 0xf8, 0x77});
+      return true;
+    case Op::Vzeroall:
+      e_.bytes({0xc5, 0xfc, 0x77});
+      return true;
+    default:
+      return false;
   }
 }
 

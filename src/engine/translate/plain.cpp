@@ -2,10 +2,12 @@
 
 /// Instructions that are executed as they are, with registers and memory operand renamed.
 ///
-/// Registers: the guest's rsp is the host's r13. Its r13..r15 stand in the frame: such an operand becomes a frame
+/// Registers: the guest's rsp is the host's r13. Its r13..r15 stand in the frame: such an operand becomes a
+/// frame
 ///            memory operand where that means the same, else a scratch register that is loaded before and
 ///            stored after.
-/// High bytes: AH..BH cannot stand beside a REX prefix, which the renamed memory operand needs; the register's
+/// High bytes: AH..BH cannot stand beside a REX prefix, which the renamed memory operand needs; the
+/// register's
 ///            two low bytes are swapped around the instruction then.
 namespace ring3::engine {
 namespace {
@@ -13,20 +15,52 @@ namespace {
 /// Writes its destination without reading it (whole 64 bits, or 32 that clear the rest).
 bool overwrites(const DecodedInsn& i) {
   switch (i.op) {
-    case Op::Mov: case Op::Movzx: case Op::Movsx: case Op::Movsxd: case Op::Movbe: case Op::Imul3: case Op::HostVec:
-    case Op::Andn: case Op::Bextr: case Op::Blsi: case Op::Blsmsk: case Op::Blsr: case Op::Bzhi: case Op::Mulx: case Op::Pdep:
-    case Op::Pext: case Op::Rorx: case Op::Sarx: case Op::Shlx: case Op::Shrx: case Op::Tzcnt: case Op::Lzcnt: case Op::Popcnt:
+    case Op::Mov:
+    case Op::Movzx:
+    case Op::Movsx:
+    case Op::Movsxd:
+    case Op::Movbe:
+    case Op::Imul3:
+    case Op::HostVec:
+    case Op::Andn:
+    case Op::Bextr:
+    case Op::Blsi:
+    case Op::Blsmsk:
+    case Op::Blsr:
+    case Op::Bzhi:
+    case Op::Mulx:
+    case Op::Pdep:
+    case Op::Pext:
+    case Op::Rorx:
+    case Op::Sarx:
+    case Op::Shlx:
+    case Op::Shrx:
+    case Op::Tzcnt:
+    case Op::Lzcnt:
+    case Op::Popcnt:
       return true;
-    default: return false;
+    default:
+      return false;
   }
 }
 
 /// The register operand in ModRM.rm may be memory instead: same width, same meaning.
 bool rm_may_be_memory(const DecodedInsn& i) {
   switch (i.op) {
-    case Op::Xchg: case Op::Xadd: case Op::Cmpxchg: case Op::Bswap: case Op::HostVec: case Op::Movbe: return false;
-    case Op::Bt: case Op::Bts: case Op::Btr: case Op::Btc: return i.operands[1].kind == OperandKind::Imm;
-    default: return true;
+    case Op::Xchg:
+    case Op::Xadd:
+    case Op::Cmpxchg:
+    case Op::Bswap:
+    case Op::HostVec:
+    case Op::Movbe:
+      return false;
+    case Op::Bt:
+    case Op::Bts:
+    case Op::Btr:
+    case Op::Btc:
+      return i.operands[1].kind == OperandKind::Imm;
+    default:
+      return true;
   }
 }
 
@@ -81,7 +115,8 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
       if (o.size > size) size = o.size;
     }
     // Another field naming the same register may be the one that is written.
-    const bool alone = !((r.gpr_fields & kGprReg) && e.reg == e.rm) && !((r.gpr_fields & kGprVvvv) && e.vvvv == e.rm);
+    const bool alone =
+        !((r.gpr_fields & kGprReg) && e.reg == e.rm) && !((r.gpr_fields & kGprVvvv) && e.vvvv == e.rm);
     rm_in_frame = alone && (!written || size != 4);
   }
   struct Substitute {

@@ -9,15 +9,15 @@ bool has_modrm_byte(u8 map, u8 op) {
   if (map >= 2) return true;
   if (map == 0) {
     if (op < 0x40) return (op & 7) < 4;
-    return op == 0x62 || op == 0x63 || op == 0x69 || op == 0x6b || (op >= 0x80 && op <= 0x8f) || op == 0xc0 || op == 0xc1 ||
-           op == 0xc6 || op == 0xc7 || (op >= 0xd0 && op <= 0xd3) || (op >= 0xd8 && op <= 0xdf) || op == 0xf6 || op == 0xf7 ||
-           op >= 0xfe;
+    return op == 0x62 || op == 0x63 || op == 0x69 || op == 0x6b || (op >= 0x80 && op <= 0x8f) || op == 0xc0 ||
+           op == 0xc1 || op == 0xc6 || op == 0xc7 || (op >= 0xd0 && op <= 0xd3) ||
+           (op >= 0xd8 && op <= 0xdf) || op == 0xf6 || op == 0xf7 || op >= 0xfe;
   }
   if (op >= 0x80 && op <= 0x8f) return false;
   if (op >= 0xc8 && op <= 0xcf) return false;
   if (op >= 0x30 && op <= 0x37) return false;
-  return !(op >= 0x05 && op <= 0x09) && op != 0x0b && op != 0x0e && op != 0x77 && op != 0xa0 && op != 0xa1 && op != 0xa2 &&
-         op != 0xa8 && op != 0xa9 && op != 0xaa;
+  return !(op >= 0x05 && op <= 0x09) && op != 0x0b && op != 0x0e && op != 0x77 && op != 0xa0 && op != 0xa1 &&
+         op != 0xa2 && op != 0xa8 && op != 0xa9 && op != 0xaa;
 }
 
 /// General registers in ModRM of integer instructions.
@@ -38,8 +38,10 @@ u8 integer_fields(const Encoding& e) {
       if (op == 0xc7) return 0;
       if ((op >= 0x90 && op <= 0x9f) || op == 0xba) return kGprRm;
       return kBoth;
-    case 2: return kBoth;
-    default: return 0;
+    case 2:
+      return kBoth;
+    default:
+      return 0;
   }
 }
 
@@ -70,7 +72,8 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
       p66 = true;
     } else if (c == 0xf2 || c == 0xf3) {
       rep = c;
-    } else if (c == 0xf0 || c == 0x26 || c == 0x2e || c == 0x36 || c == 0x3e || c == 0x64 || c == 0x65 || c == 0x67) {
+    } else if (c == 0xf0 || c == 0x26 || c == 0x2e || c == 0x36 || c == 0x3e || c == 0x64 || c == 0x65 ||
+               c == 0x67) {
     } else if ((c & 0xf0) == 0x40) {
       rex = c;
       continue;
@@ -152,8 +155,9 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
   } else if (e.has_modrm) {
     out->gpr_fields = integer_fields(e);
   } else {
-    const bool in_opcode = (e.map == 0 && ((e.opcode >= 0x90 && e.opcode <= 0x97) || (e.opcode >= 0xb0 && e.opcode <= 0xbf))) ||
-                           (e.map == 1 && e.opcode >= 0xc8 && e.opcode <= 0xcf);
+    const bool in_opcode =
+        (e.map == 0 && ((e.opcode >= 0x90 && e.opcode <= 0x97) || (e.opcode >= 0xb0 && e.opcode <= 0xbf))) ||
+        (e.map == 1 && e.opcode >= 0xc8 && e.opcode <= 0xcf);
     if (in_opcode) {
       e.rm = static_cast<u8>((e.opcode & 7) | (b ? 8 : 0));
       e.opcode &= 0xf8;

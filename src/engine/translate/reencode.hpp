@@ -4,9 +4,9 @@
 
 /// A guest instruction's bytes taken apart, so that it can be written again with other operands.
 ///
-/// Kept: the prefixes that belong to the operation (66h, F2h, F3h, LOCK), REX.W, VEX.L/W/pp, opcode, immediates.
-/// Dropped: segment and address-size prefixes, the memory operand; register numbers are the caller's to map.
-/// Trust: the bytes are the guest's; decode() has accepted them for 64-bit mode.
+/// Kept: the prefixes that belong to the operation (66h, F2h, F3h, LOCK), REX.W, VEX.L/W/pp, opcode,
+/// immediates. Dropped: segment and address-size prefixes, the memory operand; register numbers are the
+/// caller's to map. Trust: the bytes are the guest's; decode() has accepted them for 64-bit mode.
 namespace ring3::engine {
 
 /// Which fields of an instruction hold general registers.

@@ -3,7 +3,32 @@
 /// PUSH, POP, LEAVE, PUSHF with 64-bit operands; rSP changes after the last check. CLI at CPL 0.
 namespace ring3::engine {
 
+unsigned BlockBuilder::stack_run(Op op) const {
+  constexpr unsigned kMost = 8;
+  unsigned n = 0;
+  while (n < kMost && index_ + n < count_) {
+    const DecodedInsn& i = request_->insns[index_ + n];
+    if (i.op != op || i.opsize != 8 || i.operands[0].kind != OperandKind::Gpr || i.operands[0].reg == RSP) break;
+    n++;
+  }
+  return n;
+}
+
 bool BlockBuilder::push(const DecodedInsn& i) {
+  if (const unsigned run = stack_run(Op::Push); run > 1) {
+    // One check for all; on a miss the first one alone is interpreted.
+    const i32 bytes = static_cast<i32>(run) * 8;
+    Access a;
+    if (!access(stack_address(-bytes), static_cast<u8>(bytes), Kind::Write, false, &a)) return false;
+    for (unsigned n = 0; n < run; n++) {
+      HostMem at = a.mem;
+      at.disp += bytes - 8 * static_cast<i32>(n + 1);
+      e_.store(at, value_of(request_->insns[index_ + n].operands[0].reg, kScratch0));
+    }
+    e_.lea(kHostR13, HostMem::at(kHostR13, -bytes));
+    consumed_ = run;
+    return true;
+  }
   if (i.opsize != 8) return false;
   const Operand& o = i.operands[0];
   Access a;
@@ -29,6 +54,21 @@ bool BlockBuilder::push(const DecodedInsn& i) {
 }
 
 bool BlockBuilder::pop(const DecodedInsn& i) {
+  if (const unsigned run = stack_run(Op::Pop); run > 1) {
+    const i32 bytes = static_cast<i32>(run) * 8;
+    Access a;
+    if (!access(stack_address(0), static_cast<u8>(bytes), Kind::Read, false, &a)) return false;
+    for (unsigned n = 0; n < run; n++) {
+      const u8 reg = request_->insns[index_ + n].operands[0].reg;
+      HostMem at = a.mem;
+      at.disp += 8 * static_cast<i32>(n);
+      e_.load(special(reg) ? kScratch0 : host(reg), at);
+      if (special(reg)) e_.store(slot(reg), kScratch0);
+    }
+    e_.lea(kHostR13, HostMem::at(kHostR13, bytes));
+    consumed_ = run;
+    return true;
+  }
   const Operand& o = i.operands[0];
   if (i.opsize != 8 || o.kind != OperandKind::Gpr) return false;
   Access a;
@@ -64,9 +104,15 @@ bool BlockBuilder::pushf(const DecodedInsn& i) {
   clobber_flags();
   if (flags_ != Flags::Frame) return false;
   const auto byte_to_scratch1 = [&](u32 offset) {
-    e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .memory = true, .mem = HostMem::frame(offset)});  // movzx
+    e_.encode({.map = 1,
+               .opcode = 0xb6,
+               .reg = kScratch1,
+               .memory = true,
+               .mem = HostMem::frame(offset)});  // movzx
   };
-  const auto merge = [&] { e_.encode({.opcode = 0x09, .reg = kScratch1, .rm = kScratch0}); };  // or r14d, r15d
+  const auto merge = [&] {
+    e_.encode({.opcode = 0x09, .reg = kScratch1, .rm = kScratch0});
+  };  // or r14d, r15d
   e_.load(kScratch0, HostMem::frame(kRflags));
   e_.load(kScratch0, HostMem::at(kScratch0));
   e_.and32(kScratch0, static_cast<u32>(~(rflags::STATUS | rflags::VM | rflags::RF)));
@@ -87,7 +133,8 @@ bool BlockBuilder::pushf(const DecodedInsn& i) {
 bool BlockBuilder::cli() {
   clobber_flags();
   e_.load(kScratch0, HostMem::frame(kRflags));
-  Encoding e{.opcode = 0x81, .reg = 4, .memory = true, .mem = HostMem::at(kScratch0)};  // and dword [r14], ~IF
+  Encoding e{
+      .opcode = 0x81, .reg = 4, .memory = true, .mem = HostMem::at(kScratch0)};  // and dword [r14], ~IF
   e.imm_size = 4;
   for (unsigned n = 0; n < 4; n++) e.imm[n] = static_cast<u8>(static_cast<u32>(~rflags::IF) >> (8 * n));
   return e_.encode(e);
