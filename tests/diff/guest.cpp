@@ -97,12 +97,19 @@ void GuestRunner::map(u64 linear, u64 gpa, bool writable) {
   std::memcpy(ram_ + table + 8 * (linear >> 12 & 0x1ff), &entry, 8);
 }
 
-GuestRunner::GuestRunner(bool compat32)
+GuestRunner::GuestRunner(bool compat32, bool translated)
     : compat32_(compat32), ram_(map_ram()), tracker_(memory_), mmu_(prepare(), memory_, tracker_, 0),
       env_(std::make_unique<NoEnvironment>()) {
   CHECK(memory_.set_region(0, 0, Gpa(0), kRamSize, Hva(reinterpret_cast<u64>(ram_))) == 0);
   mmu_.set_port(env_.get());
   interpreter_ = Interpreter::create(s_, mmu_, *env_, 1u << 20);
+  if (translated) {
+    TranslatorVcpu::Options options;
+    options.arena_bytes = 1u << 20;
+    auto made = TranslatorVcpu::create(s_, mmu_, *interpreter_, create_block_translator(), options);
+    CHECK(made.ok());
+    translator_ = std::move(*made);
+  }
   tracker_.register_vcpu(0, &mmu_, &context().attention, 1);
   tracker_.enter_guest(0);
   map(kCode, kCodeGpa, false);
@@ -120,6 +127,7 @@ GuestRunner::GuestRunner(bool compat32)
 GuestRunner::~GuestRunner() {
   tracker_.leave_guest(0);
   tracker_.unregister_vcpu(0);
+  translator_.reset();
   interpreter_.reset();
   ::munmap(ram_, kRamSize);
 }
@@ -139,7 +147,7 @@ std::optional<Outcome> GuestRunner::run(Registers* regs, u64 fall_through) {
   std::memcpy(s_.xsave.bytes, regs->xsave, sizeof(regs->xsave));
   context().mode_changed();
   has_event_ = false;
-  const Interpreter::Result result = interpreter_->run(100000);
+  const Interpreter::Result result = translator_ ? translator_->run(100000) : interpreter_->run(100000);
 
   std::memcpy(regs->gpr, s_.gpr, sizeof(s_.gpr));
   regs->rflags = s_.rflags;

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "engine/interp/interpreter.hpp"
+#include "engine/translate/translator_vcpu.hpp"
 #include "native.hpp"
 
 /// The software engine's side of the comparison: a vCPU at CPL 3 whose page tables map the oracle's
@@ -11,7 +12,8 @@ namespace ring3::diff {
 
 class GuestRunner {
  public:
-  explicit GuestRunner(bool compat32);
+  /// translated: by the translator where it can, in place of the interpreter.
+  explicit GuestRunner(bool compat32, bool translated = false);
   ~GuestRunner();
 
   u8* data() { return ram_ + kDataGpa; }
@@ -42,6 +44,7 @@ class GuestRunner {
   engine::Mmu mmu_;
   std::unique_ptr<NoEnvironment> env_;
   std::unique_ptr<engine::Interpreter> interpreter_;
+  std::unique_ptr<engine::TranslatorVcpu> translator_;
   bool has_event_ = false;
   engine::Event event_;
 };

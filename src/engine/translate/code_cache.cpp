@@ -176,13 +176,20 @@ void CodeCache::validate(Gpa page, const u8* host) {
 }
 
 void CodeCache::flush() {
+  if (blocks_.size() < kFewBlocks) {
+    for (const CodeBlock& b : blocks_) {
+      hash_[bucket(b.gpa, b.rip, b.mode)] = nullptr;
+      jumps_[jump_index(b.rip)] = JumpEntry{};
+    }
+  } else {
+    std::fill(hash_.begin(), hash_.end(), nullptr);
+    std::fill_n(jumps_.get(), kJumpEntries, JumpEntry{});
+  }
   blocks_.clear();
   exits_.clear();
   faults_.clear();
   guest_.clear();
   pages_.clear();
-  std::fill(hash_.begin(), hash_.end(), nullptr);
-  std::fill_n(jumps_.get(), kJumpEntries, JumpEntry{});
   arena_->clear();
   stats_.flushes++;
 }

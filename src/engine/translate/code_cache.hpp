@@ -83,6 +83,7 @@ class CodeCache {
  private:
   static constexpr unsigned kHashBits = 15;
   static constexpr u32 kNone = ~0u;
+  static constexpr std::size_t kFewBlocks = 1024;
 
   struct Exit {
     const u8* jump = nullptr;  ///< its E9
