@@ -14,6 +14,9 @@
 #include "engine/interp/families.hpp"
 #include "engine/interp/interpreter.hpp"
 #include "memory/guest_memory.hpp"
+#ifdef RING3_TEST_TRANSLATED  // tests/translated builds the same tests with it
+#include "engine/translate/translator_vcpu.hpp"
+#endif
 
 /// The machine that the interpreter's unit tests run on: 16 MiB of RAM, one vCPU, an environment
 /// that records what it is asked, and descriptor and page tables for every mode.
@@ -179,6 +182,14 @@ class TestMachine {
     guest_memory_.set_region(0, 0, Gpa(0), kRamSize, Hva(reinterpret_cast<u64>(ram_)));
     mmu_.set_port(&env);
     interp_ = Interpreter::create(s, mmu_, env, 1u << 20);
+#ifdef RING3_TEST_TRANSLATED
+    TranslatorVcpu::Options options;
+    options.arena_bytes = 1u << 20;
+    auto made = TranslatorVcpu::create(s, mmu_, *interp_, create_block_translator(), options);
+    CHECK(made.ok());
+    translator_ = std::move(*made);
+    runner = [this](u64 budget) { return translator_->run(budget); };
+#endif
     tracker_.register_vcpu(0, &mmu_, &c().attention, 1);
     tracker_.enter_guest(0);
     write_tables();
@@ -194,6 +205,9 @@ class TestMachine {
   ~TestMachine() {
     tracker_.leave_guest(0);
     tracker_.unregister_vcpu(0);
+#ifdef RING3_TEST_TRANSLATED
+    translator_.reset();
+#endif
     interp_.reset();
     munmap(ram_, kRamSize);
   }
@@ -461,6 +475,9 @@ class TestMachine {
   PhysicalTracker tracker_;
   Mmu mmu_;
   std::unique_ptr<Interpreter> interp_;
+#ifdef RING3_TEST_TRANSLATED
+  std::unique_ptr<TranslatorVcpu> translator_;
+#endif
   Outcome outcome_;
 };
 

@@ -14,6 +14,7 @@
 /// What differs from the interpreter: attention is seen at backward and indirect branches and at interpreted
 /// instructions, not at every block; Context::retired, and so the budget, counts a block when the run loop
 /// enters it, but not what runs through links and the jump table from there.
+/// A guest loop that never leaves translated code therefore ends by attention only, not by the budget.
 /// Threading: the vCPU's thread. While run() runs, the thread's gs base is the engine's.
 namespace ring3::engine {
 
