@@ -205,6 +205,9 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
     }
     if (ended) return ended;
     if (debugged) return debug(vec::DB, dr6::BS);
+    // INT1 behind a MOV SS: what was held back is reported with INT1's own #DB. A second one would run
+    // on the IST stack that the first has not left.
+    if (retired && insn.op == Op::Int1) s.dr6 |= std::exchange(held_db, 0);
     if (held_db != 0) return trap_debug(std::exchange(held_db, 0));
     return std::nullopt;
   }
