@@ -96,7 +96,8 @@ guest spin
 end_guest spin
 
 guest idle                    # IF clear: nothing but the VMM ends it
-1:  hlt
+1:  incl 0x500
+    hlt
     jmp 1b
 end_guest idle
 

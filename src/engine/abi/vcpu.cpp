@@ -73,6 +73,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
 }
 
 Vcpu::~Vcpu() {
+  lapic_.reset();  // first: its timer raises attention in what the members below hold
   if (registered_) vm_.tracker().unregister_vcpu(index_);
 }
 
