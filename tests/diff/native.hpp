@@ -13,7 +13,9 @@
 namespace ring3::diff {
 
 // The address space both sides share. Everything lies below 2 GiB, so that 32-bit code reaches it.
-inline constexpr u64 kCode = 0x20000000;       ///< the instruction, at kCode + offset
+/// The instruction, at kCode + offset. No address that a random register value is likely to be: the landing
+/// pads differ between the two sides.
+inline constexpr u64 kCode = 0x2a5b3000;
 inline constexpr u64 kCodeSize = 0x1000;
 inline constexpr u64 kData = 0x10000000;       ///< kDataPages read-write pages, one read-only, one absent
 inline constexpr u64 kDataPages = 3;
