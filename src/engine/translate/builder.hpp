@@ -77,6 +77,10 @@ class BlockBuilder {
   void finish();
   u64 rip() const { return rip_; }
   u64 next_rip() const { return rip_ + insn_->length; }
+  /// The guest address of this block's page + offset, to a host register; flags stay. For rip() and next_rip()
+  /// as offsets use page_offset().
+  void emit_rip(u8 to, i64 offset) { e_.mov_imm(to, (request_->rip & kPageMask) + static_cast<u64>(offset)); }
+  i64 page_offset(u64 address) const { return static_cast<i64>(address - (request_->rip & kPageMask)); }
   bool same_page(u64 target) const { return ((target ^ request_->rip) & kPageMask) == 0; }
 
   // ---- flags.cpp ----
