@@ -19,6 +19,12 @@ Result<Mapping> Mapping::anonymous(std::size_t size) {
   return Mapping(static_cast<u8*>(p), size);
 }
 
+Result<Mapping> Mapping::shared_anonymous(std::size_t size) {
+  void* p = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) return Error::from_errno("cannot map " + std::to_string(size) + " bytes of memory");
+  return Mapping(static_cast<u8*>(p), size);
+}
+
 Result<Mapping> Mapping::shared_fd(int fd, std::size_t size, int prot, std::size_t offset) {
   void* p = ::mmap(nullptr, size, prot, MAP_SHARED, fd, static_cast<off_t>(offset));
   if (p == MAP_FAILED) return Error::from_errno("cannot map " + std::to_string(size) + " bytes of a file");

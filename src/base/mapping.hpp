@@ -17,6 +17,8 @@ class Mapping {
 
   /// Zeroed private memory, page aligned, not reserved in swap. Size in bytes, > 0.
   static Result<Mapping> anonymous(std::size_t size);
+  /// Zeroed memory that fork(2) shares and that mremap(2) of old size 0 maps a second time.
+  static Result<Mapping> shared_anonymous(std::size_t size);
   /// A shared mapping of fd. prot as for mmap(2).
   static Result<Mapping> shared_fd(int fd, std::size_t size, int prot, std::size_t offset = 0);
 

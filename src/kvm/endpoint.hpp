@@ -2,6 +2,7 @@
 #include "base/linux_kvm.hpp"
 
 #include <memory>
+#include <span>
 
 #include "base/mapping.hpp"
 #include "base/result.hpp"
@@ -38,6 +39,18 @@ class Endpoint {
   /// Makes a KVM_RUN in progress, or the next one, return -EINTR soon. Any thread. The provider
   /// sets immediate_exit and wakes the vCPU thread; the caller clears immediate_exit afterwards.
   virtual void kick() = 0;
+
+  /// vCPU only: a signal came. The KVM_RUN in progress, or the next one, returns -EINTR soon; immediate_exit stays
+  /// as it is. Any thread, async-signal-safe. Does nothing where the provider sees signals by itself.
+  virtual void signal_came() {}
+
+  /// vCPU only: the memory that mmap(2) of the vCPU's fd shows from this offset on (bytes, page aligned). It is shared
+  /// memory, so that mremap(2) of old size 0 maps it a second time; its pages are not one mapping. Empty where
+  /// nothing is, and on other objects. Owned by the endpoint.
+  virtual std::span<u8> mappable(u64 offset) {
+    static_cast<void>(offset);
+    return {};
+  }
 };
 
 }  // namespace ring3::kvm

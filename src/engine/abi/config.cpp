@@ -17,6 +17,7 @@ Result<u64> number(const std::string& name, const std::string& text, u64 low, u6
 
 Result<Config> Config::create(const EngineOptions& options) {
   Config config;
+  config.signals_announced = options.signals_announced;
   for (const auto& [name, text] : options.values) {
     if (name == "cache-mib") {
       auto v = number(name, text, 1, 1024);

@@ -14,6 +14,7 @@ struct Config {
   bool translate = false;               ///< engine=translator
   std::size_t code_bytes = 128u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
+  bool signals_announced = false;       ///< EngineOptions::signals_announced
   std::shared_ptr<const HostClock> clock;
 
   static Result<Config> create(const EngineOptions& options);

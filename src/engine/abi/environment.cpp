@@ -85,7 +85,10 @@ void VcpuEnvironment::retired() {
   next_ = 0;
   replaying = false;
   // KVM_RUN with immediate_exit only finishes the instruction: stop before the next iteration of a string instruction.
-  if (__atomic_load_n(&vcpu_.run_page()->immediate_exit, __ATOMIC_RELAXED)) vcpu_.raise(kAttendExit);
+  if (__atomic_load_n(&vcpu_.run_page()->immediate_exit, __ATOMIC_RELAXED) ||
+      vcpu_.signalled_.load(std::memory_order_relaxed)) {
+    vcpu_.raise(kAttendExit);
+  }
 }
 
 // ---- ports ----

@@ -19,6 +19,10 @@ namespace ring3::engine {
 /// | quantum     | 1..2^32-1        | guest instructions between two looks at the event flag's slow sources |
 struct EngineOptions {
   std::map<std::string, std::string> values;
+  /// The embedding program promises: a signal that comes to a thread in KVM_RUN is announced by Endpoint::signal_came(),
+  /// called in its handler. KVM_RUN then leaves the thread's signal mask alone (KVM_SET_SIGNAL_MASK is the program's
+  /// own matter too) and ends at once, in guest code as in a wait.
+  bool signals_announced = false;
 };
 
 /// The system object. Stateless beyond its options: any number of them may exist.

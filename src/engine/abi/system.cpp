@@ -23,6 +23,8 @@ class VcpuEndpoint final : public kvm::Endpoint {
   }
   kvm_run* run_page() override { return vcpu_.run_page(); }
   void kick() override { vcpu_.kick(); }
+  void signal_came() override { vcpu_.signal_came(); }
+  std::span<u8> mappable(u64 offset) override { return vcpu_.mappable(offset); }
 
  private:
   std::shared_ptr<Vm> vm_;

@@ -35,7 +35,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   std::unique_ptr<Vcpu> v(new Vcpu(vm, id, index, tsc_khz));
   v->wake_fd_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!v->wake_fd_) return Error::from_errno("eventfd");
-  auto run = Mapping::anonymous(kRunSize);
+  auto run = Mapping::shared_anonymous(kRunSize);
   if (!run) return run.error();
   v->run_ = std::move(*run);
   if (auto s = vm.coalesced().map_at(v->run_.data() + KVM_COALESCED_MMIO_PAGE_OFFSET * kPageSize); !s) return s.error();
@@ -90,6 +90,16 @@ void Vcpu::raise(u32 bits) {
 void Vcpu::kick() {
   __atomic_store_n(&run_page()->immediate_exit, u8{1}, __ATOMIC_SEQ_CST);
   raise(kAttendKick);
+}
+
+void Vcpu::signal_came() {
+  signalled_.store(true, std::memory_order_seq_cst);
+  raise(kAttendKick);
+}
+
+std::span<u8> Vcpu::mappable(u64 offset) const {
+  if (offset >= run_.size()) return {};
+  return {run_.data() + offset, run_.size() - static_cast<std::size_t>(offset)};
 }
 
 void Vcpu::queue_nmi() {

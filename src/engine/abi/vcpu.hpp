@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 
 #include "base/mapping.hpp"
 #include "base/result.hpp"
@@ -52,6 +53,9 @@ class Vcpu {
   long ioctl(unsigned long request, u64 arg);
   kvm_run* run_page() const { return reinterpret_cast<kvm_run*>(run_.data()); }
   void kick();
+  /// Endpoint::signal_came(), Endpoint::mappable().
+  void signal_came();
+  std::span<u8> mappable(u64 offset) const;
 
   // --- any thread ---------------------------------------------------------------------------------
 
@@ -192,6 +196,7 @@ class Vcpu {
   std::atomic<u32> nmis_{0};
   std::atomic<bool> init_{false}, sipi_{false}, unhalted_{false};
   std::atomic<u8> sipi_vector_{0};
+  std::atomic<bool> signalled_{false};  // signal_came() since the last KVM_RUN ended
   std::atomic<u32> waiting_{0};
   UniqueFd wake_fd_;
 };

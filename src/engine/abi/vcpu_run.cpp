@@ -13,22 +13,27 @@ namespace ring3::engine::abi {
 namespace {
 
 /// While KVM_RUN is in progress the thread takes signals only where it waits, so that none is handled unseen: KVM_RUN then
-/// ends with EINTR, as the kernel's does. Faults of the process itself stay deliverable.
+/// ends with EINTR, as the kernel's does. Faults of the process itself stay deliverable. Not needed where the program
+/// announces its signals.
 class SignalGuard {
  public:
-  explicit SignalGuard(sigset_t* thread_mask) : thread_mask_(thread_mask) {
+  SignalGuard(sigset_t* thread_mask, bool announced) : thread_mask_(thread_mask), active_(!announced) {
+    if (!active_) return;
     sigset_t blocked;
     sigfillset(&blocked);
     for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, s);
     pthread_sigmask(SIG_SETMASK, &blocked, thread_mask_);
     saved_ = *thread_mask_;
   }
-  ~SignalGuard() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
+  ~SignalGuard() {
+    if (active_) pthread_sigmask(SIG_SETMASK, &saved_, nullptr);
+  }
   SignalGuard(const SignalGuard&) = delete;
   SignalGuard& operator=(const SignalGuard&) = delete;
 
  private:
   sigset_t* thread_mask_;
+  const bool active_;
   sigset_t saved_;
 };
 
@@ -39,6 +44,7 @@ constexpr u64 kStealPeriodNs = 10'000'000;
 }  // namespace
 
 bool Vcpu::signal_pending() const {
+  if (vm_.config().signals_announced) return signalled_.load(std::memory_order_seq_cst);
   sigset_t pending;
   if (sigpending(&pending) != 0) return false;
   for (int n = 1; n < NSIG; n++) {
@@ -56,7 +62,9 @@ bool Vcpu::wait() {
     sigset_t mask = thread_mask_;
     if (have_sigmask_) sigorset(&mask, &thread_mask_, &sigmask_);
     pollfd fds[2] = {{wake_fd_.get(), POLLIN, 0}, {signal_fd_.get(), POLLIN, 0}};
-    const int n = ::ppoll(fds, have_sigmask_ ? 2 : 1, nullptr, &mask);
+    // A signal that is announced before the wait begins has written to wake_fd_: waiting_ is set already.
+    const int n = vm_.config().signals_announced ? ::ppoll(fds, 1, nullptr, nullptr)
+                                                 : ::ppoll(fds, have_sigmask_ ? 2 : 1, nullptr, &mask);
     no_signal = n >= 0 ? !(have_sigmask_ && (fds[1].revents & POLLIN)) : errno != EINTR;
   }
   waiting_.store(0, std::memory_order_seq_cst);
@@ -233,7 +241,7 @@ long Vcpu::interrupted() {
 long Vcpu::run_uninitialised() {
   for (;;) {
     interp_->context().attention.exchange(0, std::memory_order_seq_cst);
-    if (immediate_exit(*run_page())) return interrupted();
+    if (immediate_exit(*run_page()) || signalled_.load(std::memory_order_seq_cst)) return interrupted();
     accept_init_sipi();
     if (mp_state_ != KVM_MP_STATE_UNINITIALIZED) {
       raise(kAttendInit | kAttendMmu);  // bits taken above belong to the loop that comes next
@@ -267,7 +275,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
     *result = 0;
     return Step::Exit;
   }
-  if (immediate_exit(run) || ((bits & kAttendKick || look_for_signals_) && signal_pending())) {
+  if (immediate_exit(run) || signalled_.load(std::memory_order_seq_cst) || ((bits & kAttendKick || look_for_signals_) && signal_pending())) {
     *result = interrupted();
     return Step::Exit;
   }
@@ -367,13 +375,14 @@ void Vcpu::fill_exit_state() {
 
 long Vcpu::run() {
   kvm_run& run = *run_page();
-  SignalGuard guard(&thread_mask_);
+  SignalGuard guard(&thread_mask_, vm_.config().signals_announced);
   has_run_ = true;
   run.flags = 0;
   long result;
   if (mp_state_ == KVM_MP_STATE_UNINITIALIZED) {
     result = run_uninitialised();
     fill_exit_state();
+    signalled_.store(false, std::memory_order_relaxed);
     return result;
   }
 
@@ -403,7 +412,7 @@ long Vcpu::run() {
   }
 
   env_.complete();
-  if (!env_.replaying && immediate_exit(run)) {
+  if (!env_.replaying && (immediate_exit(run) || signalled_.load(std::memory_order_seq_cst))) {
     result = -EINTR;
   } else {
     vm_.tracker().enter_guest(index_);
@@ -412,6 +421,7 @@ long Vcpu::run() {
     vm_.tracker().leave_guest(index_);
   }
   fill_exit_state();
+  signalled_.store(false, std::memory_order_relaxed);
   if (run.kvm_valid_regs & KVM_SYNC_X86_REGS) get_regs(&run.s.regs.regs);
   if (run.kvm_valid_regs & KVM_SYNC_X86_SREGS) get_sregs(&run.s.regs.sregs);
   if (run.kvm_valid_regs & KVM_SYNC_X86_EVENTS) get_events(&run.s.regs.events);
