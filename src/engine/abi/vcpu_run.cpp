@@ -412,6 +412,9 @@ long Vcpu::run() {
   }
 
   env_.complete();
+  // immediate_exit from the start: the instruction that waits for the VMM is finished, no more; the exit reason stays.
+  const bool finish_only = immediate_exit(run);
+  const u32 reason = run.exit_reason;
   if (!env_.replaying && (immediate_exit(run) || signalled_.load(std::memory_order_seq_cst))) {
     result = -EINTR;
   } else {
@@ -419,6 +422,7 @@ long Vcpu::run() {
     mmu_.expire_fetches();
     result = run_loop();
     vm_.tracker().leave_guest(index_);
+    if (finish_only && result == -EINTR) run.exit_reason = reason;
   }
   fill_exit_state();
   signalled_.store(false, std::memory_order_relaxed);
