@@ -19,6 +19,7 @@ enum class Family : u8 {
   Leave,
   Pushf,
   Cli,
+  System,
   Jmp,
   Jcc,
   Count,
@@ -127,6 +128,15 @@ constexpr Family family_of(Op op) {
       return Family::Pushf;
     case Op::Cli:
       return Family::Cli;
+    case Op::Sti:
+    case Op::Swapgs:
+    case Op::Stac:
+    case Op::Clac:
+    case Op::Popf:
+    case Op::MovCr:
+    case Op::Rdtsc:
+    case Op::Rdtscp:
+      return Family::System;
     case Op::Jmp:
       return Family::Jmp;
     case Op::Jcc:
@@ -158,6 +168,11 @@ bool BlockBuilder::supported(std::size_t n) const {
     case Op::Vzeroall:
       return r.mode.avx;
     case Op::Cli:
+    case Op::Sti:
+    case Op::Swapgs:
+    case Op::Stac:
+    case Op::Clac:
+    case Op::MovCr:
       return !r.mode.user;  // at CPL 0 whatever IOPL says
     default:
       return family_of(i.op) != Family::None;
@@ -184,6 +199,8 @@ bool BlockBuilder::one(const DecodedInsn& i) {
       return pushf(i);
     case Family::Cli:
       return cli();
+    case Family::System:
+      return system(i);
     case Family::Jmp:
       return jmp(i);
     case Family::Jcc:

@@ -103,6 +103,11 @@ bool wanted(const DecodedInsn& i) {
     case Op::Xlat:
     case Op::Pushf:
     case Op::Cli:
+    case Op::Sti:
+    case Op::Swapgs:
+    case Op::Stac:
+    case Op::Clac:
+    case Op::Popf:
       return true;
     default:
       return false;

@@ -131,6 +131,14 @@ class BlockBuilder {
   bool leave(const DecodedInsn& i);
   bool pushf(const DecodedInsn& i);
   bool cli();
+  void system_op(SystemOp op, bool may_refuse);  // system_ops.cpp: operand r14, answer r15; clobbers flags
+  bool system(const DecodedInsn& i);
+  bool swapgs();
+  bool clac_stac(bool set);
+  bool sti();
+  bool popf(const DecodedInsn& i);
+  bool mov_from_cr(const DecodedInsn& i);
+  bool rdtsc(bool aux);
   bool jmp(const DecodedInsn& i);  // branch.cpp
   bool jcc(const DecodedInsn& i);
   bool count_branch(const DecodedInsn& i);

@@ -25,7 +25,7 @@ namespace ring3::engine {
 
 struct alignas(64) JitFrame {
   u64 r13 = 0, r14 = 0, r15 = 0;
-  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank; constant while translated code runs
+  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank; only STAC and CLAC change it in a block
   u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
   u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
   u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
@@ -68,6 +68,22 @@ struct alignas(64) JitFrame {
   u64 fill_write = 0;
   /// In: r14 = RIP of a vector instruction in code of TranslateMode::lazy: it goes on with vectors loaded.
   u64 exit_vectors = 0;
+};
+
+/// What the fill thunks are called with in place of a size, for system instructions (system_ops.cpp). r14 is the
+/// operand and stays; r15 is the answer, 0 from those that may refuse.
+enum class SystemOp : u32 {
+  Swapgs = 0x100,
+  Stac,
+  Clac,
+  Sti,
+  Popf,
+  ReadCr0,
+  ReadCr2,
+  ReadCr3,
+  ReadCr4,
+  Rdtsc,
+  TscAux,
 };
 
 namespace frame {

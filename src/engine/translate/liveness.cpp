@@ -144,6 +144,8 @@ FlagUse flag_use(const DecodedInsn& i) {
     case Op::Loope:
     case Op::Loopne:
       return uses(ZF, 0);
+    case Op::Popf:
+      return uses(0, STATUS);
     case Op::Pushf:
       return uses(STATUS, 0);
     case Op::Lahf:

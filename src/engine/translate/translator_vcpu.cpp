@@ -69,6 +69,7 @@ TranslatorVcpu::~TranslatorVcpu() {
 
 u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
+  if (size >= static_cast<u64>(SystemOp::Swapgs)) return v.system_op(static_cast<SystemOp>(size), linear);
   v.stats_.fills++;
   return v.mmu_.warm(linear, static_cast<unsigned>(size), write != 0) ? 1 : 0;
 }

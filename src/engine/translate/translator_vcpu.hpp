@@ -60,6 +60,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode);
   void enter(const u8* code);
   static u64 fill(void* self, u64 linear, u64 size, u64 write);
+  u64 system_op(SystemOp op, u64 operand);  // system_ops.cpp
 
   VcpuState& s_;
   Mmu& mmu_;

@@ -1,0 +1,167 @@
+#include "engine/interp/system.hpp"
+#include "engine/translate/builder.hpp"
+#include "engine/translate/translator_vcpu.hpp"
+
+/// System instructions that a kernel runs between one piece of user code and the next, by a call of
+/// SystemOp functions through the fill thunk: the guest's registers stay where they are, nothing leaves to
+/// the run loop. What is rare about them (a mode that changes, a pending interrupt window, a trap flag) is left
+/// to the interpreter: the function then returns 0, with nothing changed.
+///
+/// Spec: as the interpreter's handlers (interp/system.cpp, syscall.cpp, stack.cpp).
+namespace ring3::engine {
+
+// ---- code ----
+
+void BlockBuilder::system_op(SystemOp op, bool may_refuse) {
+  clobber_flags();
+  e_.mov_imm(kScratch1, static_cast<u64>(op));
+  e_.encode({.opcode = 0xff, .reg = 2, .memory = true, .mem = HostMem::frame(frame::kFillRead)});
+  if (!may_refuse) return;
+  e_.encode({.w = true, .opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
+  e_.jcc(4, interpret_label());
+}
+
+bool BlockBuilder::system(const DecodedInsn& i) {
+  switch (i.op) {
+    case Op::Swapgs:
+      return swapgs();
+    case Op::Stac:
+    case Op::Clac:
+      return clac_stac(i.op == Op::Stac);
+    case Op::Sti:
+      return sti();
+    case Op::Popf:
+      return popf(i);
+    case Op::MovCr:
+      return mov_from_cr(i);
+    case Op::Rdtsc:
+    case Op::Rdtscp:
+      return rdtsc(i.op == Op::Rdtscp);
+    default:
+      return false;
+  }
+}
+
+bool BlockBuilder::swapgs() {
+  system_op(SystemOp::Swapgs, false);
+  return true;
+}
+
+bool BlockBuilder::clac_stac(bool set) {
+  system_op(set ? SystemOp::Stac : SystemOp::Clac, false);
+  return true;
+}
+
+/// The instruction behind STI runs alone, in the interpreter: the run loop sees the shadow.
+bool BlockBuilder::sti() {
+  system_op(SystemOp::Sti, false);
+  flags_to_host(kScratch0);
+  emit_rip(kScratch0, page_offset(next_rip()));
+  e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitAttention)});
+  ended_ = true;
+  return true;
+}
+
+bool BlockBuilder::popf(const DecodedInsn& i) {
+  if (i.opsize != 8) return false;
+  Access a;
+  if (!access(stack_address(0), 8, Kind::Read, false, &a)) return false;
+  e_.load(kScratch0, a.mem);
+  system_op(SystemOp::Popf, true);  // r14 stays
+  e_.lea(kHostR13, HostMem::at(kHostR13, 8));
+  // As LAHF and SETO leave them: SF ZF AF PF CF in bits 15:8, OF in bit 0.
+  e_.mov32(kScratch1, kScratch0);
+  e_.and32(kScratch0, static_cast<u32>(rflags::STATUS & 0xff));
+  e_.encode({.opcode = 0xc1, .reg = 4, .rm = kScratch0, .imm_size = 1, .imm = {8}});   // shl r14d, 8
+  e_.encode({.opcode = 0xc1, .reg = 5, .rm = kScratch1, .imm_size = 1, .imm = {11}});  // shr r15d, 11
+  e_.and32(kScratch1, 1);
+  e_.encode({.opcode = 0x09, .reg = kScratch1, .rm = kScratch0});  // or r14d, r15d
+  e_.store32(HostMem::frame(kFlagsSlot), kScratch0);
+  flags_ = Flags::Frame;
+  return true;
+}
+
+bool BlockBuilder::mov_from_cr(const DecodedInsn& i) {
+  const Operand &to = i.operands[0], &from = i.operands[1];
+  if (to.kind != OperandKind::Gpr || from.kind != OperandKind::Cr) return false;
+  SystemOp op;
+  switch (from.reg) {
+    case 0:
+      op = SystemOp::ReadCr0;
+      break;
+    case 2:
+      op = SystemOp::ReadCr2;
+      break;
+    case 3:
+      op = SystemOp::ReadCr3;
+      break;
+    case 4:
+      op = SystemOp::ReadCr4;
+      break;
+    default:
+      return false;
+  }
+  system_op(op, false);
+  if (special(to.reg)) {
+    e_.store(slot(to.reg), kScratch1);
+  } else {
+    e_.mov(host(to.reg), kScratch1);
+  }
+  return true;
+}
+
+bool BlockBuilder::rdtsc(bool aux) {
+  system_op(SystemOp::Rdtsc, true);
+  e_.mov32(kHostRax, kScratch1);
+  e_.mov(kHostRdx, kScratch1);
+  e_.shr(kHostRdx, 32);
+  if (!aux) return true;
+  system_op(SystemOp::TscAux, false);
+  e_.mov32(kHostRcx, kScratch1);
+  return true;
+}
+
+// ---- what it calls ----
+
+u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
+  switch (op) {
+    case SystemOp::Swapgs:
+      std::swap(s_.seg[GS].base, s_.msr.kernel_gs_base);
+      frame_.gs_base = s_.seg[GS].base;
+      return 1;
+    case SystemOp::Stac:
+    case SystemOp::Clac:
+      s_.rflags = op == SystemOp::Stac ? s_.rflags | rflags::AC : s_.rflags & ~rflags::AC;
+      mmu_.mode_changed();
+      frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+      return 1;
+    case SystemOp::Sti:
+      if (!(s_.rflags & rflags::IF)) s_.sti_shadow = true;
+      s_.rflags |= rflags::IF;
+      return 1;
+    case SystemOp::Popf: {
+      const u64 change = rflags::DF | (c_.cpl == 0 ? rflags::IF : 0);
+      const u64 all = rflags::TF | rflags::NT | rflags::AC | rflags::ID | (c_.cpl == 0 ? rflags::IOPL : 0);
+      if ((s_.rflags ^ operand) & all) return 0;
+      if (c_.cpl != 0 && (s_.rflags & rflags::IOPL)) return 0;  // IF may be writable
+      if (c_.interrupt_window && (operand & rflags::IF)) return 0;
+      s_.rflags = (s_.rflags & ~change) | (operand & change);
+      return 1;
+    }
+    case SystemOp::ReadCr0:
+      return s_.cr0;
+    case SystemOp::ReadCr2:
+      return s_.cr2;
+    case SystemOp::ReadCr3:
+      return s_.cr3;
+    case SystemOp::ReadCr4:
+      return s_.cr4;
+    case SystemOp::Rdtsc:
+      return c_.cpl != 0 && (s_.cr4 & cr4::TSD) ? 0 : c_.env.rdtsc();
+    case SystemOp::TscAux:
+      return s_.msr.tsc_aux;
+  }
+  return 0;
+}
+
+}  // namespace ring3::engine
