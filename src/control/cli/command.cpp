@@ -8,6 +8,7 @@
 
 #include "control/cli/commands.hpp"
 #include "control/cli/text.hpp"
+#include "control/image/image_command.hpp"
 
 namespace ring3::control {
 
@@ -41,6 +42,7 @@ int print(const std::string& text) {
 int main_with(const std::vector<std::string>& arguments) {
   occupy_closed_descriptors();
   signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error to report, not a silent death
+  if (!arguments.empty() && arguments[0] == "image") return image_command({arguments.begin() + 1, arguments.end()});
   auto command = parse_command_line(arguments);
   if (!command) return fail(command.error().message);
   if (const auto* options = std::get_if<RunOptions>(&*command)) return run(*options);

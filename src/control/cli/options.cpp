@@ -213,6 +213,9 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   doctor->footer(kDoctorExamples);
   doctor->add_flag("--json", doctor_options.json, "for programs")->disable_flag_override();
 
+  // For the list of verbs only: image_command() has its words before this parser sees them.
+  app.add_subcommand("image", "make, inspect, convert and repair disk images: ring3 image --help");
+
   VersionOptions version_options;
   CLI::App* version_verb = app.add_subcommand("version", "the version of ring3");
   version_verb->footer(kVersionExamples);
