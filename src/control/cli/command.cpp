@@ -46,6 +46,7 @@ int main_with(const std::vector<std::string>& arguments) {
   auto command = parse_command_line(arguments);
   if (!command) return fail(command.error().message);
   if (const auto* options = std::get_if<RunOptions>(&*command)) return run(*options);
+  if (const auto* options = std::get_if<WithOptions>(&*command)) return with(*options);
   if (const auto* options = std::get_if<DoctorOptions>(&*command)) return doctor(*options);
   if (const auto* options = std::get_if<VersionOptions>(&*command)) return print_version(*options);
   return print(std::get<HelpText>(*command).text);

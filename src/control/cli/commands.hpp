@@ -11,6 +11,8 @@ inline constexpr int kKeyboard = 130;
 
 /// Boots and runs a VM in the foreground. Takes over the process's signals and its terminal meanwhile.
 int run(const RunOptions& options);
+/// Runs another program on ring3's KVM; returns only when that fails.
+int with(const WithOptions& options);
 int doctor(const DoctorOptions& options);
 int print_version(const VersionOptions& options);
 

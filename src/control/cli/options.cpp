@@ -172,11 +172,67 @@ Result<Command> check_run(const RunText& text, bool has_append, bool no_reboot, 
   return Command(std::move(run));
 }
 
+constexpr const char* kWithHelp =
+    "run another VMM on ring3's KVM\n"
+    "Usage: ring3 with [OPTIONS] [--] COMMAND [ARGUMENT]...\n\n"
+    "Options:\n"
+    "  -h,--help                   show this help\n"
+    "  --engine-option KEY=VALUE   a switch of the software engine; repeatable\n\n"
+    "The program, and every program it starts, finds a /dev/kvm that the software engine serves, whether the host has one\n"
+    "or not. It has to be linked dynamically. Exit status: the program's, 2 when it cannot be started.\n\n"
+    "Examples:\n"
+    "  ring3 with -- qemu-system-x86_64 -accel kvm -cpu host -m 1G -nographic disk.qcow2\n"
+    "  ring3 with --engine-option engine=interpreter -- qemu-system-x86_64 -accel kvm -M q35 -kernel vmlinuz\n";
+
+Status add_engine_option(const std::string& pair, EngineOptionMap* map) {
+  const auto equals = pair.find('=');
+  if (equals == std::string::npos || equals == 0) {
+    return Error::of(EINVAL, "--engine-option: '" + printable(real_value(pair)) + "' is not KEY=VALUE");
+  }
+  if (!map->emplace(pair.substr(0, equals), pair.substr(equals + 1)).second) {
+    return Error::of(EINVAL, "--engine-option: " + printable(pair.substr(0, equals)) + " is given twice");
+  }
+  return Ok{};
+}
+
+/// By hand: what follows the program's name is the program's, dashes and all.
+Result<Command> parse_with(const std::vector<std::string>& arguments) {
+  WithOptions with;
+  std::size_t i = 1;
+  for (; i < arguments.size(); i++) {
+    const std::string& a = arguments[i];
+    const std::string key = "--engine-option";
+    if (a == "--") {
+      i++;
+      break;
+    }
+    if (a == "-h" || a == "--help") return Command(HelpText{kWithHelp});
+    std::string pair;
+    if (a == key) {
+      if (i + 1 >= arguments.size()) return Error::of(EINVAL, key + " wants a value; see ring3 with --help");
+      pair = arguments[++i];
+    } else if (a.rfind(key + "=", 0) == 0) {
+      pair = a.substr(key.size() + 1);
+    } else if (!a.empty() && a[0] == '-') {
+      return Error::of(EINVAL, "unknown option '" + printable(a.substr(0, a.find('='))) + "'; see ring3 with --help");
+    } else {
+      break;
+    }
+    if (auto status = add_engine_option(pair, &with.engine_options); !status) return status.error();
+  }
+  with.command.assign(arguments.begin() + static_cast<std::ptrdiff_t>(i), arguments.end());
+  if (with.command.empty() || with.command[0].empty()) {
+    return Error::of(EINVAL, "nothing to run: give a command, such as ring3 with -- qemu-system-x86_64 -accel kvm");
+  }
+  return Command(std::move(with));
+}
+
 }  // namespace
 
 const char* version() { return RING3_VERSION; }
 
 Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
+  if (!arguments.empty() && arguments[0] == "with") return parse_with(arguments);
   CLI::App app{"ring3 runs x86-64 operating systems as ordinary Linux processes.", "ring3"};
   app.set_help_flag("-h,--help", "show this help");
   app.footer(kTopExamples);
@@ -208,6 +264,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->delimiter('\0');
 
+  app.add_subcommand("with", "run another VMM on ring3's KVM");  // taken apart above; named here for the help
+
   DoctorOptions doctor_options;
   CLI::App* doctor = app.add_subcommand("doctor", "what this host offers, which engine would run and why, and their speed");
   doctor->footer(kDoctorExamples);
@@ -230,7 +288,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
     }
     const std::string& first = arguments[0];
     if (help_of == "ring3" && (first.empty() || first[0] != '-')) {
-      return Error::of(EINVAL, "there is no verb '" + printable(first) + "'; there are run, doctor and version");
+      return Error::of(EINVAL, "there is no verb '" + printable(first) + "'; there are run, with, doctor and version");
     }
   }
   try {

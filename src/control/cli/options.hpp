@@ -31,6 +31,11 @@ struct DoctorOptions {
   bool json = false;
 };
 
+struct WithOptions {
+  EngineOptionMap engine_options;
+  std::vector<std::string> command;  ///< not empty
+};
+
 struct VersionOptions {
   bool json = false;
 };
@@ -40,7 +45,7 @@ struct HelpText {
   std::string text;
 };
 
-using Command = std::variant<RunOptions, DoctorOptions, VersionOptions, HelpText>;
+using Command = std::variant<RunOptions, WithOptions, DoctorOptions, VersionOptions, HelpText>;
 
 /// argv[1]... Errors: EINVAL, one line for people.
 Result<Command> parse_command_line(const std::vector<std::string>& arguments);
