@@ -32,13 +32,28 @@ Result<Config> Config::create(const EngineOptions& options) {
         return Error::of(EINVAL, "engine option engine=" + text + ": interpreter or translator is needed");
       }
       config.translate = text == "translator";
+    } else if (name == "lockstep") {
+      auto v = number(name, text, 0, ~0u);
+      if (!v) return v.error();
+      config.lockstep = *v;
+    } else if (name == "perf-map") {
+      auto v = number(name, text, 0, 1);
+      if (!v) return v.error();
+      if (*v == 1) {
+        auto map = PerfMap::create();
+        if (!map) return map.error();
+        config.perf_map = std::move(*map);
+      }
     } else if (name == "quantum") {
       auto v = number(name, text, 1, ~0u);
       if (!v) return v.error();
       config.quantum = *v;
     } else {
-      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-mib, engine, quantum)");
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-mib, engine, lockstep, perf-map, quantum)");
     }
+  }
+  if (config.lockstep != 0 && !config.translate) {
+    return Error::of(EINVAL, "engine option lockstep compares the translator with the interpreter: give engine=translator too");
   }
   config.clock = std::make_shared<HostClock>();
   return config;

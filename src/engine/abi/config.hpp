@@ -5,6 +5,7 @@
 #include "base/result.hpp"
 #include "engine/abi/provider.hpp"
 #include "engine/timer/clock.hpp"
+#include "engine/translate/perf_map.hpp"
 
 /// EngineOptions, checked.
 namespace ring3::engine::abi {
@@ -13,6 +14,8 @@ struct Config {
   std::size_t cache_bytes = 16u << 20;  ///< decoded-code cache of a VM, shared out among its vCPUs
   bool translate = false;               ///< engine=translator
   std::size_t code_bytes = 128u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
+  u64 lockstep = 0;                     ///< not 0: the translator's every n-th block is compared with the interpreter
+  std::shared_ptr<PerfMap> perf_map;    ///< null: none is written
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
   bool signals_announced = false;       ///< EngineOptions::signals_announced
   std::shared_ptr<const HostClock> clock;

@@ -164,4 +164,56 @@ FlagUse flag_use(const DecodedInsn& i) {
   }
 }
 
+u64 flags_left_undefined(const DecodedInsn& insn) {
+  using namespace rflags;
+  const bool by_one = insn.imm == 1 && insn.operands[1].kind != OperandKind::Gpr;
+  switch (insn.op) {
+    case Op::And:
+    case Op::Or:
+    case Op::Xor:
+    case Op::Test:
+      return AF;
+    case Op::Bsf:
+    case Op::Bsr:
+      return OF | SF | AF | PF | CF;
+    case Op::Tzcnt:
+    case Op::Lzcnt:
+    case Op::Bt:
+    case Op::Bts:
+    case Op::Btr:
+    case Op::Btc:
+      return OF | SF | AF | PF;
+    case Op::Mul:
+    case Op::Imul1:
+    case Op::Imul2:
+    case Op::Imul3:
+      return SF | ZF | AF | PF;
+    case Op::Div:
+    case Op::Idiv:
+      return STATUS;
+    case Op::Shl:
+    case Op::Shr:
+    case Op::Sar:
+      return AF | (by_one ? 0 : OF) | (insn.opsize < 4 ? CF : 0);
+    case Op::Rol:
+    case Op::Ror:
+    case Op::Rcl:
+    case Op::Rcr:
+      return by_one ? 0 : OF;
+    case Op::Shld:
+    case Op::Shrd:
+      return insn.opsize < 4 ? STATUS : AF | OF;
+    case Op::Andn:
+    case Op::Blsi:
+    case Op::Blsmsk:
+    case Op::Blsr:
+    case Op::Bzhi:
+      return AF | PF;
+    case Op::Bextr:
+      return AF | SF | PF;
+    default:
+      return 0;
+  }
+}
+
 }  // namespace ring3::engine

@@ -20,6 +20,9 @@ struct FlagUse {
 
 FlagUse flag_use(const DecodedInsn& insn);
 
+/// Flags that the architecture leaves undefined after the instruction, whatever its operands hold.
+u64 flags_left_undefined(const DecodedInsn& insn);
+
 /// The flags that condition (the low four bits of the opcode) reads.
 u64 condition_flags(u8 condition);
 

@@ -33,8 +33,24 @@ ring3::Result<std::unique_ptr<TranslatorVcpu>> TranslatorVcpu::create(VcpuState&
   if (!host_can_translate()) return Error::of(ENOTSUP, "translated code needs a host with AVX");
   auto cache = CodeCache::create(options.arena_bytes);
   if (!cache) return cache.error();
-  return std::unique_ptr<TranslatorVcpu>(
+  std::unique_ptr<TranslatorVcpu> v(
       new TranslatorVcpu(state, mmu, interpreter, std::move(translator), std::move(*cache), options));
+  if (options.lockstep_every != 0) {
+    TranslatorVcpu* t = v.get();
+    Lockstep::Options checks;
+    checks.every = options.lockstep_every;
+    checks.sink = options.lockstep_sink;
+    auto made = Lockstep::create(state, mmu, interpreter, t->frame_, *t->translator_,
+                                 {[t](const u8* code) { t->enter(code); },
+                                  [t](u64 pc, u64* rip) { return t->cache_->fault_rip(pc, rip); },
+                                  [t](u64 linear, u64 size, bool write) {
+                                    return t->mmu_.warm(linear, static_cast<unsigned>(size), write);
+                                  }},
+                                 checks);
+    if (!made) return made.error();
+    v->lockstep_ = std::move(*made);
+  }
+  return v;
 }
 
 TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpreter,
@@ -71,6 +87,7 @@ u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
   if (size >= static_cast<u64>(SystemOp::Swapgs)) return v.system_op(static_cast<SystemOp>(size), linear);
   v.stats_.fills++;
+  if (v.lockstep_ != nullptr && v.lockstep_->active()) return v.lockstep_->fill(linear, size, write != 0) ? 1 : 0;
   return v.mmu_.warm(linear, static_cast<unsigned>(size), write != 0) ? 1 : 0;
 }
 
@@ -135,7 +152,10 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
     } else {
       stats_.translated++;
     }
-    if (CodeBlock* b = cache_->add(gpa, rip, mode.bits(), out_, image)) return b;
+    if (CodeBlock* b = cache_->add(gpa, rip, mode.bits(), out_, image)) {
+      if (options_.perf_map != nullptr) options_.perf_map->add(b->code, b->code_size, rip, mode.user);
+      return b;
+    }
     interpreter_.code_flush();  // both caches: they share the hold on the pages
     mmu_.add_code_page(gpa.page());
   }
@@ -162,7 +182,8 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.r15 = s_.gpr[R15];
   frame_.fs_base = s_.seg[FS].base;
   frame_.gs_base = s_.seg[GS].base;
-  frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+  const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
+  frame_.tlb = reinterpret_cast<u64>(shadow != nullptr ? shadow : mmu_.tlb());
   enter_translated(code);
   s_.gpr[R13] = frame_.r13;
   s_.gpr[R14] = frame_.r14;
@@ -186,13 +207,15 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       if (c_.interrupt_window && (s_.rflags & rflags::IF)) return Interpreter::Result::Attention;
       const TranslateMode m = mode();
       u64 bias = cache_->bias(m.bits(), mmu_.fetch_generation());
+      unsigned count = 0;  // of the block, for the divergence checker
       const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip, bias) : nullptr;
       if (code == nullptr) {
         CodeBlock* b = lookup(s_.rip, m);
         if (b != nullptr) {
           bias = cache_->bias(m.bits(), mmu_.fetch_generation());
-          cache_->remember(*b, bias);
-          if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b);
+          if (lockstep_ == nullptr) cache_->remember(*b, bias);
+          if (lockstep_ != nullptr) count = b->count;
+          else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b);
           code = b->code;
           c_.retired += b->count;
         }
@@ -203,7 +226,14 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       if (code != nullptr) {
         frame_.jump_bias = bias;
         frame_.vectors = m.sse;
-        enter(code);
+        if (count != 0 && lockstep_->wants()) {
+          Interpreter::Result r;
+          const Lockstep::End end = lockstep_->run(code, count, m, &r);
+          if (end == Lockstep::End::Stopped) return r;
+          if (end == Lockstep::End::Other) continue;
+        } else {
+          enter(code);
+        }
         switch (frame_.exit_reason) {
           case RING3_REASON_NEXT:
             tag = frame_.exit_tag;

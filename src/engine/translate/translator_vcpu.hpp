@@ -6,6 +6,8 @@
 #include "engine/interp/interpreter.hpp"
 #include "engine/translate/block_translator.hpp"
 #include "engine/translate/code_cache.hpp"
+#include "engine/translate/lockstep.hpp"
+#include "engine/translate/perf_map.hpp"
 
 /// Runs a vCPU by translation: 64-bit code runs as host code, everything else (other modes, shadows,
 /// single stepping, instructions that the translator leaves out, faulting and device accesses) goes to
@@ -23,6 +25,9 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   struct Options {
     std::size_t arena_bytes = 32u << 20;
     unsigned max_insns = 64;  ///< of a block
+    u64 lockstep_every = 0;   ///< not 0: every n-th block is compared with the interpreter; nothing is linked
+    std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
+    PerfMap* perf_map = nullptr;  ///< told of every block; outlives this
   };
   struct Stats {
     u64 entries = 0, interpreted = 0, translated = 0, fills = 0, faults = 0;
@@ -40,6 +45,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
 
   const Stats& stats() const { return stats_; }
   const CodeCache& cache() const { return *cache_; }
+  const Lockstep* lockstep() const { return lockstep_.get(); }
 
   void code_written(Gpa gpa, unsigned size) override;
   void validate_page(Gpa page, const u8* host) override;
@@ -75,6 +81,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::vector<DecodedInsn> insns_;
   std::unique_ptr<bool[]> has_feature_;
   Stats stats_;
+  std::unique_ptr<Lockstep> lockstep_;  ///< null: blocks run unchecked
   unsigned vectors_held_ = 0;  ///< supervisor code runs with vectors loaded while it is not zero
 };
 
