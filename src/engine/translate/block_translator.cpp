@@ -19,6 +19,8 @@ enum class Family : u8 {
   Leave,
   Pushf,
   Cli,
+  String,
+  Direction,
   System,
   Jmp,
   Jcc,
@@ -137,6 +139,15 @@ constexpr Family family_of(Op op) {
     case Op::Rdtsc:
     case Op::Rdtscp:
       return Family::System;
+    case Op::Movs:
+    case Op::Stos:
+    case Op::Lods:
+    case Op::Scas:
+    case Op::Cmps:
+      return Family::String;
+    case Op::Cld:
+    case Op::Std:
+      return Family::Direction;
     case Op::Jmp:
       return Family::Jmp;
     case Op::Jcc:
@@ -201,6 +212,10 @@ bool BlockBuilder::one(const DecodedInsn& i) {
       return cli();
     case Family::System:
       return system(i);
+    case Family::String:
+      return string(i);
+    case Family::Direction:
+      return direction(i.op == Op::Std);
     case Family::Jmp:
       return jmp(i);
     case Family::Jcc:

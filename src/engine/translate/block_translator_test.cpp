@@ -438,5 +438,49 @@ TEST(TranslatedCode, RunsOfInstructionsDoAsInterpreted) {
   EXPECT_GT(halted, count / 4);
 }
 
+/// String instructions over several pages, onto themselves, to faults, in both directions.
+TEST(TranslatedCode, StringsDoAsInterpreted) {
+  Pair pair(64);
+  Random memory(9);
+  pair.randomise_memory(memory);
+  constexpr u8 kOpcodes[] = {0xa4, 0xaa, 0xac, 0xae, 0xa6};
+  unsigned halted = 0, failures = 0;
+  const unsigned count = rounds(2000);
+  for (unsigned n = 0; n < count && failures < 20; n++) {
+    Random rng(first_seed() * 5000011 + n);
+    Bytes code;
+    const auto set = [&](u8 reg, u64 value) {
+      code.insert(code.end(), {0x48, static_cast<u8>(0xb8 | reg)});
+      for (unsigned i = 0; i < 8; i++) code.push_back(static_cast<u8>(value >> (8 * i)));
+    };
+    const u64 from = kLow + rng.below(0x8000);
+    set(6, from);
+    set(7, rng.one_in(3) ? from + rng.below(64) - 32 : kLow + rng.below(kHigh + 0x800 - kLow));
+    set(1, rng.one_in(8) ? 0 : rng.one_in(3) ? rng.below(40) : rng.below(0x2800));
+    code.push_back(rng.one_in(6) ? 0xfd : 0xfc);
+    if (rng.below(2)) code.insert(code.end(), {0x48, 0x39, 0xd8});  // cmp rax, rbx
+    if (rng.below(4)) code.push_back(rng.below(4) ? 0xf3 : 0xf2);
+    const u64 size = rng.below(4);
+    if (size == 1) code.push_back(0x66);
+    if (size == 3) code.push_back(0x48);
+    code.push_back(static_cast<u8>(kOpcodes[rng.below(5)] | (size != 0 ? 1 : 0)));
+    if (rng.below(2)) code.insert(code.end(), {0x0f, 0x92, 0xc2});  // setb dl
+    code.push_back(0xf4);
+    pair.load(code);
+    DecodedInsn none;
+    pair.randomise(rng, none, TestMachine::kCode);
+    pair.run(100000);
+    const bool whole = !pair.interpreted().has_event;
+    halted += whole;
+    const std::string d = pair.difference(whole ? rflags::STATUS : 0);
+    if (!d.empty()) {
+      ADD_FAILURE() << "case " << n << ": " << d;
+      pair.heal();
+      failures++;
+    }
+  }
+  EXPECT_GT(halted, count / 2);
+}
+
 }  // namespace
 }  // namespace ring3::engine

@@ -131,6 +131,10 @@ class BlockBuilder {
   bool leave(const DecodedInsn& i);
   bool pushf(const DecodedInsn& i);
   bool cli();
+  bool string(const DecodedInsn& i);  // strings.cpp
+  bool repeated_string(const DecodedInsn& i);
+  void emit_direction_check();  ///< DF set: interpret; clobbers flags
+  bool direction(bool set);
   void system_op(SystemOp op, bool may_refuse);  // system_ops.cpp: operand r14, answer r15; clobbers flags
   bool system(const DecodedInsn& i);
   bool swapgs();

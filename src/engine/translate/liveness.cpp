@@ -144,6 +144,9 @@ FlagUse flag_use(const DecodedInsn& i) {
     case Op::Loope:
     case Op::Loopne:
       return uses(ZF, 0);
+    case Op::Scas:
+    case Op::Cmps:
+      return i.has(kRep | kRepne) ? FlagUse{} : uses(0, STATUS);
     case Op::Popf:
       return uses(0, STATUS);
     case Op::Pushf:
