@@ -1,4 +1,6 @@
 // What each setter wrote, its getter returns; what is impossible is refused as the kernel refuses it.
+#include <sys/mman.h>
+
 #include <random>
 #include <set>
 
@@ -576,10 +578,22 @@ TEST_P(State, Errors) {
   kvm_interrupt irq{256};
   EXPECT_EQ(vcpu.ioctl(KVM_INTERRUPT, arg(irq)), -EINVAL);
   // Nothing is offered that does not work.
-  for (int cap : {KVM_CAP_X86_SMM, KVM_CAP_NESTED_STATE, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV, KVM_CAP_X86_MSR_FILTER, KVM_CAP_DEVICE_CTRL,
-                  KVM_CAP_BINARY_STATS_FD, KVM_CAP_XEN_HVM, 9999}) {
+  for (int cap : {KVM_CAP_X86_SMM, KVM_CAP_NESTED_STATE, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV, KVM_CAP_XEN_HVM, 9999}) {
     EXPECT_EQ(system().check_extension(cap), 0) << cap;
   }
+  // Pointers to what is not there, or may not be written.
+  void* none = ::mmap(nullptr, 0x2000, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(none, MAP_FAILED);
+  for (unsigned long request : {static_cast<unsigned long>(KVM_GET_REGS), static_cast<unsigned long>(KVM_SET_SREGS),
+                                static_cast<unsigned long>(KVM_GET_XSAVE), static_cast<unsigned long>(KVM_SET_CPUID2),
+                                static_cast<unsigned long>(KVM_GET_MSRS)}) {
+    EXPECT_EQ(vcpu.ioctl(request, reinterpret_cast<u64>(none)), -EFAULT) << request;
+  }
+  EXPECT_EQ(vm.ioctl(KVM_X86_SET_MSR_FILTER, reinterpret_cast<u64>(none)), -EFAULT);
+  ::munmap(none, 0x2000);
+  kvm_msr_filter filter{};
+  filter.flags = KVM_MSR_FILTER_DEFAULT_DENY;  // nothing at all allowed
+  EXPECT_EQ(vm.ioctl(KVM_X86_SET_MSR_FILTER, arg(filter)), -EINVAL);
   // A list of MSRs that does not fit says how long it is.
   u32 list[3] = {1, 0, 0};
   EXPECT_EQ(sys.ioctl(KVM_GET_MSR_INDEX_LIST, arg(list)), -E2BIG);

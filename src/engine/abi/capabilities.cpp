@@ -59,6 +59,14 @@ int check_extension(u64 capability) {
     case KVM_CAP_SPLIT_IRQCHIP:
     case KVM_CAP_STEAL_TIME:
     case KVM_CAP_COALESCED_PIO:
+    case KVM_CAP_X86_USER_SPACE_MSR:
+    case KVM_CAP_X86_MSR_FILTER:
+    case KVM_CAP_MSR_PLATFORM_INFO:
+    case KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+    case KVM_CAP_BINARY_STATS_FD:
+    case KVM_CAP_DEVICE_CTRL:
+    case KVM_CAP_VCPU_ATTRIBUTES:
+    case KVM_CAP_SYS_ATTRIBUTES:
       return 1;
     case KVM_CAP_COALESCED_MMIO:
       return KVM_COALESCED_MMIO_PAGE_OFFSET;

@@ -2,6 +2,8 @@
 
 #include <charconv>
 
+#include "engine/abi/user_memory.hpp"
+
 namespace ring3::engine::abi {
 namespace {
 Result<u64> number(const std::string& name, const std::string& text, u64 low, u64 high) {
@@ -56,6 +58,7 @@ Result<Config> Config::create(const EngineOptions& options) {
     return Error::of(EINVAL, "engine option lockstep compares the translator with the interpreter: give engine=translator too");
   }
   config.clock = std::make_shared<HostClock>();
+  config.user_copies = guard_user_copies();
   return config;
 }
 

@@ -19,6 +19,7 @@ struct Config {
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
   bool signals_announced = false;       ///< EngineOptions::signals_announced
   std::shared_ptr<const HostClock> clock;
+  std::shared_ptr<const void> user_copies;  ///< guard_user_copies(): ioctls survive bad pointers while a VM lives
 
   static Result<Config> create(const EngineOptions& options);
 };

@@ -34,9 +34,9 @@ const VcpuEnvironment::Access* VcpuEnvironment::replay(Kind kind, u64 address, u
   return &a;
 }
 
-void VcpuEnvironment::ask(Kind kind, u64 address, unsigned size, u64 data) {
+void VcpuEnvironment::ask(Kind kind, u64 address, unsigned size, u64 data, u32 reason) {
   if (log_.size() >= kMaxLog) return;  // no instruction has so many: exit_pending() stays false, an internal error
-  asked_ = Access{kind, static_cast<u8>(size), address, data};
+  asked_ = Access{kind, static_cast<u8>(size), address, data, reason, false};
   exit_pending_ = true;
   replaying = true;
   kvm_run& run = *vcpu_.run_page();
@@ -49,7 +49,16 @@ void VcpuEnvironment::ask(Kind kind, u64 address, unsigned size, u64 data) {
     run.io.data_offset = KVM_PIO_PAGE_OFFSET * kPageSize;
     u8* page = reinterpret_cast<u8*>(&run) + KVM_PIO_PAGE_OFFSET * kPageSize;
     if (kind == Kind::PortOut) std::memcpy(page, &data, size);
+    vcpu_.stats_.add(vcpu_stat::IoExits);
+  } else if (kind == Kind::MsrRead || kind == Kind::MsrWrite) {
+    run.exit_reason = kind == Kind::MsrRead ? KVM_EXIT_X86_RDMSR : KVM_EXIT_X86_WRMSR;
+    run.msr.error = 0;
+    std::memset(run.msr.pad, 0, sizeof run.msr.pad);
+    run.msr.reason = reason;
+    run.msr.index = static_cast<u32>(address);
+    run.msr.data = data;
   } else {
+    vcpu_.stats_.add(vcpu_stat::MmioExits);
     run.exit_reason = KVM_EXIT_MMIO;
     run.mmio.phys_addr = address;
     run.mmio.len = size;
@@ -68,6 +77,9 @@ void VcpuEnvironment::complete() {
   } else if (asked_.kind == Kind::MmioRead) {
     asked_.data = 0;
     std::memcpy(&asked_.data, run.mmio.data, asked_.size);
+  } else if (asked_.kind == Kind::MsrRead || asked_.kind == Kind::MsrWrite) {
+    asked_.error = run.msr.error != 0;
+    if (asked_.kind == Kind::MsrRead) asked_.data = run.msr.data;
   }
   log_.push_back(asked_);
   next_ = 0;
@@ -207,10 +219,36 @@ bool VcpuEnvironment::mmio_write_part(u64 address, const u8* data, unsigned size
 // ---- the rest ----
 
 VcpuEnvironment::Answer VcpuEnvironment::rdmsr(u32 index, u64* value) {
-  return vcpu_.read_msr(index, false, value) == Vcpu::Msr::Ok ? Answer::Done : Answer::Fault;
+  const Vcpu::Msr result = vcpu_.read_msr(index, false, value);
+  if (result == Vcpu::Msr::Ok) return Answer::Done;
+  return msr_to_vmm(index, false, value, result == Vcpu::Msr::Unknown ? KVM_MSR_EXIT_REASON_UNKNOWN : KVM_MSR_EXIT_REASON_INVAL);
 }
 VcpuEnvironment::Answer VcpuEnvironment::wrmsr(u32 index, u64 value) {
-  return vcpu_.write_msr(index, false, value) == Vcpu::Msr::Ok ? Answer::Done : Answer::Fault;
+  const Vcpu::Msr result = vcpu_.write_msr(index, false, value);
+  if (result == Vcpu::Msr::Ok) return Answer::Done;
+  return msr_to_vmm(index, true, &value, result == Vcpu::Msr::Unknown ? KVM_MSR_EXIT_REASON_UNKNOWN : KVM_MSR_EXIT_REASON_INVAL);
+}
+VcpuEnvironment::Answer VcpuEnvironment::msr_before(u32 index, bool write, u64* value, bool* handled) {
+  *handled = false;
+  if (vm_.msr_filter().allows(index, write)) return Answer::Done;
+  *handled = true;
+  return msr_to_vmm(index, write, value, KVM_MSR_EXIT_REASON_FILTER);
+}
+VcpuEnvironment::Answer VcpuEnvironment::msr_faulted(u32 index, bool write, u64* value) {
+  return msr_to_vmm(index, write, value, KVM_MSR_EXIT_REASON_INVAL);
+}
+VcpuEnvironment::Answer VcpuEnvironment::msr_to_vmm(u32 index, bool write, u64* value, u32 reason) {
+  const Kind kind = write ? Kind::MsrWrite : Kind::MsrRead;
+  if (const Access* a = replay(kind, index, 8)) {
+    const Access access = *a;
+    if (!write) *value = access.data;
+    if (!access.error) return Answer::Done;
+    drop();  // the instruction faults: it does not retire
+    return Answer::Fault;
+  }
+  if (!vm_.msr_filter().asks(reason)) return Answer::Fault;
+  ask(kind, index, 8, write ? *value : 0, reason);
+  return exit_pending_ ? Answer::Exit : Answer::Fault;
 }
 void VcpuEnvironment::cpuid(u32 leaf, u32 subleaf, u32 out[4]) { vcpu_.cpuid().lookup(leaf, subleaf, out); }
 u64 VcpuEnvironment::rdtsc() { return vcpu_.tsc().read(); }
@@ -225,6 +263,7 @@ void VcpuEnvironment::set_cr8(u64 value) {
 }
 
 u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
+  vcpu_.stats_.add(vcpu_stat::Hypercalls);
   switch (nr) {
     case kHcVapicPollIrq:
       return 0;

@@ -24,6 +24,8 @@ class VcpuEnvironment final : public Environment {
   Answer port_out(u16 port, unsigned size, u32 value) override;
   Answer rdmsr(u32 index, u64* value) override;
   Answer wrmsr(u32 index, u64 value) override;
+  Answer msr_before(u32 index, bool write, u64* value, bool* handled) override;
+  Answer msr_faulted(u32 index, bool write, u64* value) override;
   void cpuid(u32 leaf, u32 subleaf, u32 out[4]) override;
   u64 rdtsc() override;
   u64 get_cr8() override;
@@ -42,19 +44,24 @@ class VcpuEnvironment final : public Environment {
   void drop();
 
  private:
-  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite };
+  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite };
   struct Access {
     Kind kind;
     u8 size;
     u64 address;
     u64 data;
+    u32 reason = 0;      // MSRs: KVM_MSR_EXIT_REASON_*
+    bool error = false;  // MSRs: the VMM wants #GP
   };
   // A longer log is no instruction's; see log_full().
   static constexpr std::size_t kMaxLog = 1024;
 
   /// The recorded answer to the next access of this instruction, or null.
   const Access* replay(Kind kind, u64 address, unsigned size);
-  void ask(Kind kind, u64 address, unsigned size, u64 data);
+  void ask(Kind kind, u64 address, unsigned size, u64 data, u32 reason = 0);
+  /// The VMM's answer to an MSR access that failed for `reason`, from the log or by an exit; #GP where it does not want to
+  /// be asked.
+  Answer msr_to_vmm(u32 index, bool write, u64* value, u32 reason);
   bool mmio_read_part(u64 address, u8* data, unsigned size);
   bool mmio_write_part(u64 address, const u8* data, unsigned size);
 

@@ -36,6 +36,10 @@ class VmEndpoint final : public kvm::Endpoint {
   explicit VmEndpoint(std::shared_ptr<Vm> vm) : vm_(std::move(vm)) {}
   long ioctl(unsigned long request, u64 arg) override { return vm_->ioctl(request, arg); }
   Result<std::unique_ptr<Endpoint>> create(unsigned long request, u64 arg) override {
+    if (request == KVM_CREATE_DEVICE) {
+      const long error = vm_->ioctl(request, arg);
+      return Error::of(static_cast<int>(-error), "no such device");
+    }
     if (request != KVM_CREATE_VCPU) return Error::of(ENOTTY, "a VM makes vCPUs only");
     auto vcpu = vm_->create_vcpu(arg);
     if (!vcpu) return vcpu.error();
@@ -57,12 +61,9 @@ long answer_list(u64 arg, const std::vector<Entry>& entries, u32 Head::*count, b
   const u32 have = static_cast<u32>(entries.size());
   if (room < have && !tell_needed) return -E2BIG;
   head.*count = have;
-  const u64 bytes = entries.size() * sizeof(Entry);
-  if (room >= have && !user_pointer(arg + sizeof(Head), bytes)) return -EFAULT;
-  copy_out(arg, head);
+  if (!copy_out(arg, head)) return -EFAULT;
   if (room < have) return -E2BIG;
-  std::memcpy(reinterpret_cast<void*>(arg + sizeof(Head)), entries.data(), bytes);
-  return 0;
+  return copy_bytes_out(arg + sizeof(Head), entries.data(), entries.size() * sizeof(Entry)) ? 0 : -EFAULT;
 }
 
 class SystemEndpoint final : public kvm::Endpoint {
@@ -87,6 +88,18 @@ class SystemEndpoint final : public kvm::Endpoint {
         return answer_list<kvm_msr_list>(arg, msr_feature_list(), &kvm_msr_list::nmsrs, true);
       case KVM_GET_MSRS:
         return feature_msrs(arg);
+      case KVM_HAS_DEVICE_ATTR:
+      case KVM_GET_DEVICE_ATTR: {
+        kvm_device_attr attr;
+        if (!copy_in(arg, &attr)) return -EFAULT;
+        if (attr.group != 0 || attr.attr != KVM_X86_XCOMP_GUEST_SUPP) return -ENXIO;
+        if (request == KVM_HAS_DEVICE_ATTR) return 0;
+        u64 features = 3;
+        for (const auto& e : supported_cpuid()) {
+          if (e.function == 0xd && e.index == 0) features = e.eax | u64{e.edx} << 32;
+        }
+        return copy_out(attr.addr, features) ? 0 : -EFAULT;
+      }
       case KVM_X86_GET_MCE_CAP_SUPPORTED:
         return copy_out(arg, mce_cap_supported()) ? 0 : -EFAULT;
       default:
@@ -109,14 +122,13 @@ class SystemEndpoint final : public kvm::Endpoint {
     if (!copy_in(arg, &head)) return -EFAULT;
     if (head.nmsrs >= 256) return -E2BIG;
     const u64 at = arg + sizeof head;
-    if (head.nmsrs != 0 && !user_pointer(at, head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
     for (u32 i = 0; i < head.nmsrs; i++) {
       kvm_msr_entry e;
       if (!copy_in(at + i * sizeof e, &e)) return -EFAULT;
       u64 value = 0;
       if (!feature_msr(e.index, &value)) return i;
       e.data = value;
-      copy_out(at + i * sizeof e, e);
+      if (!copy_out(at + i * sizeof e, e)) return -EFAULT;
     }
     return head.nmsrs;
   }

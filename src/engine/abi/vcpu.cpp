@@ -3,9 +3,11 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "engine/abi/msr_list.hpp"
@@ -40,6 +42,9 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   v->run_ = std::move(*run);
   if (auto s = vm.coalesced().map_at(v->run_.data() + KVM_COALESCED_MMIO_PAGE_OFFSET * kPageSize); !s) return s.error();
 
+  char name[32];
+  std::snprintf(name, sizeof name, "kvm-%d/vcpu-%u", static_cast<int>(::getpid()), id);
+  if (auto s = v->stats_.create(name, vcpu_stat::kEntries); !s) return s.error();
   const bool boot = id == vm.boot_vcpu();
   if (vm.irqchip() != nullptr) {
     v->lapic_ = std::make_unique<Lapic>(vm.bus(), vm.timers(), v->tsc_, id, boot);
@@ -180,24 +185,20 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
     const u32 have = static_cast<u32>(cpuid_.entries().size());
     if (head.nent < have) return -E2BIG;
     head.nent = have;
-    const u64 bytes = have * sizeof(kvm_cpuid_entry2);
-    if (have != 0 && !user_pointer(at, bytes)) return -EFAULT;
-    copy_out(arg, head);
-    if (have != 0) std::memcpy(reinterpret_cast<void*>(at), cpuid_.entries().data(), bytes);
-    return 0;
+    if (!copy_out(arg, head)) return -EFAULT;
+    return copy_bytes_out(at, cpuid_.entries().data(), have * sizeof(kvm_cpuid_entry2)) ? 0 : -EFAULT;
   }
   if (head.nent > kMaxCpuidEntries) return -E2BIG;
   std::vector<kvm_cpuid_entry2> entries(head.nent);
   if (request == KVM_SET_CPUID) {  // the older struct, without sub-leaves
-    if (head.nent != 0 && !user_pointer(at, head.nent * sizeof(kvm_cpuid_entry))) return -EFAULT;
+    std::vector<kvm_cpuid_entry> old_entries(head.nent);
+    if (!copy_bytes_in(at, old_entries.data(), head.nent * sizeof(kvm_cpuid_entry))) return -EFAULT;
     for (u32 i = 0; i < head.nent; i++) {
-      kvm_cpuid_entry old;
-      copy_in(at + i * sizeof old, &old);
+      const kvm_cpuid_entry& old = old_entries[i];
       entries[i] = kvm_cpuid_entry2{old.function, 0, 0, old.eax, old.ebx, old.ecx, old.edx, {}};
     }
   } else {
-    if (head.nent != 0 && !user_pointer(at, head.nent * sizeof(kvm_cpuid_entry2))) return -EFAULT;
-    if (head.nent != 0) std::memcpy(entries.data(), reinterpret_cast<const void*>(at), head.nent * sizeof(kvm_cpuid_entry2));
+    if (!copy_bytes_in(at, entries.data(), head.nent * sizeof(kvm_cpuid_entry2))) return -EFAULT;
   }
   if (has_run_) {
     // The kernel's rule: after the first KVM_RUN the table may only be set to what it is.
@@ -303,8 +304,7 @@ long Vcpu::translate(u64 arg) {
   t.valid = r.valid;
   t.writeable = r.valid && r.writable;
   t.usermode = r.valid && r.user;
-  copy_out(arg, t);
-  return 0;
+  return copy_out(arg, t) ? 0 : -EFAULT;
 }
 
 long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
@@ -373,7 +373,24 @@ long Vcpu::tpr_ioctl(unsigned long request, u64 arg) {
 long Vcpu::enable_cap(u64 arg) {
   kvm_enable_cap cap;
   if (!copy_in(arg, &cap)) return -EFAULT;
-  return -EINVAL;  // none of the vCPU's capabilities is offered
+  if (cap.flags != 0) return -EINVAL;
+  if (cap.cap != KVM_CAP_ENFORCE_PV_FEATURE_CPUID) return -EINVAL;
+  enforce_pv_ = cap.args[0] != 0;
+  return 0;
+}
+
+long Vcpu::device_attr(unsigned long request, u64 arg) {
+  kvm_device_attr attr;
+  if (!copy_in(arg, &attr)) return -EFAULT;
+  if (attr.group != KVM_VCPU_TSC_CTRL || attr.attr != KVM_VCPU_TSC_OFFSET) return -ENXIO;
+  if (request == KVM_HAS_DEVICE_ATTR) return 0;
+  if (request == KVM_GET_DEVICE_ATTR) return copy_out(attr.addr, tsc_.offset()) ? 0 : -EFAULT;
+  u64 offset;
+  if (!copy_in(attr.addr, &offset)) return -EFAULT;
+  tsc_.set_offset(offset);
+  if (lapic_) lapic_->tsc_changed();
+  request_clock_update();
+  return 0;
 }
 
 long Vcpu::ioctl(unsigned long request, u64 arg) {
@@ -410,6 +427,12 @@ long Vcpu::ioctl(unsigned long request, u64 arg) {
       return result;
     }
     case KVM_ENABLE_CAP: return enable_cap(arg);
+    case KVM_HAS_DEVICE_ATTR:
+    case KVM_GET_DEVICE_ATTR:
+    case KVM_SET_DEVICE_ATTR: return device_attr(request, arg);
+    case KVM_GET_STATS_FD: return stats_.open();
+    case KVM_GET_NESTED_STATE:
+    case KVM_SET_NESTED_STATE: return -EINVAL;  // as the kernel without nesting
     default: return registers_ioctl(request, arg);
   }
 }

@@ -14,6 +14,7 @@
 #include "base/unique_fd.hpp"
 #include "engine/abi/cpuid.hpp"
 #include "engine/abi/environment.hpp"
+#include "engine/abi/stats.hpp"
 #include "engine/interp/interpreter.hpp"
 #include "engine/translate/translator_vcpu.hpp"
 #include "engine/irq/lapic.hpp"
@@ -83,8 +84,8 @@ class Vcpu {
   u64 apic_base() const { return lapic_ ? lapic_->apic_base() : apic_base_; }
   bool pv_feature(u32 bit) const;
   void note_ioapic_eoi(u8 vector);
-  enum class Msr { Ok, Fault };
-  /// MSRs that are neither the core's nor unknown; Fault for the rest. (vcpu_msrs.cpp)
+  enum class Msr { Ok, Fault, Unknown };
+  /// MSRs that are not the core's; Unknown for those that nobody knows. (vcpu_msrs.cpp)
   Msr read_msr(u32 index, bool host, u64* value);
   Msr write_msr(u32 index, bool host, u64 value);
 
@@ -104,6 +105,7 @@ class Vcpu {
   long tpr_ioctl(unsigned long request, u64 arg);
   long cpuid_ioctl(unsigned long request, u64 arg);
   long enable_cap(u64 arg);
+  long device_attr(unsigned long request, u64 arg);
 
   // vcpu_run.cpp
   long run();
@@ -158,6 +160,7 @@ class Vcpu {
   const unsigned id_, index_;
   std::mutex mutex_;
   Mapping run_;
+  Stats stats_;
 
   VcpuState state_;
   Cpuid cpuid_;
@@ -184,6 +187,7 @@ class Vcpu {
   bool want_window_ = false, look_for_signals_ = false;
   bool set_tpr_exit_ = false;        // CR8 was lowered without an irqchip
   u32 guest_debug_ = 0;
+  bool enforce_pv_ = false;          // KVM_CAP_ENFORCE_PV_FEATURE_CPUID
   bool have_sigmask_ = false;
   sigset_t sigmask_{};
   sigset_t thread_mask_{};           // during KVM_RUN: the thread's own mask

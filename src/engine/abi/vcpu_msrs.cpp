@@ -1,6 +1,7 @@
 // MSRs behind Environment: the LAPIC's, the TSC's, kvmclock's, and those KVM answers although they do nothing.
 // The core's own stand in engine/interp/msr.hpp and are asked first.
 #include <cstring>
+#include <vector>
 
 #include "engine/abi/msr_list.hpp"
 #include "engine/abi/user_memory.hpp"
@@ -39,8 +40,9 @@ bool silent(u32 index) {
 }  // namespace
 
 bool Vcpu::pv_feature(u32 bit) const {
+  if (!enforce_pv_) return (pv::kOffered & bit) != 0;
   const kvm_cpuid_entry2* e = cpuid_.find(0x40000001, 0);
-  return e == nullptr ? (pv::kOffered & bit) != 0 : (e->eax & bit) != 0;
+  return e != nullptr && (e->eax & bit) != 0;
 }
 
 Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
@@ -70,7 +72,7 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
     case kPerfStatus: *value = 1000ull | 4ull << 40; return Msr::Ok;
     case kBblCrCtl3: *value = 0xbe702111; return Msr::Ok;
     case kK7ClkCtl: *value = 0x20000000; return Msr::Ok;
-    default: return silent(index) ? Msr::Ok : Msr::Fault;
+    default: return silent(index) ? Msr::Ok : Msr::Unknown;
   }
 }
 
@@ -129,7 +131,7 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
       return Msr::Ok;
     case kPowerCtl: power_ctl_ = value; return Msr::Ok;
     case kPerfStatus: case kBblCrCtl3: case kK7ClkCtl: return Msr::Ok;
-    default: return silent(index) ? Msr::Ok : Msr::Fault;
+    default: return silent(index) ? Msr::Ok : Msr::Unknown;
   }
 }
 
@@ -163,20 +165,21 @@ long Vcpu::msrs_ioctl(unsigned long request, u64 arg) {
   if (!copy_in(arg, &head)) return -EFAULT;
   if (head.nmsrs >= 256) return -E2BIG;
   const u64 at = arg + sizeof head;
-  if (head.nmsrs != 0 && !user_pointer(at, head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
-  for (u32 i = 0; i < head.nmsrs; i++) {
-    kvm_msr_entry e;
-    if (!copy_in(at + i * sizeof e, &e)) return -EFAULT;
+  std::vector<kvm_msr_entry> entries(head.nmsrs);
+  if (!copy_bytes_in(at, entries.data(), head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
+  u32 i = 0;
+  for (; i < head.nmsrs; i++) {
+    kvm_msr_entry& e = entries[i];
     if (request == KVM_SET_MSRS) {
-      if (!set_one_msr(e.index, e.data)) return i;
+      if (!set_one_msr(e.index, e.data)) break;
     } else {
       u64 value = 0;
-      if (!get_one_msr(e.index, &value)) return i;
+      if (!get_one_msr(e.index, &value)) break;
       e.data = value;
-      copy_out(at + i * sizeof e, e);
     }
   }
-  return head.nmsrs;
+  if (request == KVM_GET_MSRS && !copy_bytes_out(at, entries.data(), head.nmsrs * sizeof(kvm_msr_entry))) return -EFAULT;
+  return i;
 }
 
 }  // namespace ring3::engine::abi

@@ -40,6 +40,7 @@ class SignalGuard {
 bool immediate_exit(const kvm_run& run) { return __atomic_load_n(&run.immediate_exit, __ATOMIC_SEQ_CST) != 0; }
 
 constexpr u64 kStealPeriodNs = 10'000'000;
+constexpr u64 kStealEntryNs = 100'000;  // on entry: the VMM's thread may have waited for a CPU meanwhile
 
 }  // namespace
 
@@ -179,6 +180,7 @@ bool Vcpu::inject_events(bool* want_window) {
     event.type = Event::Type::Nmi;
     event.vector = vec::NMI;
     if (!deliver(event)) return false;
+    stats_.add(vcpu_stat::NmiInjections);
     nmi_injected_ = false;
     state_.nmi_blocked = true;
   }
@@ -203,6 +205,7 @@ bool Vcpu::inject_events(bool* want_window) {
       event.type = Event::Type::External;
       event.vector = static_cast<u8>(vector);
       if (!deliver(event)) return false;
+      stats_.add(vcpu_stat::IrqInjections);
       state_.injected_interrupt = false;
       if (has_interrupt()) *want_window = true;
     }
@@ -235,6 +238,7 @@ long Vcpu::internal_error(u32 suberror) {
 
 long Vcpu::interrupted() {
   run_page()->exit_reason = KVM_EXIT_INTR;
+  stats_.add(vcpu_stat::SignalExits);
   return -EINTR;
 }
 
@@ -256,6 +260,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
   kvm_run& run = *run_page();
   const u32 bits = interp_->context().attention.exchange(0, std::memory_order_seq_cst);
   mmu_.serve_requests();
+  env_.msr_hooks = vm_.msr_filter().active();
   if (bits & kAttendClock) {
     pvclock_.update();
     update_guest_time(true);
@@ -349,6 +354,7 @@ long Vcpu::run_loop() {
           return 0;
         }
         mp_state_ = KVM_MP_STATE_HALTED;
+        stats_.add(vcpu_stat::HaltExits);
         break;
       case Interpreter::Result::TripleFault:
         run.exit_reason = KVM_EXIT_SHUTDOWN;
@@ -411,6 +417,7 @@ long Vcpu::run() {
     cr8_ = cr8_in;
   }
 
+  env_.msr_hooks = vm_.msr_filter().active();
   env_.complete();
   // immediate_exit from the start: the instruction that waits for the VMM is finished, no more; the exit reason stays.
   const bool finish_only = immediate_exit(run);
@@ -420,11 +427,13 @@ long Vcpu::run() {
   } else {
     vm_.tracker().enter_guest(index_);
     mmu_.expire_fetches();
+    if (steal_.read_msr() & 1) update_guest_time(vm_.config().clock->monotonic_ns() - last_steal_ns_ >= kStealEntryNs);
     result = run_loop();
     vm_.tracker().leave_guest(index_);
     if (finish_only && result == -EINTR) run.exit_reason = reason;
   }
   fill_exit_state();
+  stats_.add(vcpu_stat::Exits);
   signalled_.store(false, std::memory_order_relaxed);
   if (run.kvm_valid_regs & KVM_SYNC_X86_REGS) get_regs(&run.s.regs.regs);
   if (run.kvm_valid_regs & KVM_SYNC_X86_SREGS) get_sregs(&run.s.regs.sregs);

@@ -137,7 +137,8 @@ int Vcpu::set_sregs_common(const S& in) {
   } else if ((in.efer & efer::LMA) || in.cs.l) {
     return -EINVAL;
   }
-  if (in.cr4 & features.cr4_reserved) return -EINVAL;
+  // VME and PVI are kept for the VMM and change nothing: the virtual-8086 extensions are not modelled, nor offered.
+  if (in.cr4 & features.cr4_reserved & ~u64{3}) return -EINVAL;
   if (in.cr0 >> 32) return -EINVAL;
   if ((in.cr0 & cr0::NW) && !(in.cr0 & cr0::CD)) return -EINVAL;
   if ((in.cr0 & cr0::PG) && !(in.cr0 & cr0::PE)) return -EINVAL;
@@ -432,12 +433,15 @@ long Vcpu::registers_ioctl(unsigned long request, u64 arg) {
     case KVM_SET_FPU: { kvm_fpu r; return copy_in(arg, &r) ? set_fpu(r) : -EFAULT; }
     case KVM_GET_XSAVE:
     case KVM_GET_XSAVE2:
-      if (!user_pointer(arg, XsaveArea::kSize)) return -EFAULT;
-      get_xsave(reinterpret_cast<u8*>(arg));
-      return 0;
-    case KVM_SET_XSAVE:
-      if (!user_pointer(arg, XsaveArea::kSize)) return -EFAULT;
-      return set_xsave(reinterpret_cast<const u8*>(arg));
+    {
+      u8 area[XsaveArea::kSize];
+      get_xsave(area);
+      return copy_bytes_out(arg, area, sizeof area) ? 0 : -EFAULT;
+    }
+    case KVM_SET_XSAVE: {
+      u8 area[XsaveArea::kSize];
+      return copy_bytes_in(arg, area, sizeof area) ? set_xsave(area) : -EFAULT;
+    }
     case KVM_GET_XCRS: {
       kvm_xcrs r{};
       r.nr_xcrs = 1;

@@ -1,6 +1,10 @@
 #include "engine/abi/vm.hpp"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "engine/abi/user_memory.hpp"
@@ -22,6 +26,9 @@ Vm::~Vm() {
 Result<std::shared_ptr<Vm>> Vm::create(const Config& config) {
   std::shared_ptr<Vm> vm(new Vm(config));
   if (auto s = vm->coalesced_.create(); !s) return s.error();
+  char name[32];
+  std::snprintf(name, sizeof name, "kvm-%d", static_cast<int>(::getpid()));
+  if (auto s = vm->stats_.create(name, vm_stat::kEntries); !s) return s.error();
   return vm;
 }
 
@@ -54,7 +61,7 @@ void Vm::ioapic_eoi(unsigned vcpu_id, u8 vector) {
 
 Result<Vcpu*> Vm::create_vcpu(u64 id) {
   std::lock_guard lock(mutex_);
-  if (id >= kMaxVcpus) return Error::of(EINVAL, "vCPU id out of range");
+  if (id >= (max_vcpu_id_ != 0 ? max_vcpu_id_ : kMaxVcpus)) return Error::of(EINVAL, "vCPU id out of range");
   if (vcpus_.size() >= kMaxVcpus) return Error::of(EINVAL, "too many vCPUs");
   const unsigned n = static_cast<unsigned>(id);
   if (vcpu(n) != nullptr) return Error::of(EEXIST, "a vCPU with this id exists");
@@ -70,6 +77,7 @@ Result<Vcpu*> Vm::create_vcpu(u64 id) {
   Vcpu* raw = (*vcpu).get();
   vcpus_.push_back(std::move(*vcpu));
   by_id_[n].store(raw, std::memory_order_release);
+  stats_.add(vm_stat::Vcpus);
   return raw;
 }
 
@@ -78,8 +86,19 @@ long Vm::set_memory_region(u64 arg) {
   if (!copy_in(arg, &r)) return -EFAULT;
   std::lock_guard lock(memory_mutex_);
   const int result = memory_.set_region(r.slot, r.flags, Gpa(r.guest_phys_addr), r.memory_size, Hva(r.userspace_addr));
-  if (result == 0) tracker_.memslots_changed();
+  if (result == 0) {
+    tracker_.memslots_changed();
+    stats_.add(vm_stat::MemslotChanges);
+  }
   return result;
+}
+
+std::size_t Vm::dirty_words(u32 slot) const {
+  const auto table = memory_.table();
+  for (const memory::Slot& s : table->slots) {
+    if (s.id == (slot & 0xffff) && slot >> 16 == 0) return static_cast<std::size_t>(((s.size >> 12) + 63) / 64);
+  }
+  return 0;
 }
 
 long Vm::dirty_log(unsigned long request, u64 arg) {
@@ -89,14 +108,21 @@ long Vm::dirty_log(unsigned long request, u64 arg) {
     kvm_dirty_log log;
     if (!copy_in(arg, &log)) return -EFAULT;
     if (!user_pointer(log.padding2)) return -EFAULT;
-    const int result = memory_.get_dirty_log(log.slot, log.dirty_bitmap, manual);
-    if (result == 0 && !manual) tracker_.dirty_log_changed();
-    return result;
+    std::vector<u64> bits(dirty_words(log.slot));
+    if (!bits.empty() && !copy_bytes_out(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), bits.size() * 8)) return -EFAULT;
+    const int result = memory_.get_dirty_log(log.slot, bits.data(), manual);
+    if (result != 0) return result;
+    if (!manual) tracker_.dirty_log_changed();
+    return copy_bytes_out(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), bits.size() * 8) ? 0 : -EFAULT;
   }
   kvm_clear_dirty_log log;
   if (!copy_in(arg, &log)) return -EFAULT;
   if (!user_pointer(log.padding2)) return -EFAULT;
-  const int result = memory_.clear_dirty_log(log.slot, log.first_page, log.num_pages, log.dirty_bitmap);
+  const u64 pages = dirty_words(log.slot) * 64;
+  const u64 words = (std::min<u64>(log.num_pages, pages) + 63) / 64;
+  std::vector<u64> bits(words);
+  if (!copy_bytes_in(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), words * 8)) return -EFAULT;
+  const int result = memory_.clear_dirty_log(log.slot, log.first_page, log.num_pages, bits.data());
   if (result == 0) tracker_.dirty_log_changed();
   return result;
 }
@@ -129,6 +155,18 @@ long Vm::enable_cap(u64 arg) {
       memory_.set_dirty_initially_set(value & KVM_DIRTY_LOG_INITIALLY_SET);
       return 0;
     }
+    case KVM_CAP_X86_USER_SPACE_MSR:
+      return msr_filter_.set_user_space(value);
+    case KVM_CAP_MSR_PLATFORM_INFO:
+      msr_filter_.set_platform_info(value != 0);
+      return 0;
+    case KVM_CAP_MAX_VCPU_ID: {
+      if (value > kMaxVcpus) return -EINVAL;
+      std::lock_guard lock(mutex_);
+      if (max_vcpu_id_ != 0 && max_vcpu_id_ != value) return -EINVAL;
+      max_vcpu_id_ = value;
+      return 0;
+    }
     default:
       return -EINVAL;
   }
@@ -159,17 +197,15 @@ long Vm::create_pit(u32 flags) {
 }
 
 long Vm::irqchip_ioctl(unsigned long request, u64 arg) {
-  if (!user_pointer(arg, sizeof(kvm_irqchip))) return -EFAULT;
-  if (!full_irqchip()) return -ENXIO;
   kvm_irqchip chip;
-  std::memcpy(&chip, reinterpret_cast<const void*>(arg), sizeof chip);
+  if (!copy_in(arg, &chip)) return -EFAULT;
+  if (!full_irqchip()) return -ENXIO;
   if (request == KVM_SET_IRQCHIP) return irqchip()->set_irqchip(chip);
   const u32 id = chip.chip_id;
   std::memset(&chip, 0, sizeof chip);
   chip.chip_id = id;
   if (const int error = irqchip()->get_irqchip(&chip); error != 0) return error;
-  copy_out(arg, chip);
-  return 0;
+  return copy_out(arg, chip) ? 0 : -EFAULT;
 }
 
 long Vm::pit_ioctl(unsigned long request, u64 arg) {
@@ -187,8 +223,7 @@ long Vm::pit_ioctl(unsigned long request, u64 arg) {
     case KVM_GET_PIT: {
       kvm_pit_state s{};
       pit()->get_state(&s);
-      copy_out(arg, s);
-      return 0;
+      return copy_out(arg, s) ? 0 : -EFAULT;
     }
     case KVM_SET_PIT: {
       kvm_pit_state s;
@@ -198,8 +233,7 @@ long Vm::pit_ioctl(unsigned long request, u64 arg) {
     case KVM_GET_PIT2: {
       kvm_pit_state2 s{};
       pit()->get_state(&s);
-      copy_out(arg, s);
-      return 0;
+      return copy_out(arg, s) ? 0 : -EFAULT;
     }
     default: {
       kvm_pit_state2 s;
@@ -219,7 +253,7 @@ long Vm::irq_ioctl(unsigned long request, u64 arg) {
       const int status = irqchip()->set_irq(kIrqSourceUser, line.irq, line.level != 0);
       if (request == KVM_IRQ_LINE_STATUS) {
         line.status = status;
-        copy_out(arg, line);
+        if (!copy_out(arg, line)) return -EFAULT;
       }
       return 0;
     }
@@ -235,10 +269,8 @@ long Vm::irq_ioctl(unsigned long request, u64 arg) {
       if (irqchip() == nullptr) return -EINVAL;
       if (head.nr > RoutingTable::kMaxRoutes || head.flags != 0) return -EINVAL;
       const u64 at = arg + sizeof head;
-      const u64 bytes = u64{head.nr} * sizeof(kvm_irq_routing_entry);
-      if (head.nr != 0 && !user_pointer(at, bytes)) return -EFAULT;
       std::vector<kvm_irq_routing_entry> entries(head.nr);
-      if (head.nr != 0) std::memcpy(entries.data(), reinterpret_cast<const void*>(at), bytes);
+      if (!copy_bytes_in(at, entries.data(), u64{head.nr} * sizeof(kvm_irq_routing_entry))) return -EFAULT;
       return irqchip()->set_routing(entries.data(), head.nr, head.flags);
     }
     case KVM_IRQFD: {
@@ -293,6 +325,14 @@ long Vm::ioctl(unsigned long request, u64 arg) {
     }
     case KVM_SET_NR_MMU_PAGES:
       return arg < 20 ? -EINVAL : 0;  // there are no shadow pages to limit
+    case KVM_X86_SET_MSR_FILTER:
+      return msr_filter_.set(arg);
+    case KVM_GET_STATS_FD:
+      return stats_.open();
+    case KVM_CREATE_DEVICE: {
+      kvm_create_device device;
+      return copy_in(arg, &device) ? -ENODEV : -EFAULT;  // VFIO's is the only type x86 knows, and it is not offered
+    }
     case KVM_ENABLE_CAP:
       return enable_cap(arg);
     case KVM_CREATE_IRQCHIP:

@@ -12,6 +12,8 @@
 #include "engine/abi/coalesced.hpp"
 #include "engine/abi/config.hpp"
 #include "engine/abi/eventfd.hpp"
+#include "engine/abi/msr_filter.hpp"
+#include "engine/abi/stats.hpp"
 #include "engine/irq/irq_chip.hpp"
 #include "engine/mmu/mmu.hpp"
 #include "engine/timer/pit.hpp"
@@ -56,6 +58,7 @@ class Vm final : public VcpuSink {
   ApicBus& bus() { return bus_; }
   IoEventfds& ioeventfds() { return ioeventfds_; }
   CoalescedRing& coalesced() { return coalesced_; }
+  const MsrFilter& msr_filter() const { return msr_filter_; }
 
   /// Null until KVM_CREATE_IRQCHIP or KVM_CAP_SPLIT_IRQCHIP; then for the VM's lifetime.
   IrqChip* irqchip() const { return irqchip_.load(std::memory_order_acquire); }
@@ -83,6 +86,8 @@ class Vm final : public VcpuSink {
   explicit Vm(const Config& config);
 
   long set_memory_region(u64 arg);
+  /// Words of the slot's dirty bitmap; 0: no such slot. memory_mutex_ held.
+  std::size_t dirty_words(u32 slot) const;
   long dirty_log(unsigned long request, u64 arg);
   long enable_cap(u64 arg);
   long create_irqchip(IrqChip::Mode mode, unsigned pins);
@@ -101,11 +106,14 @@ class Vm final : public VcpuSink {
   ApicBus bus_{*this};
   IoEventfds ioeventfds_;
   CoalescedRing coalesced_;
+  MsrFilter msr_filter_;
+  Stats stats_;
 
   std::mutex mutex_;
   std::mutex memory_mutex_;  // one memslot or dirty-log change at a time, with its shootdown
   unsigned boot_vcpu_ = 0;
   unsigned split_pins_ = 0;
+  u64 max_vcpu_id_ = 0;  // KVM_CAP_MAX_VCPU_ID; 0: not set
   u32 default_tsc_khz_ = 0;
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};

@@ -24,6 +24,20 @@ class Environment : public MmioPort {
   virtual Answer rdmsr(u32 index, u64* value) = 0;
   virtual Answer wrmsr(u32 index, u64 value) = 0;
 
+  /// The VMM has a say in MSR accesses: msr_before() is asked ahead of each, msr_faulted() when the core would raise #GP.
+  bool msr_hooks = false;
+  /// Done with *handled unset: go on. With *handled set the access is over, *value its result.
+  virtual Answer msr_before(u32 index, bool write, u64* value, bool* handled) {
+    static_cast<void>(index), static_cast<void>(write), static_cast<void>(value);
+    *handled = false;
+    return Answer::Done;
+  }
+  /// Done: the access is over, *value its result.
+  virtual Answer msr_faulted(u32 index, bool write, u64* value) {
+    static_cast<void>(index), static_cast<void>(write), static_cast<void>(value);
+    return Answer::Fault;
+  }
+
   /// The guest's CPUID as KVM_SET_CPUID2 gave it, with the bits that follow live state (OSXSAVE,
   /// APIC enable, XSAVE sizes) applied by the interpreter.
   virtual void cpuid(u32 leaf, u32 subleaf, u32 out[4]) = 0;

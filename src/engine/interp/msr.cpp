@@ -362,9 +362,23 @@ Exec rdmsr(Context& c, const DecodedInsn&) {
   VcpuState& s = c.s;
   const u32 index = static_cast<u32>(s.gpr[RCX]);
   u64 value = 0;
+  if (c.env.msr_hooks) [[unlikely]] {
+    bool handled = false;
+    const Environment::Answer a = c.env.msr_before(index, false, &value, &handled);
+    if (a != Environment::Answer::Done) return answer(c, a);
+    if (handled) {
+      s.gpr[RAX] = static_cast<u32>(value);
+      s.gpr[RDX] = value >> 32;
+      return Exec::Next;
+    }
+  }
   switch (read_msr(s, c.features, index, false, &value)) {
     case MsrAccess::Ok: break;
-    case MsrAccess::Fault: return c.gp0();
+    case MsrAccess::Fault: {
+      const Environment::Answer a = c.env.msr_hooks ? c.env.msr_faulted(index, false, &value) : Environment::Answer::Fault;
+      if (a != Environment::Answer::Done) return answer(c, a);
+      break;
+    }
     case MsrAccess::Unknown: {
       const Environment::Answer a = c.env.rdmsr(index, &value);
       if (a != Environment::Answer::Done) return answer(c, a);
@@ -380,11 +394,17 @@ Exec wrmsr(Context& c, const DecodedInsn&) {
   if (c.cpl != 0) return c.gp0();
   VcpuState& s = c.s;
   const u32 index = static_cast<u32>(s.gpr[RCX]);
-  const u64 value = (s.gpr[RDX] << 32) | static_cast<u32>(s.gpr[RAX]);
+  u64 value = (s.gpr[RDX] << 32) | static_cast<u32>(s.gpr[RAX]);
+  if (c.env.msr_hooks) [[unlikely]] {
+    bool handled = false;
+    const Environment::Answer a = c.env.msr_before(index, true, &value, &handled);
+    if (a != Environment::Answer::Done || handled) return answer(c, a);
+  }
   const u64 old_efer = s.efer;
   switch (write_msr(s, c.features, index, value, false)) {
     case MsrAccess::Ok: break;
-    case MsrAccess::Fault: return c.gp0();
+    case MsrAccess::Fault:
+      return answer(c, c.env.msr_hooks ? c.env.msr_faulted(index, true, &value) : Environment::Answer::Fault);
     case MsrAccess::Unknown: return answer(c, c.env.wrmsr(index, value));
   }
   if (index == msr::EFER) {
