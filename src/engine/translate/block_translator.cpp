@@ -19,9 +19,9 @@ enum class Family : u8 {
   Leave,
   Pushf,
   Cli,
+  System,
   String,
   Direction,
-  System,
   Jmp,
   Jcc,
   Count,
@@ -234,6 +234,7 @@ bool BlockBuilder::one(const DecodedInsn& i) {
 
 /// What lies behind the block: slow paths, interpretation, polls, exit stubs.
 void BlockBuilder::finish() {
+  finish_groups();
   for (SlowPath& s : slow_) {
     Interpret& interpret = interpret_[s.insn];
     e_.bind(s.entry);
@@ -260,16 +261,34 @@ void BlockBuilder::finish() {
   }
   for (Poll& p : polls_) {
     e_.bind(p.entry);
-    e_.mov(kHostRcx, kScratch0);
+    if (p.rcx) e_.mov(kHostRcx, kScratch0);
     e_.mov_imm(kScratch0, p.target);
-    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitAttention)});
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
+               .mem = HostMem::frame(p.in_frame ? frame::kExitAttentionFrame : frame::kExitAttention)});
   }
   for (std::size_t n = 0; n < stubs_.size(); n++) {
     out_->exits[n].stub = e_.size();
     e_.bind(stubs_[n].entry);
     e_.mov_imm(kScratch0, stubs_[n].target);
     e_.mov_imm(kScratch1, request_->first_tag + static_cast<u32>(n));
-    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitNext)});
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
+               .mem = HostMem::frame(stubs_[n].in_frame ? frame::kExitNextFrame : frame::kExitNext)});
+  }
+  for (Miss& m : misses_) {
+    e_.bind(m.entry);
+    if (!m.attention) {  // r14 = target + bias + the entry's
+      e_.encode({.w = true, .opcode = 0x2b, .reg = kScratch0, .memory = true, .mem = HostMem::at(kScratch1)});
+      e_.encode({.w = true, .opcode = 0x2b, .reg = kScratch0, .memory = true, .mem = HostMem::frame(frame::kJumpBias)});
+    }
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
+               .mem = HostMem::frame(m.attention ? frame::kExitAttentionFrame : frame::kExitIndirectFrame)});
+  }
+  if (live_[0] != 0) {
+    out_->frame_entry = e_.size();
+    emit_flags_restore(kScratch0);
+    Label begin;
+    begin.at = 0;
+    e_.jmp(begin);
   }
 }
 
@@ -280,38 +299,78 @@ void BlockBuilder::start_over() {
   interpret_.clear();
   polls_.clear();
   stubs_.clear();
+  misses_.clear();
+  group_misses_.clear();
+  start_groups(true);
   rip_ = request_->rip;
   flags_ = Flags::Host;
   ended_ = false;
 }
 
-std::size_t BlockBuilder::body(std::size_t count) {
+std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
   count_ = count;
   live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
   for (std::size_t n = count; n-- > 0;) live_[n] = (live_[n + 1] & ~use_[n].writes) | use_[n].reads;
-  for (std::size_t n = 0; n < count; n++) {
+  for (std::size_t n = first; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     insn_ = &i;
     index_ = n;
     const u32 size = e_.size();
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
+    const std::size_t misses = group_misses_.size();
+    if (!grouping_) {
+      e_.bind(copies_[n].entry);
+      copies_[n].flags = flags_;
+    }
     interpret_.emplace_back();
     interpret_.back().rip = rip_;
     consumed_ = 1;
+    before(i);
     if (!one(i)) {
       e_.truncate(size);
       slow_.resize(slow);
+      group_misses_.resize(misses);
       out_->faults.resize(faults);
       interpret_.pop_back();
       flags_ = flags;
       return n;
     }
-    for (unsigned k = 0; k < consumed_; k++) rip_ += request_->insns[n + k].length;
+    for (unsigned k = 0; k < consumed_; k++) {
+      rip_ += request_->insns[n + k].length;
+      for (Group& g : groups_) follow(request_->insns[n + k], &g);
+    }
     n += consumed_ - 1;
     if (ended_ || i.has(kEndsBlock)) return n + 1;
   }
   return count;
+}
+
+void BlockBuilder::tail(std::size_t done) {
+  if (ended_) return;
+  index_ = done;
+  if (done < request_->insns.size()) {
+    exit_interpret_now();
+  } else {
+    exit_to(rip_, false);
+  }
+}
+
+/// What the misses of groups go on in. False: it is not the same instructions, which is not expected.
+bool BlockBuilder::copy_without_groups(std::size_t done) {
+  if (group_misses_.empty()) return true;
+  const std::size_t first = group_misses_.front().insn;
+  copies_.assign(done, Copy{});
+  start_groups(false);
+  const u64 end = rip_;
+  rip_ = request_->rip;
+  for (std::size_t n = 0; n < first; n++) rip_ += request_->insns[n].length;
+  // Every flag that is live comes from where the first miss has it: in the host's registers again.
+  flags_ = Flags::Host;
+  ended_ = false;
+  if (body(first, done) != done || rip_ != end) return false;
+  tail(done);
+  return true;
 }
 
 bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
@@ -324,25 +383,18 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
 
   start_over();
-  std::size_t done = body(count);
+  std::size_t done = body(0, count);
   if (done < count && !ended_) {
     // An instruction was refused after flags before it had been found dead on its account.
     count = done;
     start_over();
-    done = body(count);
+    done = body(0, count);
   }
   if (done == 0) return false;
   out->insns = static_cast<u32>(done);
   out->bytes = static_cast<u32>(rip_ - request.rip);
-  if (!ended_) {
-    index_ = done;
-    if (done < request.insns.size()) {
-      exit_interpret_now();
-    } else {
-      flags_to_host(kScratch0);
-      exit_to(rip_, false);
-    }
-  }
+  tail(done);
+  if (!copy_without_groups(done)) return false;
   finish();
   out->flags_in = live_[0];
   out->code.assign(e_.data(), e_.data() + e_.size());

@@ -38,6 +38,12 @@ struct DirectExit {
   u32 jump = 0;    ///< offset in code of `jmp rel32` (E9): 5 bytes; at first it leads to stub
   u32 stub = 0;    ///< offset of the stub: r14 = target, r15d = tag, jmp gs:[kExitNext]
   u64 target = 0;  ///< guest RIP
+  /// The exit comes with the status flags in the frame: it goes to its target's frame_entry.
+  bool frame_flags = false;
+  /// Another page: the offset of the u32 that holds the bias (JitFrame::bias_high) the link is good for, 0 being
+  /// none; kSamePage for a target in the block's own page.
+  u32 bias = kSamePage;
+  static constexpr u32 kSamePage = ~0u;
 };
 
 /// Where a host instruction that may fault (DIV, IDIV) stands, and the guest instruction to interpret then.
@@ -47,7 +53,8 @@ struct HostFaultPoint {
 };
 
 struct TranslatedBlock {
-  std::vector<u8> code;  ///< position-independent; entered at its first byte
+  std::vector<u8> code;  ///< position-independent; entered at its first byte, with the status flags in RFLAGS
+  u32 frame_entry = 0;   ///< or here, with the status flags in JitFrame::flags
   std::vector<DirectExit> exits;
   std::vector<HostFaultPoint> faults;
   u32 insns = 0;     ///< how many of the request's instructions the code stands for; the others are not reached
@@ -57,7 +64,7 @@ struct TranslatedBlock {
     code.clear();
     exits.clear();
     faults.clear();
-    insns = bytes = 0;
+    insns = bytes = frame_entry = 0;
     flags_in = 0;
   }
 };
@@ -66,9 +73,8 @@ class BlockTranslator {
  public:
   virtual ~BlockTranslator() = default;
   /// False: the first instruction is to be interpreted (the run loop remembers it); out is then unspecified.
-  /// Direct exits to the block's own guest page, and those only, are listed in exits; a direct branch to
-  /// another page leaves through exit_indirect. Before a direct exit that goes backward (target <= rip of
-  /// the branch), attention is polled with the flags kept (exit_attention, r14 = target).
+  /// Before a direct exit that goes backward (target <= rip of the branch) or to another page, attention is
+  /// polled.
   virtual bool translate(const BlockRequest& request, TranslatedBlock* out) = 0;
 };
 

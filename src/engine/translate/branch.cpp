@@ -3,8 +3,9 @@
 /// Near control flow: JMP Jcc JRCXZ LOOP CALL RET, and the block's exits.
 ///
 /// Faults: a target that is not canonical is left to the interpreter, with nothing changed.
-/// Polls:  a direct exit that goes backward looks at attention, by way of RCX, which leaves the flags alone;
-///         exit_indirect polls by itself.
+/// Polls:  a direct exit that goes backward looks at attention, by way of RCX where flags live in the host;
+///         exit_indirect polls by itself. Forward branches, calls forward and returns to after their call cannot
+///         make a loop by themselves.
 namespace ring3::engine {
 namespace {
 
@@ -27,31 +28,106 @@ void BlockBuilder::exit_interpret_now() {
   ended_ = true;
 }
 
-void BlockBuilder::exit_to(u64 target, bool backward) {
-  ended_ = true;
-  if (!same_page(target)) {
-    e_.mov_imm(kScratch0, target);
-    e_.encode(thunk_jump(frame::kExitIndirect));
-    return;
-  }
-  if (backward) {
-    polls_.push_back({{}, target});
-    e_.mov(kScratch0, kHostRcx);
-    e_.load(kHostRcx, frame_at(frame::kAttention));
-    e_.load32(kHostRcx, HostMem::at(kHostRcx));
-    const u32 over = e_.jrcxz_short(8);
-    e_.jmp(polls_.back().entry);
-    e_.bind_short(over);
-    e_.mov(kHostRcx, kScratch0);
-  }
-  stubs_.push_back({{}, target});
-  out_->exits.push_back({e_.size(), 0, target});
-  e_.jmp(stubs_.back().entry);
+void BlockBuilder::flags_away(u8 scratch) {
+  if (flags_ != Flags::Host) return;
+  emit_flags_save(scratch);
+  flags_ = Flags::Frame;
 }
 
+/// Leaves both scratch registers free, the flags where they are.
+void BlockBuilder::poll(u64 target) {
+  const bool host = flags_ == Flags::Host;
+  polls_.push_back({{}, target, host, !host});
+  if (!host) {
+    e_.load(kScratch0, frame_at(frame::kAttention));
+    e_.cmp32_imm(HostMem::at(kScratch0), 0);
+    e_.jcc(5, polls_.back().entry);
+    return;
+  }
+  e_.mov(kScratch0, kHostRcx);
+  e_.load(kHostRcx, frame_at(frame::kAttention));
+  e_.load32(kHostRcx, HostMem::at(kHostRcx));
+  const u32 over = e_.jrcxz_short(8);
+  e_.jmp(polls_.back().entry);
+  e_.bind_short(over);
+  e_.mov(kHostRcx, kScratch0);
+}
+
+void BlockBuilder::exit_to(u64 target, bool backward) {
+  ended_ = true;
+  if (backward) poll(target);
+  const bool in_frame = flags_ != Flags::Host;
+  stubs_.push_back({{}, target, in_frame});
+  Label& stub = stubs_.back().entry;
+  u32 bias = DirectExit::kSamePage;
+  if (!same_page(target)) {
+    if (in_frame) {
+      // cmp dword gs:[bias_high], the link's
+      e_.bytes({0x65, 0x81, 0x3c, 0x25});
+      e_.imm32(frame::kBiasHigh);
+      bias = e_.size();
+      e_.imm32(0);
+      e_.jcc(5, stub);
+    } else {
+      e_.mov(kScratch0, kHostRcx);
+      e_.load32(kHostRcx, frame_at(frame::kBiasNegated));
+      e_.bytes({0x8d, 0x89});  // lea ecx, [rcx + the link's]
+      bias = e_.size();
+      e_.imm32(0);
+      const u32 over = e_.jrcxz_short(8);
+      e_.mov(kHostRcx, kScratch0);
+      e_.jmp(stub);
+      e_.bind_short(over);
+      e_.mov(kHostRcx, kScratch0);
+    }
+  }
+  out_->exits.push_back({e_.size(), 0, target, in_frame, bias});
+  e_.jmp(stub);
+}
+
+/// The jump table's entry for r14; the thunks' hash (jump_index()).
 void BlockBuilder::exit_indirect() {
   ended_ = true;
-  e_.encode(thunk_jump(frame::kExitIndirect));
+  flags_away(kScratch1);
+  misses_.push_back({});
+  const std::size_t attention = misses_.size() - 1;
+  misses_.back().attention = true;
+  e_.load(kScratch1, frame_at(frame::kAttention));
+  e_.cmp32_imm(HostMem::at(kScratch1), 0);
+  e_.jcc(5, misses_[attention].entry);
+  e_.encode({.vex = true, .w = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = kScratch1, .rm = kScratch0, .imm_size = 1, .imm = {16}});  // rorx r15, r14, 16
+  e_.encode({.opcode = 0x01, .reg = kScratch0, .rm = kScratch1});                     // add r15d, r14d
+  e_.encode({.map = 1, .opcode = 0xb7, .reg = kScratch1, .rm = kScratch1});           // movzx r15d, r15w
+  e_.encode({.opcode = 0xc1, .reg = 4, .rm = kScratch1, .imm_size = 1, .imm = {4}});  // shl r15d, 4
+  e_.add(kScratch1, frame_at(frame::kJumpTable));
+  e_.add(kScratch0, frame_at(frame::kJumpBias));
+  e_.add(kScratch0, HostMem::at(kScratch1));
+  misses_.push_back({});
+  e_.jcc(5, misses_.back().entry);
+  e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::at(kScratch1, 8)});
+}
+
+void BlockBuilder::shadow_call(u64 back) {
+  Label callee;
+  flags_away(kScratch0);
+  // The shadow stack is full: it begins anew.
+  e_.encode({.w = true, .opcode = 0x3b, .reg = kHostRsp, .memory = true, .mem = frame_at(frame::kShadowLimit)});
+  const u32 room = e_.jcc_short(7);
+  e_.load(kHostRsp, frame_at(frame::kShadowBase));
+  e_.bind_short(room);
+  e_.bytes({0x41, 0x57});  // push r15
+  e_.call(callee);
+  e_.lea(kHostRsp, HostMem::at(kHostRsp, 8));
+  const Flags flags = flags_;
+  flags_ = Flags::Frame;  // as every RET leaves them
+  exit_to(back, false);
+  flags_ = flags;
+  e_.bind(callee);
+}
+
+void BlockBuilder::shadow_return() {
+  flags_away(kScratch1);
+  e_.cmp(kScratch0, HostMem::at(kHostRsp, 8));
 }
 
 void BlockBuilder::check_canonical(u8 reg, u8 temp) {
@@ -68,7 +144,6 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   if (o.kind == OperandKind::Rel) {
     const u64 target = next_rip() + static_cast<u64>(i.imm);
     if (!canonical_address(target)) return false;
-    flags_to_host(kScratch0);
     exit_to(target);
     return true;
   }
@@ -87,7 +162,6 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
     return false;
   }
   check_canonical(kScratch0, kScratch1);
-  flags_to_host(kScratch1);
   exit_indirect();
   return true;
 }
@@ -127,6 +201,7 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   const Operand& o = i.operands[0];
   if (i.opsize != 8) return false;
   const u64 back = next_rip();
+  if (!canonical_address(back)) return false;
   const auto push_return = [&](const Access& a) {
     if (static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back) {
       e_.store_imm32(a.mem, static_cast<i32>(back));
@@ -142,7 +217,8 @@ bool BlockBuilder::call(const DecodedInsn& i) {
     if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
     push_return(a);
     e_.lea(kHostR13, HostMem::at(kHostR13, -8));
-    flags_to_host(kScratch0);
+    e_.mov_imm(kScratch1, back);
+    shadow_call(back);
     exit_to(target);
     return true;
   }
@@ -164,7 +240,8 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
   push_return(a);
   e_.lea(kHostR13, HostMem::at(kHostR13, -8));
-  flags_to_host(kScratch0);
+  e_.mov_imm(kScratch1, back);
+  shadow_call(back);
   e_.load(kScratch0, frame_at(kValueSlot));
   exit_indirect();
   return true;
@@ -175,9 +252,15 @@ bool BlockBuilder::ret(const DecodedInsn& i) {
   Access a;
   if (!access(stack_address(0), 8, Kind::Read, false, &a)) return false;
   e_.load(kScratch0, a.mem);
+  const i32 drop = 8 + static_cast<i32>(static_cast<u16>(i.imm));
+  shadow_return();
+  const u32 other = e_.jcc_short(5);
+  e_.lea(kHostR13, HostMem::at(kHostR13, drop));
+  e_.byte(0xc3);  // ret
+  e_.bind_short(other);
   check_canonical(kScratch0, kScratch1);
-  e_.lea(kHostR13, HostMem::at(kHostR13, 8 + static_cast<i32>(static_cast<u16>(i.imm))));
-  flags_to_host(kScratch1);
+  e_.lea(kHostR13, HostMem::at(kHostR13, drop));
+  e_.load(kHostRsp, frame_at(frame::kShadowBase));
   exit_indirect();
   return true;
 }

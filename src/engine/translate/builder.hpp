@@ -1,4 +1,6 @@
 #pragma once
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "engine/translate/block_translator.hpp"
@@ -23,7 +25,7 @@ class BlockBuilder {
 
  private:
   static constexpr u8 kScratch0 = kHostR14, kScratch1 = kHostR15;
-  static constexpr u32 kFlagsSlot = frame::kScratch, kRaxSlot = frame::kScratch + 8,
+  static constexpr u32 kFlagsSlot = frame::kFlags, kRaxSlot = frame::kScratch + 8,
                        kValueSlot = frame::kScratch + 16, kRflags = RING3_FRAME_STATE_RFLAGS;
 
   enum class Flags : u8 { Host, Frame, Dead };
@@ -54,6 +56,30 @@ class BlockBuilder {
     bool aligned = false, write = false;
     u32 insn = 0;
   };
+  /// Accesses that one check stands for (groups.cpp).
+  struct Group {
+    bool active = false, write = false;
+    u8 base = kNoReg, index = kNoReg, scale_log2 = 0;
+    i64 low = 0, high = 0;  ///< displacements checked, off the base as it was at the check
+    i64 moved = 0;          ///< how far the base went since
+    u32 slot = 0;           ///< frame slot of the addend
+    unsigned others = 0;
+  };
+  struct GroupMiss {
+    Label entry, retry;
+    Address address;
+    u32 size = 0;
+    bool write = false;
+    bool fill = false;  ///< the first access may fill for all of the group
+    std::size_t insn = 0;
+    Flags flags = Flags::Dead;
+  };
+  /// Where the block's copy without groups can be entered.
+  struct Copy {
+    Label entry;
+    Flags flags = Flags::Host;
+  };
+  static constexpr unsigned kGroups = 3;  ///< in the frame's scratch slots 3 to 5
   struct Interpret {
     Label entry;
     u64 rip = 0;
@@ -63,16 +89,26 @@ class BlockBuilder {
   struct Poll {
     Label entry;
     u64 target = 0;
+    bool rcx = false;      ///< the guest's RCX stands in scratch 0
+    bool in_frame = false; ///< the flags
   };
   struct Stub {
     Label entry;
     u64 target = 0;
+    bool in_frame = false;
+  };
+  struct Miss {
+    Label entry;
+    bool attention = false;
   };
 
   // ---- block_translator.cpp ----
   bool supported(std::size_t n) const;
   void start_over();
-  std::size_t body(std::size_t count);  ///< how many of the first count instructions were translated
+  /// From instruction `first` on: how many of the first count instructions were translated.
+  std::size_t body(std::size_t first, std::size_t count);
+  void tail(std::size_t done);  ///< the exit of a block that has none yet
+  bool copy_without_groups(std::size_t done);
   bool one(const DecodedInsn& i);
   void finish();
   u64 rip() const { return rip_; }
@@ -88,6 +124,7 @@ class BlockBuilder {
   void need_flags(
       u8 scratch);  ///< the instruction uses or changes them; scratch: a free host register or kHostNone
   void flags_to_host(u8 scratch);
+  void emit_flags_save(u8 scratch);
   void emit_flags_restore(u8 scratch);
 
   // ---- memory.cpp ----
@@ -112,11 +149,25 @@ class BlockBuilder {
   /// The value of a guest register in a host register: its own, or scratch loaded from the frame.
   u8 value_of(u8 guest, u8 scratch);
 
+  // ---- groups.cpp ----
+  static bool groupable(const Address& a);
+  static bool same_registers(const Group& g, const Address& a);
+  static void follow(const DecodedInsn& i, Group* g);  ///< past this instruction
+  const Group* group_of(const Address& a, u8 size, Kind kind) const;
+  Group* open_group(const Address& a, u8 size, Kind kind);
+  void start_groups(bool on);
+  void before(const DecodedInsn& i);  ///< ends groups that the instruction must not use
+  void finish_groups();
+
   // ---- exits (branch.cpp) ----
   void exit_interpret_now();
   void exit_to(u64 target) { exit_to(target, target <= rip()); }
-  void exit_to(u64 target, bool backward);  ///< direct; flags in the host, scratch registers free
-  void exit_indirect();                     ///< r14 = target; flags in the host
+  void exit_to(u64 target, bool backward);  ///< direct; flags where they are, scratch registers free
+  void exit_indirect();                     ///< r14 = target; r15 free
+  void flags_away(u8 scratch);              ///< the flags are in the frame, or dead, from here on
+  void poll(u64 target);
+  void shadow_call(u64 back);               ///< r15 = back; what follows is the callee's exit
+  void shadow_return();                     ///< r14 = target
   void check_canonical(u8 reg, u8 temp);    ///< clobbers flags; not canonical: interpret
 
   // ---- families; false: not translated ----
@@ -131,10 +182,6 @@ class BlockBuilder {
   bool leave(const DecodedInsn& i);
   bool pushf(const DecodedInsn& i);
   bool cli();
-  bool string(const DecodedInsn& i);  // strings.cpp
-  bool repeated_string(const DecodedInsn& i);
-  void emit_direction_check();  ///< DF set: interpret; clobbers flags
-  bool direction(bool set);
   void system_op(SystemOp op, bool may_refuse);  // system_ops.cpp: operand r14, answer r15; clobbers flags
   bool system(const DecodedInsn& i);
   bool swapgs();
@@ -143,6 +190,10 @@ class BlockBuilder {
   bool popf(const DecodedInsn& i);
   bool mov_from_cr(const DecodedInsn& i);
   bool rdtsc(bool aux);
+  bool string(const DecodedInsn& i);  // strings.cpp
+  bool repeated_string(const DecodedInsn& i);
+  void emit_direction_check();  ///< DF set: interpret; clobbers flags
+  bool direction(bool set);
   bool jmp(const DecodedInsn& i);  // branch.cpp
   bool jcc(const DecodedInsn& i);
   bool count_branch(const DecodedInsn& i);
@@ -165,6 +216,11 @@ class BlockBuilder {
   std::vector<Interpret> interpret_;  ///< per instruction that was translated
   std::vector<Poll> polls_;
   std::vector<Stub> stubs_;
+  bool grouping_ = false;
+  std::array<Group, kGroups> groups_;
+  std::vector<GroupMiss> group_misses_;
+  std::vector<Copy> copies_;  ///< by instruction
+  std::vector<Miss> misses_;
 };
 
 }  // namespace ring3::engine

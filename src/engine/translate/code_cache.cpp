@@ -55,6 +55,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& bloc
   b.gpa = gpa;
   b.mode = mode;
   b.code = code;
+  b.frame_entry = block.frame_entry;
   b.code_size = static_cast<u32>(block.code.size());
   b.bytes = static_cast<u16>(block.bytes);
   b.count = static_cast<u16>(block.insns);
@@ -67,6 +68,8 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& bloc
     x.jump = code + e.jump;
     x.stub = code + e.stub;
     x.target = e.target;
+    x.frame_flags = e.frame_flags;
+    if (e.bias != DirectExit::kSamePage) x.bias = code + e.bias;
     x.from = &b;
   }
   b.faults = static_cast<u32>(faults_.size());
@@ -80,7 +83,12 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& bloc
   return &b;
 }
 
-void CodeCache::point(const Exit& exit, const u8* to) {
+void CodeCache::point(const Exit& exit, const u8* to, u32 bias) {
+  if (exit.bias != nullptr) {
+    u8 bytes[4];
+    std::memcpy(bytes, &bias, 4);
+    arena_->patch(exit.bias, bytes);
+  }
   const i64 distance = to - (exit.jump + 5);
   const i32 rel = static_cast<i32>(distance);  // an arena has at most 1 GiB
   u8 bytes[4];
@@ -88,17 +96,31 @@ void CodeCache::point(const Exit& exit, const u8* to) {
   arena_->patch(exit.jump + 1, bytes);
 }
 
-void CodeCache::link(u32 tag, CodeBlock* to) {
+void CodeCache::unlink(u32 tag) {
+  Exit& x = exits_[tag];
+  if (x.to == nullptr) return;
+  u32* link = &x.to->incoming;
+  while (*link != kNone && *link != tag) link = &exits_[*link].next_incoming;
+  if (*link == tag) *link = x.next_incoming;
+  x.to = nullptr;
+  x.next_incoming = kNone;
+  point(x, x.stub, 0);
+}
+
+void CodeCache::link(u32 tag, CodeBlock* to, u64 bias) {
   if (tag >= exits_.size() || to->dead) return;
   Exit& x = exits_[tag];
   CodeBlock* from = x.from;
-  if (from->dead || x.to != nullptr || x.target != to->rip || from->mode != to->mode ||
-      from->gpa.page() != to->gpa.page() || (from->rip ^ to->rip) >> kPageShift != 0)
-    return;
+  if (from->dead || x.target != to->rip || from->mode != to->mode) return;
+  if (x.bias == nullptr) {
+    if (x.to != nullptr || from->gpa.page() != to->gpa.page()) return;
+  } else {
+    unlink(tag);
+  }
   x.to = to;
   x.next_incoming = to->incoming;
   to->incoming = tag;
-  point(x, to->code);
+  point(x, to->code + (x.frame_flags ? to->frame_entry : 0), static_cast<u32>(bias >> 48));
   stats_.linked++;
 }
 
@@ -128,22 +150,15 @@ void CodeCache::kill(CodeBlock* block) {
     tag = x.next_incoming;
     x.to = nullptr;
     x.next_incoming = kNone;
-    point(x, x.stub);
+    point(x, x.stub, 0);
   }
   block->incoming = kNone;
   // Its own exits leave to the run loop: the dead code may be running still.
   for (u32 tag = block->first_exit; tag < block->first_exit + block->exit_count; tag++) {
-    Exit& x = exits_[tag];
-    if (x.to == nullptr) continue;
-    u32* link = &x.to->incoming;
-    while (*link != kNone && *link != tag) link = &exits_[*link].next_incoming;
-    if (*link == tag) *link = x.next_incoming;
-    x.to = nullptr;
-    x.next_incoming = kNone;
-    point(x, x.stub);
+    unlink(tag);
   }
   JumpEntry& e = jumps_[jump_index(block->rip)];
-  if (e.code == reinterpret_cast<u64>(block->code)) e = JumpEntry{};
+  if (e.code == reinterpret_cast<u64>(block->code + block->frame_entry)) e = JumpEntry{};
   stats_.killed++;
 }
 

@@ -14,9 +14,10 @@
 /// table, which translated code searches by itself: an entry counts only under the bias (a number for the
 /// mode and the state of the fetch translations) that it was made under.
 ///
-/// Links: a direct exit inside a guest page jumps to its successor's code once that is known. They hold as
+/// Links: a direct exit jumps to its successor's code once that is known. Inside a guest page the link holds as
 ///        long as both blocks live: whoever runs in the page has fetched from it, and a change of mode or
-///        translation is never made by translated code.
+///        translation is never made by translated code. To another page it holds under one bias, which the exit
+///        compares, and is made anew when it is reached under another.
 /// Killed blocks are unlinked at once, but their code stays until the whole cache is emptied, so that a
 ///        block may be killed by an access of its own.
 /// Bounded: by the arena; when it is full, everything goes.
@@ -28,6 +29,7 @@ struct CodeBlock {
   Gpa gpa;
   const u8* code = nullptr;
   u32 code_size = 0;
+  u32 frame_entry = 0;    ///< offset in code: entered with the status flags in the frame
   u32 first_exit = 0;     ///< its exits' tags begin here
   u32 guest_bytes = 0;    ///< index of its bytes' copy
   u32 incoming = ~0u;     ///< list of the exits linked to it
@@ -60,7 +62,7 @@ class CodeCache {
     return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
   }
   void remember(const CodeBlock& block, u64 bias) {
-    jumps_[jump_index(block.rip)] = {0 - (block.rip + bias), reinterpret_cast<u64>(block.code)};
+    jumps_[jump_index(block.rip)] = {0 - (block.rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
   }
 
   CodeBlock* find(Gpa gpa, u64 rip, u8 mode) const;
@@ -68,7 +70,8 @@ class CodeCache {
   /// Null when it does not fit: flush() first. guest: the bytes that it was made from.
   CodeBlock* add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& block, const u8* guest);
   /// The exit that left with this tag goes to `to` from now on, if that may be.
-  void link(u32 tag, CodeBlock* to);
+  /// bias: the one in force.
+  void link(u32 tag, CodeBlock* to, u64 bias);
   /// RIP of the guest instruction whose host instruction faults at pc.
   bool fault_rip(u64 pc, u64* rip) const;
 
@@ -92,12 +95,15 @@ class CodeCache {
     CodeBlock* from = nullptr;
     CodeBlock* to = nullptr;
     u32 next_incoming = kNone;
+    const u8* bias = nullptr;  ///< of a link to another page: what it compares with
+    bool frame_flags = false;
   };
 
   explicit CodeCache(std::unique_ptr<CodeArena> arena);
   static unsigned bucket(Gpa gpa, u64 rip, u8 mode);
   void kill(CodeBlock* block);
-  void point(const Exit& exit, const u8* to);
+  void unlink(u32 tag);
+  void point(const Exit& exit, const u8* to, u32 bias);
   template <class F>
   void sweep(u64 frame, F&& doomed);
 

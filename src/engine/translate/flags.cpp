@@ -11,13 +11,16 @@ void BlockBuilder::clobber_flags() {
     flags_ = Flags::Dead;
     return;
   }
-  // The scratch registers hold nothing before an instruction's first check.
-  e_.mov(kScratch0, kHostRax);
+  emit_flags_save(kScratch0);  // the scratch registers hold nothing before an instruction's first check
+  flags_ = Flags::Frame;
+}
+
+void BlockBuilder::emit_flags_save(u8 scratch) {
+  e_.mov(scratch, kHostRax);
   e_.byte(0x9f);                 // lahf
   e_.bytes({0x0f, 0x90, 0xc0});  // seto al
   e_.store32(HostMem::frame(kFlagsSlot), kHostRax);
-  e_.mov(kHostRax, kScratch0);
-  flags_ = Flags::Frame;
+  e_.mov(kHostRax, scratch);
 }
 
 void BlockBuilder::emit_flags_restore(u8 scratch) {

@@ -12,14 +12,18 @@
 ///   r13                                   the guest's rsp
 ///   gs:[kR13], gs:[kR14], gs:[kR15]       the guest's r13, r14, r15
 ///   r14, r15                              scratch
-///   rsp                                   the host's stack; 16-byte aligned at the entry of every block, with
-///                                         no red zone kept by the guest: `call` to a fill thunk is all right,
-///                                         and push/pop when balanced before the next exit or fill
-///   CF PF AF ZF SF OF                     the guest's, in the host's RFLAGS; DF is 0
+///   rsp                                   the host's stack, with the shadow stack of returns on its end: 8-byte
+///                                         aligned; `call` to a fill thunk is all right, and push/pop when
+///                                         balanced before the next exit or fill
+///   CF PF AF ZF SF OF                     the guest's, in the host's RFLAGS or in `flags`; DF is 0
 ///   xmm/ymm0..15, MXCSR                   the guest's (only entered with all exceptions masked in MXCSR)
 ///
 /// Everything else of the guest stands in VcpuState and is not touched by translated code.
 ///
+/// Shadow stack: a guest CALL pushes the guest's return address and makes a host call; a guest RET whose target
+///         is the address on top makes a host RET, which the host predicts. Any exit, and any C++ that changes
+///         mode, address space or translations, leaves it empty (rsp = shadow_base), with a pair below that
+///         matches nothing.
 /// Memory: a frame slot is addressed as gs:[disp32] (65, ModRM.rm = 100b, SIB = 25h, disp32).
 namespace ring3::engine {
 
@@ -43,7 +47,12 @@ struct alignas(64) JitFrame {
   u32 host_mxcsr = 0;
   u32 vectors = 1;      ///< 0: the guest's vectors and MXCSR stay in VcpuState (TranslateMode::lazy)
   u64 saved_rax = 0;    ///< the exits' own
-  u64 pad1[5] = {};
+  u64 flags = 0;        ///< status flags as LAHF and SETO leave them (AH, AL): where a block is entered with them
+  u64 shadow_limit = 0; ///< the host stack does not grow below this by guest calls
+  u64 shadow_base = 0;  ///< rsp of an empty shadow stack
+  u32 bias_high = 0;    ///< jump_bias >> 48: what links to other pages are made for
+  u32 bias_negated = 0; ///< -bias_high
+  u64 sentinel = 0;     ///< a non-canonical address: the return address on an empty shadow stack
 
   // Thunks: jumped to with `jmp gs:[offset]` (fills: `call gs:[offset]`), from anywhere in the arena. For all:
   // guest registers, flags and vectors in place.
@@ -68,6 +77,8 @@ struct alignas(64) JitFrame {
   u64 fill_write = 0;
   /// In: r14 = RIP of a vector instruction in code of TranslateMode::lazy: it goes on with vectors loaded.
   u64 exit_vectors = 0;
+  /// As exit_next, exit_indirect and exit_attention, with the guest's status flags in `flags`, not in RFLAGS.
+  u64 exit_next_frame = 0, exit_indirect_frame = 0, exit_attention_frame = 0;
 };
 
 /// What the fill thunks are called with in place of a size, for system instructions (system_ops.cpp). r14 is the
@@ -93,7 +104,12 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
                      kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitIndirect = RING3_FRAME_EXIT_INDIRECT,
                      kFillRead = RING3_FRAME_FILL_READ, kFillWrite = RING3_FRAME_FILL_WRITE,
-                     kExitVectors = RING3_FRAME_EXIT_VECTORS;
+                     kExitVectors = RING3_FRAME_EXIT_VECTORS, kExitNextFrame = RING3_FRAME_EXIT_NEXT_FRAME,
+                     kExitIndirectFrame = RING3_FRAME_EXIT_INDIRECT_FRAME,
+                     kExitAttentionFrame = RING3_FRAME_EXIT_ATTENTION_FRAME, kFlags = RING3_FRAME_FLAGS,
+                     kShadowLimit = RING3_FRAME_SHADOW_LIMIT, kShadowBase = RING3_FRAME_SHADOW_BASE,
+                     kBiasHigh = RING3_FRAME_BIAS_HIGH, kBiasNegated = RING3_FRAME_BIAS_NEGATED, kJumpTable = RING3_FRAME_JUMP_TABLE,
+                     kJumpBias = RING3_FRAME_JUMP_BIAS;
 inline constexpr u32 kNoTag = ~0u;
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))
@@ -128,6 +144,15 @@ RING3_CHECK_OFFSET(fill_read, RING3_FRAME_FILL_READ);
 RING3_CHECK_OFFSET(fill_write, RING3_FRAME_FILL_WRITE);
 RING3_CHECK_OFFSET(exit_vectors, RING3_FRAME_EXIT_VECTORS);
 RING3_CHECK_OFFSET(vectors, RING3_FRAME_VECTORS);
+RING3_CHECK_OFFSET(flags, RING3_FRAME_FLAGS);
+RING3_CHECK_OFFSET(shadow_limit, RING3_FRAME_SHADOW_LIMIT);
+RING3_CHECK_OFFSET(shadow_base, RING3_FRAME_SHADOW_BASE);
+RING3_CHECK_OFFSET(bias_high, RING3_FRAME_BIAS_HIGH);
+RING3_CHECK_OFFSET(bias_negated, RING3_FRAME_BIAS_NEGATED);
+RING3_CHECK_OFFSET(sentinel, RING3_FRAME_SENTINEL);
+RING3_CHECK_OFFSET(exit_next_frame, RING3_FRAME_EXIT_NEXT_FRAME);
+RING3_CHECK_OFFSET(exit_indirect_frame, RING3_FRAME_EXIT_INDIRECT_FRAME);
+RING3_CHECK_OFFSET(exit_attention_frame, RING3_FRAME_EXIT_ATTENTION_FRAME);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry = tlb + ((linear >> kTlbShift) & kTlbMask).
@@ -143,7 +168,7 @@ static_assert(sizeof(Mmu::TlbEntry) == 32);
 /// A direct-mapped table in front of the code cache, indexed by jump_index(RIP).
 struct JumpEntry {
   u64 negated = 0;  ///< -(rip + jump_bias); 0 never matches
-  u64 code = 0;     ///< host address
+  u64 code = 0;     ///< host address; entered with the status flags in JitFrame::flags
 };
 inline constexpr unsigned kJumpEntries = 1u << 16;
 inline constexpr u64 jump_index(u64 rip) { return (rip + (rip >> 16)) & (kJumpEntries - 1); }

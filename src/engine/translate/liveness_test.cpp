@@ -88,7 +88,7 @@ TEST(Translation, EndsBeforeWhatItLeavesOut) {
   EXPECT_FALSE(translator->translate(request, &out));
 }
 
-TEST(Translation, DirectExitsStayInThePage) {
+TEST(Translation, DirectExitsToOtherPagesCompareTheBias) {
   const bool features[] = {true};
   TranslatedBlock out;
   const auto translator = create_block_translator();
@@ -107,10 +107,15 @@ TEST(Translation, DirectExitsStayInThePage) {
     EXPECT_EQ(out.code[e.jump], 0xe9);
     EXPECT_LT(e.stub, out.code.size());
   }
-  request.rip = 0x401ff0;  // the target is in the next page
+  EXPECT_EQ(out.exits[0].bias, DirectExit::kSamePage);
+  EXPECT_EQ(out.exits[1].bias, DirectExit::kSamePage);
+  request.rip = 0x401ff0;  // the target is in the next page: that exit compares the bias
   ASSERT_TRUE(translator->translate(request, &out));
-  ASSERT_EQ(out.exits.size(), 1u);
+  ASSERT_EQ(out.exits.size(), 2u);
   EXPECT_EQ(out.exits[0].target, 0x401ff2u);
+  EXPECT_EQ(out.exits[0].bias, DirectExit::kSamePage);
+  EXPECT_EQ(out.exits[1].target, 0x402002u);
+  ASSERT_LT(out.exits[1].bias + 4, out.code.size());
 }
 
 }  // namespace

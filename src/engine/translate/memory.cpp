@@ -111,6 +111,53 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   const u32 tag = kind == Kind::Write ? frame::kTlbWriteTag : frame::kTlbReadTag;
   const i32 page_mask = aligned ? -static_cast<i32>(kPageSize) | (size - 1) : -static_cast<i32>(kPageSize);
   const i32 reach = aligned ? 0 : size - 1;
+  // Through a group's addend; the flags stay.
+  const auto through = [&](const HostMem& addend) {
+    if (a.index == kNoReg) {
+      e_.load(kScratch1, addend);
+      *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
+    } else {
+      emit_address(kScratch0, a);
+      e_.load(kScratch1, addend);
+      *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+    }
+    return true;
+  };
+  if (grouping_ && !aligned) {
+    if (const Group* g = group_of(a, size, kind)) return through(HostMem::frame(g->slot));
+    if (const Group* g = open_group(a, size, kind)) {
+      clobber_flags();
+      group_misses_.emplace_back();
+      GroupMiss& m = group_misses_.back();
+      m.address = a;
+      m.address.disp = static_cast<i32>(g->low);
+      m.size = static_cast<u32>(g->high - g->low);
+      m.write = g->write;
+      m.fill = g->write == (kind == Kind::Write);
+      m.insn = index_;
+      m.flags = flags_;
+      e_.bind(m.retry);
+      emit_address(kScratch1, m.address);
+      e_.shr(kScratch1, frame::kTlbShift);
+      e_.and32(kScratch1, frame::kTlbMask);
+      e_.add(kScratch1, HostMem::frame(frame::kTlb));
+      Address end = a;
+      end.disp = static_cast<i32>(g->high - 1);
+      emit_address(kScratch0, end);
+      e_.and_imm(kScratch0, -static_cast<i32>(kPageSize));
+      e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(g->write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
+      e_.jcc(5, m.entry);
+      e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+      e_.store(HostMem::frame(g->slot), kScratch1);
+      if (a.index == kNoReg) {
+        *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
+      } else {
+        emit_address(kScratch0, a);
+        *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+      }
+      return true;
+    }
+  }
   clobber_flags();
   interpret_label();
   const auto fits = [](u64 v) { return static_cast<u64>(static_cast<i64>(static_cast<i32>(v))) == v; };

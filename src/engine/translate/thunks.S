@@ -41,6 +41,12 @@ ring3_jit_enter:
     push %r15
     sub $8, %rsp
     mov %rsp, %gs:RING3_FRAME_HOST_RSP
+    lea -RING3_SHADOW_BYTES(%rsp), %rax
+    mov %rax, %gs:RING3_FRAME_SHADOW_LIMIT
+    push %gs:RING3_FRAME_SENTINEL
+    lea ring3_jit_exit_indirect_frame(%rip), %rax
+    push %rax
+    mov %rsp, %gs:RING3_FRAME_SHADOW_BASE
     stmxcsr %gs:RING3_FRAME_HOST_MXCSR
     mov %rdi, %r15
     cmpl $0, %gs:RING3_FRAME_VECTORS
@@ -56,6 +62,7 @@ ring3_jit_enter:
     shr $11, %ecx
     and $1, %ecx
     mov %cl, %al
+    mov %eax, %gs:RING3_FRAME_FLAGS
     add $0x7f, %al                /* OF */
     sahf                          /* the others */
     mov %gs:RING3_FRAME_STATE_GPR, %r14
@@ -87,6 +94,26 @@ thunk ring3_jit_exit_interpret
     movl $RING3_REASON_INTERPRET, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
 
+.macro flags_from_frame
+    mov %rax, %gs:RING3_FRAME_SAVED_RAX
+    mov %gs:RING3_FRAME_FLAGS, %eax
+    add $0x7f, %al
+    sahf
+    mov %gs:RING3_FRAME_SAVED_RAX, %rax
+.endm
+
+thunk ring3_jit_exit_next_frame
+    flags_from_frame
+    jmp ring3_jit_exit_next
+
+/* The lookup was made where this comes from. */
+thunk ring3_jit_exit_indirect_frame
+    flags_from_frame
+    movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+
+thunk ring3_jit_exit_attention_frame
+    flags_from_frame
 thunk ring3_jit_exit_attention
     movl $RING3_REASON_ATTENTION, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
@@ -168,7 +195,12 @@ thunk ring3_jit_exit_indirect
     mov %gs:RING3_FRAME_EXIT_RIP, %r14
     movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
-2:  mov %gs:RING3_FRAME_SAVED_RCX, %rcx
+2:  mov %rax, %gs:RING3_FRAME_SAVED_RAX
+    lahf
+    seto %al
+    mov %eax, %gs:RING3_FRAME_FLAGS
+    mov %gs:RING3_FRAME_SAVED_RAX, %rax
+    mov %gs:RING3_FRAME_SAVED_RCX, %rcx
     jmp *8(%r15)
 
 .macro fill name, write
@@ -183,7 +215,10 @@ thunk \name
     push %r10
     push %r11
     push %r14
-    sub $(512 + 8), %rsp
+    push %rbp
+    mov %rsp, %rbp                /* the shadow stack keeps 8-byte alignment only */
+    and $-32, %rsp
+    sub $512, %rsp
     cmpl $0, %gs:RING3_FRAME_VECTORS
     je 1f
     all push_vector
@@ -199,7 +234,8 @@ thunk \name
     je 1f
     all pop_vector
 1:
-    add $(512 + 8), %rsp
+    mov %rbp, %rsp
+    pop %rbp
     pop %r14
     pop %r11
     pop %r10

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <random>
 
 #include "engine/decode/decoder.hpp"
 #include "engine/interp/operand.hpp"
@@ -67,6 +68,8 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
       insns_(kMaxInsns),
       has_feature_(new bool[kMaxInsns]) {
   fill_thunks(&frame_);
+  // Not canonical, and nothing that a guest could guess.
+  frame_.sentinel = (std::random_device{}() | static_cast<u64>(std::random_device{}()) << 32) >> 17 | 1ull << 63;
   frame_.attention = reinterpret_cast<u64>(&c_.attention);
   frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
   frame_.state_gpr = reinterpret_cast<u64>(s_.gpr);
@@ -215,7 +218,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
           bias = cache_->bias(m.bits(), mmu_.fetch_generation());
           if (lockstep_ == nullptr) cache_->remember(*b, bias);
           if (lockstep_ != nullptr) count = b->count;
-          else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b);
+          else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b, bias);
           code = b->code;
           c_.retired += b->count;
         }
@@ -225,6 +228,8 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       tag = frame::kNoTag;
       if (code != nullptr) {
         frame_.jump_bias = bias;
+        frame_.bias_high = static_cast<u32>(bias >> 48);
+        frame_.bias_negated = 0 - frame_.bias_high;
         frame_.vectors = m.sse;
         if (count != 0 && lockstep_->wants()) {
           Interpreter::Result r;

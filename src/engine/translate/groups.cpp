@@ -1,0 +1,321 @@
+#include <algorithm>
+
+#include "engine/translate/builder.hpp"
+
+/// Accesses off the same registers, checked once.
+///
+/// The first access of a group checks all bytes that later accesses of the block reach off the same, unchanged
+/// base and index (a base that moves by constants counts as unchanged), in one page and for writing when one
+/// of them writes, and keeps the page's addend in the frame. The others take the addend from there: no check,
+/// and the flags stay. A translation that was checked holds to the end of the block: this vCPU serves
+/// shootdowns between blocks, and an instruction that could change translations or rights ends all groups.
+///
+/// A group's check may miss where the first access by itself would not: the bytes lie in two pages, or the page
+/// takes no writes yet. It then goes on in a copy of the block, behind it, in which every access has its own
+/// check: no access is refused, and no page is marked dirty, for another's sake.
+///
+/// Confinement rests on written_registers(): what is not listed there ends all groups.
+namespace ring3::engine {
+namespace {
+
+constexpr i32 kReach = 128;  ///< bytes of a group at most: few groups lie in two pages
+static_assert(kReach < static_cast<i32>(SystemOp::Swapgs), "sizes from there on mean something else to a fill");
+
+constexpr u32 bit(u8 reg) { return reg < 16 ? 1u << reg : 0; }
+
+/// General registers that an instruction writes. False: not known here, or more than registers and memory
+/// may have changed.
+bool written_registers(const DecodedInsn& i, u32* out) {
+  u32 w = 0;
+  bool every = false;  // count every register operand as written
+  switch (i.op) {
+    case Op::Add:
+    case Op::Or:
+    case Op::Adc:
+    case Op::Sbb:
+    case Op::And:
+    case Op::Sub:
+    case Op::Xor:
+    case Op::Inc:
+    case Op::Dec:
+    case Op::Neg:
+    case Op::Not:
+    case Op::Adcx:
+    case Op::Adox:
+    case Op::Andn:
+    case Op::Bextr:
+    case Op::Blsi:
+    case Op::Blsmsk:
+    case Op::Blsr:
+    case Op::Bzhi:
+    case Op::Pdep:
+    case Op::Pext:
+    case Op::Rorx:
+    case Op::Sarx:
+    case Op::Shlx:
+    case Op::Shrx:
+    case Op::Imul2:
+    case Op::Imul3:
+    case Op::Rol:
+    case Op::Ror:
+    case Op::Rcl:
+    case Op::Rcr:
+    case Op::Shl:
+    case Op::Shr:
+    case Op::Sar:
+    case Op::Shld:
+    case Op::Shrd:
+    case Op::Bts:
+    case Op::Btr:
+    case Op::Btc:
+    case Op::Bsf:
+    case Op::Bsr:
+    case Op::Tzcnt:
+    case Op::Lzcnt:
+    case Op::Popcnt:
+    case Op::Crc32:
+    case Op::Bswap:
+    case Op::Mov:
+    case Op::Movbe:
+    case Op::Movnti:
+    case Op::Movzx:
+    case Op::Movsx:
+    case Op::Movsxd:
+    case Op::Lea:
+    case Op::Cmovcc:
+    case Op::Setcc:
+      // The first operand is the only one that may be written.
+      if (i.operands[0].kind == OperandKind::Gpr || i.operands[0].kind == OperandKind::GprHigh)
+        w |= bit(i.operands[0].reg);
+      if (i.operands[0].kind != OperandKind::Gpr && i.operands[0].kind != OperandKind::GprHigh &&
+          i.operands[0].kind != OperandKind::Mem)
+        return false;
+      break;
+    case Op::Cmp:
+    case Op::Test:
+    case Op::Bt:
+    case Op::Nop:
+    case Op::Prefetch:
+    case Op::Endbr:
+    case Op::Pause:
+    case Op::Lfence:
+    case Op::Mfence:
+    case Op::Sfence:
+    case Op::Clc:
+    case Op::Stc:
+    case Op::Cmc:
+    case Op::Sahf:
+      break;
+    case Op::Xchg:
+    case Op::Xadd:
+    case Op::Mulx:
+      every = true;
+      break;
+    case Op::Cmpxchg:
+    case Op::Cmpxchg8b:
+    case Op::Cmpxchg16b:
+      every = true;
+      w |= bit(RAX) | bit(RDX);
+      break;
+    case Op::Mul:
+    case Op::Imul1:
+    case Op::Div:
+    case Op::Idiv:
+    case Op::Cbw:
+    case Op::Cwd:
+      w |= bit(RAX) | bit(RDX);
+      break;
+    case Op::Lahf:
+      w |= bit(RAX);
+      break;
+    case Op::HostVec:
+      every = true;
+      w |= bit(RCX);  // PCMPESTRI
+      break;
+    case Op::Push:
+      w |= bit(RSP);
+      break;
+    case Op::Pop:
+      every = true;
+      w |= bit(RSP);
+      break;
+    default:
+      return false;
+  }
+  for (const Operand& o : i.operands) {
+    if (o.kind != OperandKind::Gpr && o.kind != OperandKind::GprHigh) continue;
+    if (every || (o.access & kWrite) != 0) w |= bit(o.reg);
+  }
+  *out = w;
+  return true;
+}
+
+/// The instruction changes reg by a constant, and no other way.
+bool moves_by(const DecodedInsn& i, u8 reg, i64* by) {
+  const Operand& d = i.operands[0];
+  const bool whole = d.kind == OperandKind::Gpr && d.reg == reg && d.size == 8;
+  switch (i.op) {
+    case Op::Add:
+    case Op::Sub:
+      if (!whole || i.operands[1].kind != OperandKind::Imm || i.imm > 4096 || i.imm < -4096) return false;
+      *by = i.op == Op::Add ? i.imm : -i.imm;
+      return true;
+    case Op::Inc:
+    case Op::Dec:
+      if (!whole) return false;
+      *by = i.op == Op::Inc ? 1 : -1;
+      return true;
+    case Op::Lea:
+      if (!whole || i.addrsize != 8 || i.mem.base != reg || i.mem.index != kNoReg || i.disp > 4096 || i.disp < -4096)
+        return false;
+      *by = i.disp;
+      return true;
+    case Op::Push:
+      *by = -8;
+      return reg == RSP && i.opsize == 8;
+    case Op::Pop:
+      *by = 8;
+      return reg == RSP && i.opsize == 8 && d.kind == OperandKind::Gpr && d.reg != RSP;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+bool BlockBuilder::groupable(const Address& a) {
+  return !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg && a.base != kNoReg && a.base < 16 &&
+         !special(a.base) && (a.index == kNoReg || (a.index < 16 && !special(a.index))) && a.disp > -0x10000000 &&
+         a.disp < 0x10000000;
+}
+
+void BlockBuilder::follow(const DecodedInsn& i, Group* g) {
+  if (!g->active) return;
+  u32 written = 0;
+  if (!written_registers(i, &written)) {
+    g->active = false;
+    return;
+  }
+  if (g->index != kNoReg && (written & bit(g->index)) != 0) g->active = false;
+  if ((written & bit(g->base)) == 0) return;
+  i64 by = 0;
+  if (!moves_by(i, g->base, &by)) {
+    g->active = false;
+    return;
+  }
+  g->moved += by;
+  if (g->moved > 0x10000000 || g->moved < -0x10000000) g->active = false;
+}
+
+bool BlockBuilder::same_registers(const Group& g, const Address& a) {
+  return groupable(a) && g.base == a.base && g.index == a.index &&
+         (a.index == kNoReg || g.scale_log2 == a.scale_log2);
+}
+
+const BlockBuilder::Group* BlockBuilder::group_of(const Address& a, u8 size, Kind kind) const {
+  for (const Group& g : groups_) {
+    if (!g.active || !same_registers(g, a) || (kind == Kind::Write && !g.write)) continue;
+    const i64 at = g.moved + a.disp;
+    if (at >= g.low && at + size <= g.high) return &g;
+  }
+  return nullptr;
+}
+
+/// Looks ahead for what an access at insn index_ could check for. Null: it stands alone, or no slot is free.
+BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind kind) {
+  if (!groupable(a)) return nullptr;
+  Group* slot = nullptr;
+  for (Group& g : groups_)
+    if (!g.active) slot = &g;
+  if (slot == nullptr) return nullptr;
+  Group g;
+  g.active = true;
+  g.base = a.base;
+  g.index = a.index;
+  g.scale_log2 = a.scale_log2;
+  g.low = a.disp;
+  g.high = a.disp + size;
+  g.write = kind == Kind::Write;
+  const auto add = [&](const Address& other, unsigned bytes, bool write) {
+    if (bytes == 0 || bytes > 64 || !same_registers(g, other)) return;
+    const i64 at = g.moved + other.disp;
+    const i64 low = std::min(g.low, at), high = std::max(g.high, at + bytes);
+    if (high - low > kReach) return;
+    g.low = low;
+    g.high = high;
+    g.write |= write;
+    g.others++;
+  };
+  for (std::size_t n = index_; n < count_; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    if (n != index_) {
+      for (const Operand& o : i.operands) {
+        Address at;
+        if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || i.has(kAligned) || !address_of(i, &at))
+          continue;
+        if (i.op >= Op::Bt && i.op <= Op::Btc && i.operands[1].kind == OperandKind::Gpr) continue;
+        add(at, o.size, (o.access & kWrite) != 0);
+      }
+      if (i.opsize == 8 && (i.op == Op::Push || i.op == Op::Call)) add(stack_address(-8), 8, true);
+      if (i.opsize == 8 && (i.op == Op::Pop || i.op == Op::Ret)) add(stack_address(0), 8, false);
+    }
+    follow(i, &g);
+    if (!g.active) break;
+  }
+  if (g.others == 0) return nullptr;
+  g.active = true;
+  g.moved = 0;
+  g.slot = slot->slot;
+  *slot = g;
+  return slot;
+}
+
+void BlockBuilder::start_groups(bool on) {
+  grouping_ = on;
+  for (unsigned n = 0; n < kGroups; n++) {
+    groups_[n] = Group{};
+    groups_[n].slot = frame::kScratch + 24 + 8 * n;
+  }
+}
+
+/// An instruction that is not known here may use the slots itself.
+void BlockBuilder::before(const DecodedInsn& i) {
+  u32 written = 0;
+  if (i.op == Op::Call || i.op == Op::Ret || i.op == Op::Jmp || i.op == Op::Leave || written_registers(i, &written))
+    return;
+  for (Group& g : groups_) g.active = false;
+}
+
+/// The miss of a group's check: a fill that the first access alone is entitled to, or on in the copy.
+void BlockBuilder::finish_groups() {
+  for (GroupMiss& m : group_misses_) {
+    Copy& copy = copies_[m.insn];
+    Label restore;
+    Label& ungrouped = m.flags == Flags::Frame && copy.flags == Flags::Host ? restore : copy.entry;
+    e_.bind(m.entry);
+    if (m.fill) {
+      emit_address(kScratch0, m.address);
+      e_.mov32(kScratch1, kScratch0);
+      e_.and32(kScratch1, static_cast<u32>(kPageSize - 1));
+      Encoding compare{.opcode = 0x81, .reg = 7, .rm = kScratch1, .imm_size = 4};
+      const u32 last = static_cast<u32>(kPageSize - m.size);
+      for (unsigned n = 0; n < 4; n++) compare.imm[n] = static_cast<u8>(last >> (8 * n));
+      e_.encode(compare);
+      e_.jcc(7, ungrouped);
+      e_.mov_imm(kScratch1, m.size);
+      e_.encode({.opcode = 0xff,
+                 .reg = 2,
+                 .memory = true,
+                 .mem = HostMem::frame(m.write ? frame::kFillWrite : frame::kFillRead)});
+      e_.encode({.opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
+      e_.jcc(5, m.retry);
+    }
+    if (&ungrouped == &restore) {
+      e_.bind(restore);
+      emit_flags_restore(kScratch0);
+    }
+    e_.jmp(copy.entry);
+  }
+}
+
+}  // namespace ring3::engine
