@@ -17,12 +17,25 @@ constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
-/// Leaves at rip: movabs r14, rip; jmp gs:[thunk].
-void leave_stub(u64 rip, u32 thunk, std::vector<u8>* code) {
-  code->assign({0x49, 0xbe});
-  for (unsigned i = 0; i < 8; i++) code->push_back(static_cast<u8>(rip >> (8 * i)));
-  code->insert(code->end(), {0x65, 0xff, 0x24, 0x25});
-  for (unsigned i = 0; i < 4; i++) code->push_back(static_cast<u8>(thunk >> (8 * i)));
+/// Leaves at rip: movabs r14, rip; jmp gs:[thunk]. Behind it the same for status flags that stand in the frame.
+void leave_stub(u64 rip, u32 thunk, TranslatedBlock* out) {
+  std::vector<u8>& code = out->code;
+  code.clear();
+  const auto value = [&](u64 v, unsigned size) {
+    for (unsigned i = 0; i < size; i++) code.push_back(static_cast<u8>(v >> (8 * i)));
+  };
+  const auto leave = [&] {
+    code.insert(code.end(), {0x49, 0xbe});
+    value(rip, 8);
+    code.insert(code.end(), {0x65, 0xff, 0x24, 0x25});
+    value(thunk, 4);
+  };
+  leave();
+  out->frame_entry = static_cast<u32>(code.size());
+  code.insert(code.end(), {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25});  // mov r14, rax; mov eax, gs:[flags]
+  value(frame::kFlags, 4);
+  code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
+  leave();
 }
 
 }  // namespace
@@ -148,7 +161,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       out_.clear();
       const Op op = count == 0 ? Op::Invalid : insns_[0].op;
       const bool vector = op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall;
-      leave_stub(rip, mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_.code);
+      leave_stub(rip, mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_);
       out_.bytes = count == 0 ? std::min(room, 15u) : insns_[0].length;
       // What is undefined may depend on bytes past its length.
       if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
