@@ -12,6 +12,7 @@ class Usage(Case):
     def test_command_lines(self):
         k = self.guest(HALT)
         for arguments, part in [
+            ([], "ring3 run"), ([""], "verb"), (["frob"], "frob"), (["--frob"], "--frob"),
             (["run"], "--kernel"), (["run", "--kernel"], "--kernel"), (["run", "--kernel", ""], "--kernel"),
             (["run", "--kernel", k, "extra"], "extra"), (["run", "--kernel", k, "--disk", "d.raw"], "--disk"),
             (["run", "--kernel", k, "--net", "none"], "--net"), (["run", "--kernel", k, "--firmware", "ovmf"], "--firmware"),
