@@ -147,6 +147,14 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
     case Access::Exec:
       e.exec_tag = page_start;
       bank.executable.set(i);
+      space->executed.add(linear, w.shift);
+      if (!user_mode) {
+        supervisor_executed.add(linear, w.shift);
+        if (!w.global && !supervisor_local) {
+          supervisor_local = true;
+          name_fetches();
+        }
+      }
       break;
   }
   return true;

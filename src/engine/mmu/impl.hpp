@@ -46,7 +46,8 @@ struct Mmu::Impl {
     bool stale = false;  ///< flush before use
     u64 used = 0;
     u64 exec_epoch = 0;
-    u64 generation = 0;  ///< Mmu::fetch_generation() while this space is the current one
+    u64 generation = 0;  ///< Mmu::fetch_generation() of user mode while this space is the current one
+    PageFilter executed;  ///< pages that generation may stand for
   };
   static constexpr unsigned kSpaces = 8;
 
@@ -95,8 +96,19 @@ struct Mmu::Impl {
   /// An execute translation of sp was dropped: what was looked up through it is looked up again.
   void renew(Space& sp) {
     sp.generation = ++last_generation;
-    if (&sp == space) mmu.fetch_generation_ = sp.generation;
+    sp.executed.clear();
+    for (Bank& b : sp.bank) note_executable(b, &sp.executed);
+    if (&sp == space) name_fetches();
   }
+  void renew_supervisor();
+  /// Supervisor code of global pages has a generation of its own, which no CR3 changes.
+  void name_fetches() {
+    mmu.fetch_generation_ = user_mode || supervisor_local ? space->generation : supervisor_generation;
+  }
+  static void note_executable(const Bank& b, PageFilter* to) {
+    b.executable.for_each([&](unsigned i) { to->add(b.entries[i].exec_tag, b.shift[i]); });
+  }
+  void flush_page_of(Space& sp, u64 linear);
   template <class F>
   void for_each_bank(F f) {
     for (auto& sp : spaces) {
@@ -141,6 +153,9 @@ struct Mmu::Impl {
   u64 use_clock = 0;
   u64 exec_epoch = 0;
   u64 last_generation = 1;
+  u64 supervisor_generation = 1;
+  PageFilter supervisor_executed;  ///< pages that supervisor_generation may stand for
+  bool supervisor_local = false;   ///< supervisor code of a page that is not global was fetched
   TlbBank empty;  ///< never filled
 
   struct Breakpoint {

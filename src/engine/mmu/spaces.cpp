@@ -39,7 +39,19 @@ void Mmu::Impl::activate(u16 pcid) {
   }
   found->used = ++use_clock;
   space = found;
-  mmu.fetch_generation_ = found->generation;
+  name_fetches();
+}
+
+void Mmu::Impl::renew_supervisor() {
+  supervisor_generation = ++last_generation;
+  supervisor_executed.clear();
+  for_each_bank([&](Bank& b) { note_executable(b, &supervisor_executed); });
+  name_fetches();
+}
+
+void Mmu::Impl::flush_page_of(Space& sp, u64 linear) {
+  for (Bank& b : sp.bank) b.flush_page(linear);
+  if (sp.executed.may_hold(linear)) renew(sp);
 }
 
 void Mmu::Impl::select_bank() {
@@ -49,6 +61,7 @@ void Mmu::Impl::select_bank() {
                          : smap && !(s.rflags & rflags::AC) ? kSupervisorNoUser
                                                             : kSupervisor;
   current = &space->bank[which];
+  name_fetches();
   check_alignment = user_mode && (s.cr0 & cr0::AM) && (s.rflags & rflags::AC);
   mmu.bank_ = check_alignment ? &empty : current;
 }
@@ -63,6 +76,8 @@ void Mmu::Impl::flush_everything() {
       sp->stale = true;
     }
   }
+  supervisor_local = false;
+  renew_supervisor();
 }
 
 void Mmu::Impl::update_breakpoints() {
@@ -206,15 +221,14 @@ void Mmu::flush_non_global() {
 }
 
 void Mmu::flush_page(u64 linear) {
-  impl_->for_each_bank([&](Impl::Bank& b) { b.flush_page(linear); });
-  for (auto& sp : impl_->spaces) impl_->renew(*sp);
+  for (auto& sp : impl_->spaces)
+    if (sp->pcid >= 0) impl_->flush_page_of(*sp, linear);
+  if (impl_->supervisor_executed.may_hold(linear)) impl_->renew_supervisor();
 }
 
 void Mmu::flush_page(u64 linear, u16 pcid) {
   for (auto& sp : impl_->spaces) {
-    if (sp->pcid != pcid) continue;
-    for (Impl::Bank& b : sp->bank) b.flush_page(linear);
-    impl_->renew(*sp);
+    if (sp->pcid == pcid) impl_->flush_page_of(*sp, linear);
   }
 }
 
@@ -239,6 +253,7 @@ void Mmu::expire_fetches() {
   for (Impl::Bank& b : impl_->space->bank) b.drop_exec();
   impl_->space->exec_epoch = impl_->exec_epoch;
   impl_->renew(*impl_->space);
+  impl_->renew_supervisor();
 }
 
 u64 Mmu::take_breakpoint_hits() { return std::exchange(impl_->hits, 0); }

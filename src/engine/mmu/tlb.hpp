@@ -27,6 +27,30 @@ struct IndexSet {
   }
 };
 
+/// The pages that were fetched from, as far as a flush of one page must know: may say yes to others. A page of
+/// a large one stands for all of it, and for all between it and other large ones.
+class PageFilter {
+ public:
+  void add(u64 linear, unsigned shift) {
+    bits_[hash(linear) / 64] |= 1ull << (hash(linear) % 64);
+    if (shift == kPageShift) return;
+    const u64 mask = (1ull << shift) - 1;
+    low_ = std::min(low_, linear & ~mask);
+    high_ = std::max(high_, linear | mask);
+  }
+  bool may_hold(u64 linear) const {
+    return (bits_[hash(linear) / 64] >> (hash(linear) % 64) & 1) != 0 || (linear >= low_ && linear <= high_);
+  }
+  void clear() { *this = PageFilter(); }
+
+ private:
+  static unsigned hash(u64 linear) {
+    return static_cast<unsigned>((linear >> kPageShift) * 0x9e3779b97f4a7c15ull >> 51);
+  }
+  std::array<u64, 128> bits_{};
+  u64 low_ = ~0ull, high_ = 0;
+};
+
 /// Entry is Mmu::TlbEntry; BankBase is Mmu's array of them, which the inline fast paths index.
 template <class BankBase>
 struct TlbBankWithSets : BankBase {

@@ -217,6 +217,43 @@ TEST_F(TlbTest, FetchesAreValidatedAtEachFill) {
 
 /// Random mappings, sizes, address spaces and accesses; after every change the flush the SDM asks for. The
 /// model keeps only the mappings.
+/// The name of the execute translations changes when one of them may have become wrong, and only then.
+TEST_F(TlbTest, FetchGenerations) {
+  t.map(0x400000, page(1), kRW);                                     // code of this address space
+  t.map(0x401000, page(2), kRW);                                     // data
+  t.map(0xffffffff80000000, page(3), kRW | pte::G);                  // the kernel's
+  t.map(0xffffffff80001000, page(4), kRW | pte::G);
+  Gpa gpa;
+  const u8* host;
+  ASSERT_TRUE(m.mmu->fetch(0xffffffff80000000, &gpa, &host));
+  const u64 kernel = m.mmu->fetch_generation();
+  value_at(m, 0x401000);
+  m.mmu->flush_page(0x401000);
+  EXPECT_EQ(m.mmu->fetch_generation(), kernel) << "a data page";
+  m.mmu->set_cr3(m.state.cr3, false);
+  EXPECT_EQ(m.mmu->fetch_generation(), kernel) << "global pages stay over MOV CR3";
+  ASSERT_TRUE(m.mmu->fetch(0xffffffff80000000, &gpa, &host));
+  m.mmu->flush_page(0xffffffff80000123);
+  const u64 flushed = m.mmu->fetch_generation();
+  EXPECT_NE(flushed, kernel);
+  ASSERT_TRUE(m.mmu->fetch(0xffffffff80001000, &gpa, &host));
+  m.mmu->expire_fetches();
+  const u64 expired = m.mmu->fetch_generation();
+  EXPECT_NE(expired, flushed);
+  // A page that is not global makes CR3 count, also for what was fetched before.
+  ASSERT_TRUE(m.mmu->fetch(0x400000, &gpa, &host));
+  const u64 local = m.mmu->fetch_generation();
+  EXPECT_NE(local, expired);
+  m.mmu->set_cr3(m.state.cr3, false);
+  EXPECT_NE(m.mmu->fetch_generation(), local);
+  // With PCID, the other space has another name, and the first its old one when it comes back.
+  const u64 first = m.mmu->fetch_generation();
+  m.mmu->set_cr3((m.state.cr3 & kPageMask) | 5, false);
+  EXPECT_NE(m.mmu->fetch_generation(), first);
+  m.mmu->set_cr3(m.state.cr3 & kPageMask, true);
+  EXPECT_EQ(m.mmu->fetch_generation(), first);
+}
+
 TEST_F(TlbTest, RandomChangesWithProperFlushes) {
   std::mt19937_64 rng(77);
   struct Mapping {
