@@ -46,12 +46,16 @@ Result<Config> Config::create(const EngineOptions& options) {
         if (!map) return map.error();
         config.perf_map = std::move(*map);
       }
+    } else if (name == "interpreted-ops") {
+      auto ops = InterpretedOps::create(text);
+      if (!ops) return ops.error();
+      config.interpreted_ops = std::move(*ops);
     } else if (name == "quantum") {
       auto v = number(name, text, 1, ~0u);
       if (!v) return v.error();
       config.quantum = *v;
     } else {
-      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-mib, engine, lockstep, perf-map, quantum)");
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-mib, engine, interpreted-ops, lockstep, perf-map, quantum)");
     }
   }
   if (config.lockstep != 0 && !config.translate) {

@@ -16,6 +16,7 @@ namespace ring3::engine {
 /// | cache-mib   | 1..1024          | decoded-code cache of a whole VM, MiB (default 16)   |
 /// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 128)     |
 /// | engine      | interpreter, translator | what runs guest code (default interpreter)    |
+/// | interpreted-ops | a file    | gets a table of the instructions that the translator left to the interpreter |
 /// | lockstep    | 0..2^32-1        | n: every n-th translated block is compared with the interpreter, differences go to standard error; VMs of one vCPU (default 0: none) |
 /// | perf-map    | 0, 1             | 1: /tmp/perf-PID.map names translated code for perf (default 0) |
 /// | quantum     | 1..2^32-1        | guest instructions between two looks at the event flag's slow sources |

@@ -65,6 +65,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
     options.arena_bytes = code_bytes;
     options.lockstep_every = vm.config().lockstep;
     options.perf_map = vm.config().perf_map.get();
+    options.interpreted_ops = vm.config().interpreted_ops.get();
     // Another vCPU's stores could not be told from differences, and would be undone while one is looked into.
     if (options.lockstep_every != 0 && index != 0) {
       return Error::of(EINVAL, "engine option lockstep: a VM that is checked has one vCPU");

@@ -20,6 +20,7 @@ enum class Family : u8 {
   Pushf,
   Cli,
   System,
+  Rare,
   String,
   Direction,
   Jmp,
@@ -139,6 +140,14 @@ constexpr Family family_of(Op op) {
     case Op::Rdtsc:
     case Op::Rdtscp:
       return Family::System;
+    case Op::Ldmxcsr:
+    case Op::Stmxcsr:
+    case Op::MovSeg:
+    case Op::Rdfsbase:
+    case Op::Rdgsbase:
+    case Op::Wrfsbase:
+    case Op::Wrgsbase:
+      return Family::Rare;
     case Op::Movs:
     case Op::Stos:
     case Op::Lods:
@@ -178,6 +187,9 @@ bool BlockBuilder::supported(std::size_t n) const {
     case Op::Vzeroupper:
     case Op::Vzeroall:
       return r.mode.avx;
+    case Op::Ldmxcsr:
+    case Op::Stmxcsr:
+      return i.has(kVex) ? r.mode.avx : r.mode.sse;
     case Op::Cli:
     case Op::Sti:
     case Op::Swapgs:
@@ -212,6 +224,8 @@ bool BlockBuilder::one(const DecodedInsn& i) {
       return cli();
     case Family::System:
       return system(i);
+    case Family::Rare:
+      return rare(i);
     case Family::String:
       return string(i);
     case Family::Direction:
@@ -327,6 +341,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     interpret_.back().rip = rip_;
     consumed_ = 1;
     before(i);
+    if (request_->edge != 0) check_edge();
     if (!one(i)) {
       e_.truncate(size);
       slow_.resize(slow);
@@ -352,7 +367,7 @@ void BlockBuilder::tail(std::size_t done) {
   if (done < request_->insns.size()) {
     exit_interpret_now();
   } else {
-    exit_to(rip_, false);
+    exit_to(wrapped(rip_), false);
   }
 }
 

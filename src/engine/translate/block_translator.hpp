@@ -20,18 +20,29 @@ struct TranslateMode {
   bool avx = false;        ///< VEX vector instructions too: CR4.OSXSAVE, XCR0[2:1] = 3
   bool lazy = false;       ///< sse and avx are off only because the vectors are not loaded: a vector
                            ///< instruction leaves through exit_vectors
-  u8 bits() const { return static_cast<u8>(user | sse << 1 | avx << 2 | lazy << 3); }
+  bool code32 = false;   ///< 32-bit code; CS, SS, DS and ES have base 0 and limit 4 GiB
+  bool fs_flat = false;  ///< code32: FS has limit 4 GiB and may be read and written, whatever its base
+  bool gs_flat = false;
+  u8 bits() const {
+    return static_cast<u8>(user | sse << 1 | avx << 2 | lazy << 3 | code32 << 4 | fs_flat << 5 | gs_flat << 6);
+  }
 };
 
 struct BlockRequest {
-  /// Decoded with CodeMode::Bits64; contiguous from rip, within one guest page.
+  /// Decoded with CodeMode::Bits64, or Bits32 when mode.code32; contiguous from rip, within one guest page.
   std::span<const DecodedInsn> insns;
   u64 rip = 0;
   TranslateMode mode;
   u32 first_tag = 0;  ///< direct exit i says tag first_tag + i
   /// One flag per instruction: the guest's CPUID has its feature (else it raises #UD: interpret).
   std::span<const bool> has_feature;
+  u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
+
+/// Of an instruction that leaves through exit_vectors in TranslateMode::lazy.
+inline bool needs_vectors(Op op) {
+  return op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall || op == Op::Ldmxcsr || op == Op::Stmxcsr;
+}
 
 /// A direct exit whose jump can be linked.
 struct DirectExit {

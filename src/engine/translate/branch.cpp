@@ -22,8 +22,7 @@ Encoding thunk_jump(u32 offset) {
 void BlockBuilder::exit_interpret_now() {
   flags_to_host(kScratch0);
   e_.mov_imm(kScratch0, rip());
-  const Op op = request_->insns[index_].op;
-  const bool vector = op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall;
+  const bool vector = needs_vectors(request_->insns[index_].op);
   e_.encode(thunk_jump(request_->mode.lazy && vector ? frame::kExitVectors : frame::kExitInterpret));
   ended_ = true;
 }
@@ -131,6 +130,10 @@ void BlockBuilder::shadow_return() {
 }
 
 void BlockBuilder::check_canonical(u8 reg, u8 temp) {
+  if (code32()) {
+    e_.mov32(reg, reg);
+    return;
+  }
   e_.mov(temp, reg);
   e_.encode({.w = true, .opcode = 0xc1, .reg = 4, .rm = temp, .imm_size = 1, .imm = {16}});  // shl
   e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = temp, .imm_size = 1, .imm = {16}});  // sar
@@ -140,9 +143,9 @@ void BlockBuilder::check_canonical(u8 reg, u8 temp) {
 
 bool BlockBuilder::jmp(const DecodedInsn& i) {
   const Operand& o = i.operands[0];
-  if (i.opsize != 8) return false;
+  if (i.opsize != word()) return false;
   if (o.kind == OperandKind::Rel) {
-    const u64 target = next_rip() + static_cast<u64>(i.imm);
+    const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
     if (!canonical_address(target)) return false;
     exit_to(target);
     return true;
@@ -150,7 +153,7 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   if (o.kind == OperandKind::Mem) {
     Access a;
     if (!access_of(i, &a)) return false;
-    e_.load(kScratch0, a.mem);
+    load_word(kScratch0, a.mem);
   } else if (o.kind == OperandKind::Gpr) {
     clobber_flags();
     if (special(o.reg)) {
@@ -167,13 +170,13 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
 }
 
 bool BlockBuilder::jcc(const DecodedInsn& i) {
-  if (i.opsize != 8 || i.operands[0].kind != OperandKind::Rel) return false;
-  const u64 target = next_rip() + static_cast<u64>(i.imm);
+  if (i.opsize != word() || i.operands[0].kind != OperandKind::Rel) return false;
+  const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
   if (!canonical_address(target)) return false;
   flags_to_host(kScratch0);
   Label taken;
   e_.jcc(i.opcode & 15, taken);
-  exit_to(next_rip());
+  exit_to(wrapped(next_rip()));
   e_.bind(taken);
   exit_to(target);
   return true;
@@ -181,9 +184,9 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
 
 /// JRCXZ, LOOP, LOOPE, LOOPNE: the host's own, over the first exit.
 bool BlockBuilder::count_branch(const DecodedInsn& i) {
-  if (i.opsize != 8 || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel)
+  if (i.opsize != word() || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel)
     return false;
-  const u64 target = next_rip() + static_cast<u64>(i.imm);
+  const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
   if (!canonical_address(target)) return false;
   // By the operation: with a repeat prefix the opcode may mean another condition (decode knows).
   const u8 opcode = i.op == Op::Loopne ? 0xe0 : i.op == Op::Loope ? 0xe1 : i.op == Op::Loop ? 0xe2 : 0xe3;
@@ -191,7 +194,7 @@ bool BlockBuilder::count_branch(const DecodedInsn& i) {
   if (i.addrsize == 4) e_.byte(0x67);
   e_.bytes({opcode, 0});
   const u32 over = e_.size() - 1;
-  exit_to(next_rip());
+  exit_to(wrapped(next_rip()));
   e_.bind_short(over);
   exit_to(target);
   return true;
@@ -199,12 +202,12 @@ bool BlockBuilder::count_branch(const DecodedInsn& i) {
 
 bool BlockBuilder::call(const DecodedInsn& i) {
   const Operand& o = i.operands[0];
-  if (i.opsize != 8) return false;
-  const u64 back = next_rip();
+  if (i.opsize != word()) return false;
+  const u64 back = wrapped(next_rip());
   if (!canonical_address(back)) return false;
   const auto push_return = [&](const Access& a) {
-    if (static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back) {
-      e_.store_imm32(a.mem, static_cast<i32>(back));
+    if (code32() || static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back) {
+      store_word_imm(a.mem, static_cast<i32>(back));
     } else {
       e_.mov_imm(kScratch0, back);
       e_.store(a.mem, kScratch0);
@@ -212,11 +215,11 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   };
   Access a;
   if (o.kind == OperandKind::Rel) {
-    const u64 target = back + static_cast<u64>(i.imm);
+    const u64 target = wrapped(back + static_cast<u64>(i.imm));
     if (!canonical_address(target)) return false;
-    if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
+    if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
     push_return(a);
-    e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+    move_rsp(-word());
     e_.mov_imm(kScratch1, back);
     shadow_call(back);
     exit_to(target);
@@ -224,7 +227,7 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   }
   if (o.kind == OperandKind::Mem) {
     if (!access_of(i, &a)) return false;
-    e_.load(kScratch0, a.mem);
+    load_word(kScratch0, a.mem);
   } else if (o.kind == OperandKind::Gpr) {
     clobber_flags();
     if (special(o.reg)) {
@@ -237,9 +240,9 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   }
   check_canonical(kScratch0, kScratch1);
   e_.store(frame_at(kValueSlot), kScratch0);
-  if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
+  if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
   push_return(a);
-  e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+  move_rsp(-word());
   e_.mov_imm(kScratch1, back);
   shadow_call(back);
   e_.load(kScratch0, frame_at(kValueSlot));
@@ -248,18 +251,18 @@ bool BlockBuilder::call(const DecodedInsn& i) {
 }
 
 bool BlockBuilder::ret(const DecodedInsn& i) {
-  if (i.opsize != 8) return false;
+  if (i.opsize != word()) return false;
   Access a;
-  if (!access(stack_address(0), 8, Kind::Read, false, &a)) return false;
-  e_.load(kScratch0, a.mem);
-  const i32 drop = 8 + static_cast<i32>(static_cast<u16>(i.imm));
+  if (!access(stack_address(0), word(), Kind::Read, false, &a)) return false;
+  load_word(kScratch0, a.mem);
+  const i32 drop = word() + static_cast<i32>(static_cast<u16>(i.imm));
   shadow_return();
   const u32 other = e_.jcc_short(5);
-  e_.lea(kHostR13, HostMem::at(kHostR13, drop));
+  move_rsp(drop);
   e_.byte(0xc3);  // ret
   e_.bind_short(other);
   check_canonical(kScratch0, kScratch1);
-  e_.lea(kHostR13, HostMem::at(kHostR13, drop));
+  move_rsp(drop);
   e_.load(kHostRsp, frame_at(frame::kShadowBase));
   exit_indirect();
   return true;

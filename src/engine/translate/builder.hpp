@@ -41,6 +41,7 @@ class BlockBuilder {
     u32 segment = 0;      ///< frame offset of the segment base; 0: none (no base stands at offset 0)
     u8 bit = kNoReg;      ///< BT and its kind: guest register whose signed bit offset moves the operand
     u8 bit_size = 0;      ///< by units of this many bytes
+    bool linear32 = false;  ///< the linear address is truncated to 32 bits
   };
   enum class Kind : u8 { Read, Write };
   struct Access {
@@ -132,14 +133,28 @@ class BlockBuilder {
   static u8 host(u8 guest) { return guest == RSP ? static_cast<u8>(kHostR13) : guest; }
   static HostMem slot(u8 guest) { return HostMem::frame(frame::kR13 + 8u * (guest - R13)); }
   bool address_of(const DecodedInsn& i, Address* out) const;
-  static Address stack_address(i32 disp) {
+  bool code32() const { return request_->mode.code32; }
+  /// Bytes of a stack slot, of RIP and of a near branch's operand.
+  u8 word() const { return code32() ? 4 : 8; }
+  Address stack_address(i32 disp) const {
     Address a;
     a.base = RSP;
     a.disp = disp;
+    a.narrow = a.linear32 = code32();
     return a;
+  }
+  u64 wrapped(u64 rip) const { return code32() ? static_cast<u32>(rip) : rip; }
+  void load_word(u8 to, const HostMem& m) { code32() ? e_.load32(to, m) : e_.load(to, m); }
+  void store_word(const HostMem& m, u8 from) { code32() ? e_.store32(m, from) : e_.store(m, from); }
+  void store_word_imm(const HostMem& m, i32 value);
+  void move_rsp(i32 by) { advance(kHostR13, by, word()); }
+  /// reg += by, in addresses of this size; flags stay.
+  void advance(u8 reg, i32 by, u8 size) {
+    size == 4 ? e_.lea32(reg, HostMem::at(reg, by)) : e_.lea(reg, HostMem::at(reg, by));
   }
   /// Linear address to a register; clobbers flags when both registers or a segment are in the frame.
   void emit_address(u8 to, const Address& a);
+  void add_segment(u8 to, const Address& a);
   bool access(const Address& a, u8 size, Kind kind, bool aligned, Access* out);
   bool access_of(const DecodedInsn& i, Access* out);  ///< of the insn's own memory operand
   /// Makes the operand [r14], so that r15 is free.
@@ -179,6 +194,7 @@ class BlockBuilder {
   unsigned stack_run(Op op) const;  ///< how many PUSH r (POP r) stand here in a row
   bool push(const DecodedInsn& i);  // stack.cpp
   bool pop(const DecodedInsn& i);
+  bool pop_memory(const DecodedInsn& i);
   bool leave(const DecodedInsn& i);
   bool pushf(const DecodedInsn& i);
   bool cli();
@@ -190,6 +206,11 @@ class BlockBuilder {
   bool popf(const DecodedInsn& i);
   bool mov_from_cr(const DecodedInsn& i);
   bool rdtsc(bool aux);
+  bool rare(const DecodedInsn& i);  // rare.cpp
+  bool ldmxcsr(const DecodedInsn& i);
+  bool selector(const DecodedInsn& i);
+  bool segment_base(const DecodedInsn& i);
+  void check_edge();
   bool string(const DecodedInsn& i);  // strings.cpp
   bool repeated_string(const DecodedInsn& i);
   void emit_direction_check();  ///< DF set: interpret; clobbers flags

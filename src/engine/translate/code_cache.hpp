@@ -109,7 +109,7 @@ class CodeCache {
 
   std::unique_ptr<CodeArena> arena_;
   std::unique_ptr<JumpEntry[]> jumps_;
-  static constexpr unsigned kSpaces = 16, kModes = 16;
+  static constexpr unsigned kSpaces = 16, kModes = 128;
   /// Biases in use for a fetch generation; with PCID, generations come back.
   struct Space {
     u64 generation = 0;

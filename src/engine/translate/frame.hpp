@@ -95,6 +95,10 @@ enum class SystemOp : u32 {
   ReadCr4,
   Rdtsc,
   TscAux,
+  ReadSelector,  ///< operand: Seg
+  BasesAllowed,  ///< RDFSBASE and its kind
+  WriteFsBase,
+  WriteGsBase,
 };
 
 namespace frame {
@@ -161,6 +165,7 @@ inline constexpr u32 kTlbShift = 7;
 inline constexpr u32 kTlbMask = (Mmu::kTlbSize - 1) * sizeof(Mmu::TlbEntry);
 inline constexpr u32 kTlbReadTag = offsetof(Mmu::TlbEntry, read_tag);
 inline constexpr u32 kTlbWriteTag = offsetof(Mmu::TlbEntry, write_tag);
+inline constexpr u32 kTlbExecTag = offsetof(Mmu::TlbEntry, exec_tag);
 inline constexpr u32 kTlbAddend = offsetof(Mmu::TlbEntry, addend);
 static_assert(sizeof(Mmu::TlbEntry) == 32);
 }  // namespace frame

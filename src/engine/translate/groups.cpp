@@ -256,8 +256,8 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
         if (i.op >= Op::Bt && i.op <= Op::Btc && i.operands[1].kind == OperandKind::Gpr) continue;
         add(at, o.size, (o.access & kWrite) != 0);
       }
-      if (i.opsize == 8 && (i.op == Op::Push || i.op == Op::Call)) add(stack_address(-8), 8, true);
-      if (i.opsize == 8 && (i.op == Op::Pop || i.op == Op::Ret)) add(stack_address(0), 8, false);
+      if (i.opsize == 8 && !code32() && (i.op == Op::Push || i.op == Op::Call)) add(stack_address(-8), 8, true);
+      if (i.opsize == 8 && !code32() && (i.op == Op::Pop || i.op == Op::Ret)) add(stack_address(0), 8, false);
     }
     follow(i, &g);
     if (!g.active) break;

@@ -166,7 +166,7 @@ bool Lockstep::decode_block(u64 rip, unsigned count) {
   const unsigned room = static_cast<unsigned>(kPageSize - (rip & ~kPageMask));
   for (DecodedInsn& insn : insns_) {
     // SAFETY: host is readable to the end of its page.
-    if (at >= room || decode(host + at, std::min(room - at, 15u), CodeMode::Bits64, false, c_.features.amd, &insn) !=
+    if (at >= room || decode(host + at, std::min(room - at, 15u), c_.code_mode, false, c_.features.amd, &insn) !=
                           DecodeResult::Ok)
       return false;
     at += insn.length;

@@ -15,7 +15,9 @@ bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
   *out = Address{};
   if (i.addrsize == 2 || !i.has(kHasMem)) return false;
   out->narrow = i.addrsize == 4;
-  if (i.disp != static_cast<i32>(i.disp)) return false;  // a 64-bit offset
+  out->linear32 = code32();
+  if (code32() && (m.seg == CS || (m.seg == FS && !request_->mode.fs_flat) || (m.seg == GS && !request_->mode.gs_flat)))
+    return false;
   if (m.seg == FS) out->segment = frame::kFsBase;
   if (m.seg == GS) out->segment = frame::kGsBase;
   if (m.base == kRipBase || (m.base == kNoReg && m.index == kNoReg)) {
@@ -30,8 +32,14 @@ bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
   out->base = m.base;
   out->index = m.index;
   out->scale_log2 = m.scale_log2 & 3;
+  if (i.disp != static_cast<i32>(i.disp)) return false;
   out->disp = static_cast<i32>(i.disp);
   return true;
+}
+
+void BlockBuilder::add_segment(u8 to, const Address& a) {
+  if (a.segment == 0) return;
+  e_.encode({.w = !a.linear32, .opcode = 0x03, .reg = to, .memory = true, .mem = HostMem::frame(a.segment)});
 }
 
 /// The unit that a bit offset selects: address + (offset >> log2(bits)) * bytes, the offset signed.
@@ -58,7 +66,7 @@ void BlockBuilder::emit_bit_address(u8 to, const Address& a) {
   e_.lea(to, m);
   if (!a.constant && a.index != kNoReg) e_.lea(to, {to, host(a.index), a.scale_log2, false, 0});
   if (!a.constant && a.base != kNoReg && special(a.base)) e_.add(to, slot(a.base));
-  if (a.segment) e_.add(to, HostMem::frame(a.segment));
+  add_segment(to, a);
 }
 
 void BlockBuilder::emit_address(u8 to, const Address& a) {
@@ -68,7 +76,7 @@ void BlockBuilder::emit_address(u8 to, const Address& a) {
   }
   if (a.constant) {
     e_.mov_imm(to, a.value);
-    if (a.segment) e_.add(to, HostMem::frame(a.segment));
+    add_segment(to, a);
     return;
   }
   HostMem m;
@@ -96,7 +104,7 @@ void BlockBuilder::emit_address(u8 to, const Address& a) {
   } else {
     e_.lea(to, m);
   }
-  if (a.segment) e_.add(to, HostMem::frame(a.segment));
+  add_segment(to, a);
 }
 
 Label& BlockBuilder::interpret_label() {

@@ -86,7 +86,7 @@ bool BlockBuilder::plain_high_byte(const DecodedInsn& i, Reencoding& r) {
 
 bool BlockBuilder::plain(const DecodedInsn& i) {
   Reencoding r;
-  if (!take_apart(i, &r)) return false;
+  if (!take_apart(i, code32(), &r)) return false;
   Encoding& e = r.e;
   if (e.memory && e.rex_barred) return plain_high_byte(i, r);
 

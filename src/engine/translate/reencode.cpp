@@ -45,6 +45,14 @@ u8 integer_fields(const Encoding& e) {
   }
 }
 
+/// VEX instructions between vectors and general registers or memory of their size: W is ignored in 32-bit code.
+bool moves_general(const Encoding& e) {
+  const u8 op = e.opcode;
+  if (e.map == 1) return op == 0x2a || op == 0x2c || op == 0x2d || op == 0x6e || (op == 0x7e && e.pp == 1);
+  // PCMPESTRx take lengths from registers.
+  return e.map == 3 && ((op >= 0x14 && op <= 0x17) || op == 0x20 || op == 0x22 || (op >= 0x60 && op <= 0x63));
+}
+
 u8 vector_fields(const Encoding& e, const DecodedInsn& insn) {
   bool gpr = false;
   for (const Operand& o : insn.operands) gpr |= o.kind == OperandKind::Gpr;
@@ -58,7 +66,7 @@ u8 vector_fields(const Encoding& e, const DecodedInsn& insn) {
 
 }  // namespace
 
-bool take_apart(const DecodedInsn& insn, Reencoding* out) {
+bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
   *out = Reencoding{};
   Encoding& e = out->e;
   const unsigned n = insn.length <= 15 ? insn.length : 15;
@@ -74,7 +82,7 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
       rep = c;
     } else if (c == 0xf0 || c == 0x26 || c == 0x2e || c == 0x36 || c == 0x3e || c == 0x64 || c == 0x65 ||
                c == 0x67) {
-    } else if ((c & 0xf0) == 0x40) {
+    } else if ((c & 0xf0) == 0x40 && !code32) {
       rex = c;
       continue;
     } else {
@@ -109,6 +117,10 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
     e.vvvv = ~(v2 >> 3) & 15;
     e.l = v2 & 4;
     e.pp = v2 & 3;
+    if (code32) {  // eight registers; VEX.W counts only where it selects an operation
+      e.vvvv &= 7;
+      r = b = false;
+    }
     if (e.map < 1 || e.map > 3 || !next(&e.opcode)) return false;
   } else {
     e.p66 = p66;
@@ -127,6 +139,20 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
       }
     }
     e.opcode = c;
+    if (e.map == 0 && code32 && c >= 0x40 && c <= 0x4f) {  // INC, DEC: FF /0, /1
+      e.opcode = 0xff;
+      e.reg = c >> 3 & 1;
+      e.rm = c & 7;
+      out->gpr_fields = kGprRm;
+      return i == n;
+    }
+    if (e.map == 0 && c == 0x82) e.opcode = 0x80;
+    if (e.map == 0 && c >= 0xa0 && c <= 0xa3) {  // MOV with an offset: 8A 8B 88 89
+      e.opcode = static_cast<u8>(0x88 | (c & 1) | (c < 0xa2 ? 2 : 0));
+      e.memory = true;
+      out->gpr_fields = kGprReg;
+      return insn.has(kHasMem);
+    }
   }
   e.has_modrm = has_modrm_byte(e.map, e.opcode);
   if (e.has_modrm) {
@@ -165,6 +191,7 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
     }
   }
   if (e.memory) out->gpr_fields &= static_cast<u8>(~kGprRm);
+  if (code32 && e.vex && (insn.op != Op::HostVec || moves_general(e))) e.w = false;
   for (const Operand& o : insn.operands) {
     if (o.kind != OperandKind::GprHigh) continue;
     e.rex_barred = true;
@@ -175,6 +202,7 @@ bool take_apart(const DecodedInsn& insn, Reencoding* out) {
   }
   if (i > n || n - i > sizeof e.imm) return false;
   while (i < n) e.imm[e.imm_size++] = insn.raw[i++];
+  if (code32 && e.vex && e.map == 3 && e.imm_size == 1 && e.opcode >= 0x4a && e.opcode <= 0x4c) e.imm[0] &= 0x7f;
   return true;
 }
 

@@ -6,7 +6,8 @@
 ///
 /// Kept: the prefixes that belong to the operation (66h, F2h, F3h, LOCK), REX.W, VEX.L/W/pp, opcode,
 /// immediates. Dropped: segment and address-size prefixes, the memory operand; register numbers are the
-/// caller's to map. Trust: the bytes are the guest's; decode() has accepted them for 64-bit mode.
+/// caller's to map. Trust: the bytes are the guest's; decode() has accepted them for 64-bit mode,
+/// or for 32-bit mode when code32.
 namespace ring3::engine {
 
 /// Which fields of an instruction hold general registers.
@@ -20,6 +21,6 @@ struct Reencoding {
 
 /// False when the shape is not one this file knows; the instruction is then interpreted.
 /// Of HostVec, only opcodes that interp/vector_stub.hpp lets run on the host are taken.
-bool take_apart(const DecodedInsn& insn, Reencoding* out);
+bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out);
 
 }  // namespace ring3::engine

@@ -1,14 +1,25 @@
 #include "engine/translate/builder.hpp"
 
-/// PUSH, POP, LEAVE, PUSHF with 64-bit operands; rSP changes after the last check. CLI at CPL 0.
+/// PUSH, POP, LEAVE, PUSHF with operands of the stack's width; rSP changes after the last check. CLI at CPL 0.
 namespace ring3::engine {
+
+void BlockBuilder::store_word_imm(const HostMem& m, i32 value) {
+  if (!code32()) {
+    e_.store_imm32(m, value);
+    return;
+  }
+  Encoding e{.opcode = 0xc7, .memory = true, .mem = m};
+  e.imm_size = 4;
+  for (unsigned n = 0; n < 4; n++) e.imm[n] = static_cast<u8>(static_cast<u32>(value) >> (8 * n));
+  e_.encode(e);
+}
 
 unsigned BlockBuilder::stack_run(Op op) const {
   constexpr unsigned kMost = 8;
   unsigned n = 0;
   while (n < kMost && index_ + n < count_) {
     const DecodedInsn& i = request_->insns[index_ + n];
-    if (i.op != op || i.opsize != 8 || i.operands[0].kind != OperandKind::Gpr || i.operands[0].reg == RSP) break;
+    if (i.op != op || i.opsize != word() || i.operands[0].kind != OperandKind::Gpr || i.operands[0].reg == RSP) break;
     n++;
   }
   return n;
@@ -17,90 +28,117 @@ unsigned BlockBuilder::stack_run(Op op) const {
 bool BlockBuilder::push(const DecodedInsn& i) {
   if (const unsigned run = stack_run(Op::Push); run > 1) {
     // One check for all; on a miss the first one alone is interpreted.
-    const i32 bytes = static_cast<i32>(run) * 8;
+    const i32 w = word(), bytes = static_cast<i32>(run) * w;
     Access a;
     if (!access(stack_address(-bytes), static_cast<u8>(bytes), Kind::Write, false, &a)) return false;
     for (unsigned n = 0; n < run; n++) {
       HostMem at = a.mem;
-      at.disp += bytes - 8 * static_cast<i32>(n + 1);
-      e_.store(at, value_of(request_->insns[index_ + n].operands[0].reg, kScratch0));
+      at.disp += bytes - w * static_cast<i32>(n + 1);
+      store_word(at, value_of(request_->insns[index_ + n].operands[0].reg, kScratch0));
     }
-    e_.lea(kHostR13, HostMem::at(kHostR13, -bytes));
+    move_rsp(-bytes);
     consumed_ = run;
     return true;
   }
-  if (i.opsize != 8) return false;
+  if (i.opsize != word()) return false;
   const Operand& o = i.operands[0];
   Access a;
   if (o.kind == OperandKind::Mem) {
     if (!access_of(i, &a)) return false;
-    e_.load(kScratch0, a.mem);
+    load_word(kScratch0, a.mem);
     e_.store(HostMem::frame(kValueSlot), kScratch0);
-    if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
-    e_.load(kScratch0, HostMem::frame(kValueSlot));
-    e_.store(a.mem, kScratch0);
+    if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
+    single_register(&a);
+    e_.load(kScratch1, HostMem::frame(kValueSlot));
+    store_word(a.mem, kScratch1);
   } else if (o.kind == OperandKind::Gpr) {
-    if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
-    e_.store(a.mem, value_of(o.reg, kScratch0));
+    if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
+    store_word(a.mem, value_of(o.reg, kScratch0));
   } else if (o.kind == OperandKind::Imm) {
-    if (i.imm != static_cast<i32>(i.imm)) return false;
-    if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
-    e_.store_imm32(a.mem, static_cast<i32>(i.imm));
+    if (!code32() && i.imm != static_cast<i32>(i.imm)) return false;
+    if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
+    store_word_imm(a.mem, static_cast<i32>(i.imm));
   } else {
     return false;
   }
-  e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+  move_rsp(-word());
   return true;
 }
 
 bool BlockBuilder::pop(const DecodedInsn& i) {
   if (const unsigned run = stack_run(Op::Pop); run > 1) {
-    const i32 bytes = static_cast<i32>(run) * 8;
+    const i32 w = word(), bytes = static_cast<i32>(run) * w;
     Access a;
     if (!access(stack_address(0), static_cast<u8>(bytes), Kind::Read, false, &a)) return false;
     for (unsigned n = 0; n < run; n++) {
       const u8 reg = request_->insns[index_ + n].operands[0].reg;
       HostMem at = a.mem;
-      at.disp += 8 * static_cast<i32>(n);
-      e_.load(special(reg) ? kScratch0 : host(reg), at);
+      at.disp += w * static_cast<i32>(n);
+      load_word(special(reg) ? kScratch0 : host(reg), at);
       if (special(reg)) e_.store(slot(reg), kScratch0);
     }
-    e_.lea(kHostR13, HostMem::at(kHostR13, bytes));
+    move_rsp(bytes);
     consumed_ = run;
     return true;
   }
   const Operand& o = i.operands[0];
-  if (i.opsize != 8 || o.kind != OperandKind::Gpr) return false;
+  if (i.opsize == word() && o.kind == OperandKind::Mem) return pop_memory(i);
+  if (i.opsize != word() || o.kind != OperandKind::Gpr) return false;
   Access a;
-  if (!access(stack_address(0), 8, Kind::Read, false, &a)) return false;
+  if (!access(stack_address(0), word(), Kind::Read, false, &a)) return false;
   if (o.reg == RSP) {
-    e_.load(kHostR13, a.mem);
+    load_word(kHostR13, a.mem);
     return true;
   }
   if (special(o.reg)) {
     e_.load(kScratch0, a.mem);
     e_.store(slot(o.reg), kScratch0);
   } else {
-    e_.load(host(o.reg), a.mem);
+    load_word(host(o.reg), a.mem);
   }
-  e_.lea(kHostR13, HostMem::at(kHostR13, 8));
+  move_rsp(word());
+  return true;
+}
+
+/// An address off rSP uses its value after the pop.
+bool BlockBuilder::pop_memory(const DecodedInsn& i) {
+  Address to;
+  if (!address_of(i, &to)) return false;
+  if (!to.constant && to.base == RSP) {
+    if (to.disp > 0x7fff0000) return false;
+    to.disp += word();
+  }
+  Access a;
+  if (!access(stack_address(0), word(), Kind::Read, false, &a)) return false;
+  load_word(kScratch0, a.mem);
+  e_.store(HostMem::frame(kValueSlot), kScratch0);
+  if (!access(to, word(), Kind::Write, false, &a)) return false;
+  single_register(&a);
+  e_.load(kScratch1, HostMem::frame(kValueSlot));
+  store_word(a.mem, kScratch1);
+  move_rsp(word());
   return true;
 }
 
 bool BlockBuilder::leave(const DecodedInsn& i) {
-  if (i.opsize != 8) return false;
+  if (i.opsize != word()) return false;
   Address at;
   at.base = RBP;
+  at.narrow = at.linear32 = code32();
   Access a;
-  if (!access(at, 8, Kind::Read, false, &a)) return false;
-  e_.lea(kHostR13, HostMem::at(kHostRbp, 8));
-  e_.load(kHostRbp, a.mem);
+  if (!access(at, word(), Kind::Read, false, &a)) return false;
+  if (code32()) {
+    e_.lea32(kHostR13, HostMem::at(kHostRbp, 4));
+  } else {
+    e_.lea(kHostR13, HostMem::at(kHostRbp, 8));
+  }
+  load_word(kHostRbp, a.mem);
   return true;
 }
 
 /// The image: what VcpuState holds, with the status flags from the frame, without VM and RF.
 bool BlockBuilder::pushf(const DecodedInsn& i) {
-  if (i.opsize != 8) return false;
+  if (i.opsize != word()) return false;
   clobber_flags();
   if (flags_ != Flags::Frame) return false;
   const auto byte_to_scratch1 = [&](u32 offset) {
@@ -123,10 +161,11 @@ bool BlockBuilder::pushf(const DecodedInsn& i) {
   merge();
   e_.store(HostMem::frame(kValueSlot), kScratch0);
   Access a;
-  if (!access(stack_address(-8), 8, Kind::Write, false, &a)) return false;
-  e_.load(kScratch0, HostMem::frame(kValueSlot));
-  e_.store(a.mem, kScratch0);
-  e_.lea(kHostR13, HostMem::at(kHostR13, -8));
+  if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
+  single_register(&a);
+  e_.load(kScratch1, HostMem::frame(kValueSlot));
+  store_word(a.mem, kScratch1);
+  move_rsp(-word());
   return true;
 }
 

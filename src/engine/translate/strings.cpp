@@ -2,7 +2,7 @@
 
 #include "engine/translate/builder.hpp"
 
-/// MOVS STOS LODS SCAS CMPS, with REP those that store; CLD and STD. Addresses of 64 bits, no segment base.
+/// MOVS STOS LODS SCAS CMPS, with REP those that store; CLD and STD. Addresses of the mode's width, no segment base.
 ///
 /// Pieces: a repeated instruction runs the host's own on the host addresses, over as many elements as lie
 ///         inside one page of each side. After each piece rCX, rSI and rDI are exact and attention is polled;
@@ -55,14 +55,16 @@ void BlockBuilder::emit_direction_check() {
 
 bool BlockBuilder::string(const DecodedInsn& i) {
   const u8 size = i.opsize;
-  if (i.addrsize != 8 || (size != 1 && size != 2 && size != 4 && size != 8)) return false;
+  if (i.addrsize != word() || (size != 1 && size != 2 && size != 4 && size != 8)) return false;
   const bool from = i.op == Op::Movs || i.op == Op::Lods || i.op == Op::Cmps;
-  if (from && (i.mem.seg == FS || i.mem.seg == GS)) return false;
+  if (from && (i.mem.seg == FS || i.mem.seg == GS || (code32() && i.mem.seg == CS)))
+    return false;
   if (i.has(kRep | kRepne)) return (i.op == Op::Movs || i.op == Op::Stos) && repeated_string(i);
 
   Address source, target;
   source.base = RSI;
   target.base = RDI;
+  source.narrow = source.linear32 = target.narrow = target.linear32 = code32();
   const i32 step = size;
   clobber_flags();
   emit_direction_check();
@@ -76,24 +78,24 @@ bool BlockBuilder::string(const DecodedInsn& i) {
       e_.encode(sized(kLoad, size, kScratch0, a.mem));
       e_.load(kScratch1, HostMem::frame(kTargetSlot));
       e_.encode(sized(kStore, size, kScratch0, HostMem::at(kScratch1)));
-      e_.lea(kHostRsi, HostMem::at(kHostRsi, step));
-      e_.lea(kHostRdi, HostMem::at(kHostRdi, step));
+      advance(kHostRsi, step, word());
+      advance(kHostRdi, step, word());
       return true;
     case Op::Stos:
       if (!access(target, size, Kind::Write, false, &a)) return false;
       e_.encode(sized(kStore, size, kHostRax, a.mem));
-      e_.lea(kHostRdi, HostMem::at(kHostRdi, step));
+      advance(kHostRdi, step, word());
       return true;
     case Op::Lods:
       if (!access(source, size, Kind::Read, false, &a)) return false;
       e_.encode(sized(kLoad, size, kHostRax, a.mem));
-      e_.lea(kHostRsi, HostMem::at(kHostRsi, step));
+      advance(kHostRsi, step, word());
       return true;
     case Op::Scas:
       if (!access(target, size, Kind::Read, false, &a)) return false;
       e_.encode(sized(kCompareWith, size, kHostRax, a.mem));
       flags_ = Flags::Host;
-      e_.lea(kHostRdi, HostMem::at(kHostRdi, step));
+      advance(kHostRdi, step, word());
       return true;
     case Op::Cmps:
       if (!access(target, size, Kind::Read, false, &a)) return false;
@@ -103,8 +105,8 @@ bool BlockBuilder::string(const DecodedInsn& i) {
       e_.encode(sized(kLoad, size, kScratch0, a.mem));
       e_.encode(sized(kCompareWith, size, kScratch0, HostMem::frame(kTargetSlot)));
       flags_ = Flags::Host;
-      e_.lea(kHostRsi, HostMem::at(kHostRsi, step));
-      e_.lea(kHostRdi, HostMem::at(kHostRdi, step));
+      advance(kHostRsi, step, word());
+      advance(kHostRdi, step, word());
       return true;
     default:
       return false;
@@ -119,10 +121,15 @@ bool BlockBuilder::repeated_string(const DecodedInsn& i) {
   emit_direction_check();
   Label again, done;
   e_.bind(again);
-  e_.encode({.w = true, .opcode = 0x85, .reg = kHostRcx, .rm = kHostRcx});
+  e_.encode({.w = !code32(), .opcode = 0x85, .reg = kHostRcx, .rm = kHostRcx});
   e_.jcc(kEqual, done);
+  if (code32()) {
+    for (const u8 r : {kHostRcx, kHostRsi, kHostRdi})
+      if (move || r != kHostRsi) e_.mov32(r, r);
+  }
 
   Address at;
+  at.narrow = at.linear32 = code32();
   at.index = RDI;  // not as a base: each round is checked by itself
   Access a;
   if (!access(at, size, Kind::Write, false, &a)) return false;
@@ -163,6 +170,10 @@ bool BlockBuilder::repeated_string(const DecodedInsn& i) {
   e_.byte(string.opcode);
   e_.encode(alu64(kSubFrom, kHostRdi, kScratch1));
   if (move) e_.encode(alu64(kSubFrom, kHostRsi, kScratch0));
+  if (code32()) {  // past the end of 4 GiB
+    e_.mov32(kHostRdi, kHostRdi);
+    if (move) e_.mov32(kHostRsi, kHostRsi);
+  }
   e_.mov(kHostRcx, kHostRdx);
   e_.load(kHostRdx, HostMem::frame(kSavedSlot));
 

@@ -1,3 +1,4 @@
+#include "engine/interp/operand.hpp"
 #include "engine/interp/system.hpp"
 #include "engine/translate/builder.hpp"
 #include "engine/translate/translator_vcpu.hpp"
@@ -63,12 +64,12 @@ bool BlockBuilder::sti() {
 }
 
 bool BlockBuilder::popf(const DecodedInsn& i) {
-  if (i.opsize != 8) return false;
+  if (i.opsize != word()) return false;
   Access a;
-  if (!access(stack_address(0), 8, Kind::Read, false, &a)) return false;
-  e_.load(kScratch0, a.mem);
+  if (!access(stack_address(0), word(), Kind::Read, false, &a)) return false;
+  load_word(kScratch0, a.mem);
   system_op(SystemOp::Popf, true);  // r14 stays
-  e_.lea(kHostR13, HostMem::at(kHostR13, 8));
+  move_rsp(word());
   // As LAHF and SETO leave them: SF ZF AF PF CF in bits 15:8, OF in bit 0.
   e_.mov32(kScratch1, kScratch0);
   e_.and32(kScratch0, static_cast<u32>(rflags::STATUS & 0xff));
@@ -105,7 +106,7 @@ bool BlockBuilder::mov_from_cr(const DecodedInsn& i) {
   if (special(to.reg)) {
     e_.store(slot(to.reg), kScratch1);
   } else {
-    e_.mov(host(to.reg), kScratch1);
+    code32() ? e_.mov32(host(to.reg), kScratch1) : e_.mov(host(to.reg), kScratch1);
   }
   return true;
 }
@@ -160,6 +161,18 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
       return c_.cpl != 0 && (s_.cr4 & cr4::TSD) ? 0 : c_.env.rdtsc();
     case SystemOp::TscAux:
       return s_.msr.tsc_aux;
+    case SystemOp::ReadSelector:
+      return s_.seg[operand % kSegCount].selector;
+    case SystemOp::BasesAllowed:
+      return c_.code64 && (s_.cr4 & cr4::FSGSBASE) ? 1 : 0;
+    case SystemOp::WriteFsBase:
+    case SystemOp::WriteGsBase: {
+      if (!c_.code64 || !(s_.cr4 & cr4::FSGSBASE) || !canonical(operand)) return 0;
+      const bool fs = op == SystemOp::WriteFsBase;
+      s_.seg[fs ? FS : GS].base = operand;
+      (fs ? frame_.fs_base : frame_.gs_base) = operand;
+      return 1;
+    }
   }
   return 0;
 }

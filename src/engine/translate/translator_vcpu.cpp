@@ -107,8 +107,17 @@ u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   return v.mmu_.warm(linear, static_cast<unsigned>(size), write != 0) ? 1 : 0;
 }
 
+bool TranslatorVcpu::translatable() const {
+  if (c_.code64) return true;
+  constexpr unsigned kFlat = 1u << SS | 1u << DS | 1u << ES;
+  const Segment& cs = s_.seg[CS];
+  return c_.code_mode == CodeMode::Bits32 && c_.protected_mode && c_.stack_size == 4 &&
+         (c_.flat_segments & kFlat) == kFlat && cs.base == 0 && cs.limit == 0xffffffff && (cs.type & 8) &&
+         !cs.unusable && cs.present;
+}
+
 bool TranslatorVcpu::can_enter() const {
-  return c_.code64 && !c_.slow_step && !s_.sti_shadow && !s_.mov_ss_shadow && !(s_.rflags & rflags::RF) &&
+  return translatable() && !c_.slow_step && !s_.sti_shadow && !s_.mov_ss_shadow && !(s_.rflags & rflags::RF) &&
          !c_.env.replaying && !s_.exception.pending;
 }
 
@@ -123,6 +132,15 @@ TranslateMode TranslatorVcpu::mode() const {
   if (m.sse && !m.user && vectors_held_ == 0) {
     m.sse = m.avx = false;
     m.lazy = true;
+  }
+  if (!c_.code64) {
+    const auto flat = [&](Seg seg) {
+      const Segment& g = s_.seg[seg];
+      return !g.unusable && g.present && g.limit == 0xffffffff && (g.type & 0xe) == 2;
+    };
+    m.code32 = true;
+    m.fs_flat = flat(FS);
+    m.gs_flat = flat(GS);
   }
   return m;
 }
@@ -141,7 +159,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   while (count < max && at < size) {
     DecodedInsn& insn = insns_[count];
     const DecodeResult r =
-        decode(image + at, std::min(size - at, 15u), CodeMode::Bits64, false, c_.features.amd, &insn);
+        decode(image + at, std::min(size - at, 15u), mode.code32 ? CodeMode::Bits32 : CodeMode::Bits64, false, c_.features.amd, &insn);
     if (r != DecodeResult::Ok) break;
     has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
     at += insn.length;
@@ -152,6 +170,20 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   BlockRequest request;
   request.rip = rip;
   request.mode = mode;
+  u8 guest_bytes[15];
+  if (count == 0 && room < sizeof guest_bytes && lockstep_ == nullptr) {
+    // An instruction that goes on in the next page.
+    const Stop kept = mmu_.stop();
+    const unsigned got = mmu_.fetch_bytes(rip, guest_bytes, sizeof guest_bytes);
+    mmu_.stop() = kept;
+    std::memcpy(guest_bytes, image, room);
+    if (got > room && decode(guest_bytes, got, mode.code32 ? CodeMode::Bits32 : CodeMode::Bits64, false, c_.features.amd,
+                             &insns_[0]) == DecodeResult::Ok && insns_[0].length > room) {
+      has_feature_[0] = insns_[0].op != Op::Invalid && c_.features[insns_[0].feature];
+      count = 1;
+      request.edge = insns_[0].length - room;
+    }
+  }
   for (unsigned attempt = 0; attempt < 2; attempt++) {
     request.insns = std::span<const DecodedInsn>(insns_.data(), count);
     request.has_feature = std::span<const bool>(has_feature_.get(), count);
@@ -160,12 +192,13 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
     if (count == 0 || !translator_->translate(request, &out_)) {
       out_.clear();
       const Op op = count == 0 ? Op::Invalid : insns_[0].op;
-      const bool vector = op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall;
+      const bool vector = needs_vectors(op);
       leave_stub(rip, mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_);
-      out_.bytes = count == 0 ? std::min(room, 15u) : insns_[0].length;
+      out_.bytes = count == 0 ? std::min(room, 15u) : std::min<u32>(room, insns_[0].length);
       // What is undefined may depend on bytes past its length.
       if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
     } else {
+      out_.bytes = std::min<u32>(room, out_.bytes);
       stats_.translated++;
     }
     if (CodeBlock* b = cache_->add(gpa, rip, mode.bits(), out_, image)) {
@@ -276,8 +309,9 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     }
     tag = frame::kNoTag;
     stats_.interpreted++;
+    if (options_.interpreted_ops != nullptr) note_interpreted();
     if (vectors_held_ != 0) vectors_held_--;
-    const u64 n = c_.code64 ? 1 : std::min(kOtherMode, limit - c_.retired);
+    const u64 n = translatable() ? 1 : std::min(kOtherMode, limit - c_.retired);
     const Interpreter::Result r = interpreter_.run(n);
     if (r != Interpreter::Result::Budget) return r;
   }

@@ -6,6 +6,7 @@
 #include "engine/interp/interpreter.hpp"
 #include "engine/translate/block_translator.hpp"
 #include "engine/translate/code_cache.hpp"
+#include "engine/translate/interpreted_ops.hpp"
 #include "engine/translate/lockstep.hpp"
 #include "engine/translate/perf_map.hpp"
 
@@ -28,6 +29,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     u64 lockstep_every = 0;   ///< not 0: every n-th block is compared with the interpreter; nothing is linked
     std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
     PerfMap* perf_map = nullptr;  ///< told of every block; outlives this
+    InterpretedOps* interpreted_ops = nullptr;  ///< told of every interpreted instruction; outlives this
   };
   struct Stats {
     u64 entries = 0, interpreted = 0, translated = 0, fills = 0, faults = 0;
@@ -60,6 +62,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
 
   /// Whether the next instruction may run translated, but for its address.
   bool can_enter() const;
+  /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
+  bool translatable() const;
   TranslateMode mode() const;
   /// The block at RIP; null: the interpreter is to run the instruction.
   CodeBlock* lookup(u64 rip, TranslateMode mode);
@@ -67,6 +71,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   void enter(const u8* code);
   static u64 fill(void* self, u64 linear, u64 size, u64 write);
   u64 system_op(SystemOp op, u64 operand);  // system_ops.cpp
+  void note_interpreted();                  // interpreted_ops.cpp
 
   VcpuState& s_;
   Mmu& mmu_;

@@ -23,6 +23,7 @@ class TinyTranslator final : public BlockTranslator {
  public:
   explicit TinyTranslator(unsigned* made) : made_(made) {}
   bool translate(const BlockRequest& request, TranslatedBlock* out) override {
+    if (request.edge != 0) return false;
     ++*made_;
     out_ = out;
     request_ = &request;
