@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "control/cli/commands.hpp"
+#include "control/cli/life.hpp"
 #include "control/cli/text.hpp"
 #include "control/image/image_command.hpp"
 
@@ -43,6 +44,7 @@ int main_with(const std::vector<std::string>& arguments) {
   occupy_closed_descriptors();
   signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error to report, not a silent death
   if (!arguments.empty() && arguments[0] == "image") return image_command({arguments.begin() + 1, arguments.end()});
+  if (!arguments.empty() && is_life_verb(arguments[0])) return life_command(arguments);
   auto command = parse_command_line(arguments);
   if (!command) return fail(command.error().message);
   if (const auto* options = std::get_if<RunOptions>(&*command)) return run(*options);

@@ -7,7 +7,7 @@
 namespace ring3::control {
 
 /// The keys that ring3 takes out of what is typed: Ctrl-A, then
-///   x       end the VM
+///   x       end the VM (d, where the keys leave a console that goes on)
 ///   h or ?  list the keys
 ///   Ctrl-A  send one Ctrl-A to the guest
 /// Any other key after Ctrl-A is swallowed with it. A Ctrl-A at the end of one burst waits for the next.
@@ -15,9 +15,12 @@ namespace ring3::control {
 /// Threading: one thread at a time.
 class EscapeKeys {
  public:
+  enum class Leave { kEnd, kDetach };
+  explicit EscapeKeys(Leave leave = Leave::kEnd) : leave_(leave == Leave::kEnd ? 'x' : 'd') {}
+
   struct Found {
     std::size_t bytes = 0;  ///< what is left for the guest, at the start of the buffer
-    bool stop = false;      ///< Ctrl-A x; what follows it is dropped
+    bool stop = false;      ///< Ctrl-A x or d; what follows it is dropped
     bool help = false;      ///< Ctrl-A h
   };
 
@@ -32,9 +35,12 @@ class EscapeKeys {
         continue;
       }
       pending_ = false;
+      if ((key | 0x20) == leave_) {
+        found.stop = true;
+        return found;
+      }
       switch (key) {
         case kCtrlA: typed[found.bytes++] = kCtrlA; break;
-        case 'x': case 'X': found.stop = true; return found;
         case 'h': case 'H': case '?': found.help = true; break;
         default: break;
       }
@@ -43,6 +49,7 @@ class EscapeKeys {
   }
 
  private:
+  u8 leave_;
   bool pending_ = false;
 };
 

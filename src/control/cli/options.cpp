@@ -24,10 +24,11 @@ struct ValueOption {
 };
 
 /// The options of `run` that take a value.
-constexpr std::array<ValueOption, 11> kValueOptions{{
+constexpr std::array<ValueOption, 12> kValueOptions{{
     {"-n", "--name"},   {"-m", "--memory"},    {"-c", "--cpus"},      {nullptr, "--engine"},
     {nullptr, "--cpu"}, {nullptr, "--kernel"}, {nullptr, "--initrd"}, {nullptr, "--append"},
     {nullptr, "--console"}, {nullptr, "--log"}, {nullptr, "--engine-option"},
+    {nullptr, "--stop-timeout"},
 }};
 
 /// Ties each value to its option, so that one that begins with a dash or is empty is still the value:
@@ -61,8 +62,13 @@ std::string one_line(std::string text) {
 /// The words of the run verb as typed, before they are checked.
 struct RunText {
   std::string name = "ring3", memory = "1G", cpus = "1", engine = "auto", cpu = "default", kernel, initrd, append;
-  std::string console = "stdio", log = "warn";
+  std::string console = "stdio", log = "warn", stop_timeout = "30";
   std::vector<std::string> engine_options;
+};
+
+/// Its flags, and which of its words were given.
+struct RunFlags {
+  bool append = false, named = false, no_reboot = false, test_device = false, detach = false;
 };
 
 constexpr const char* kRunExamples =
@@ -73,7 +79,8 @@ constexpr const char* kRunExamples =
     "  ring3 run --kernel vmlinuz --initrd initramfs.gz -m 512M\n"
     "  ring3 run --kernel vmlinuz --initrd initramfs.gz --append \"console=ttyS0 quiet\" -c 2 --engine soft\n"
     "  ring3 run --kernel vmlinuz --append \"console=ttyS0 panic=1\" --no-reboot --console file:boot.log\n"
-    "  ring3 run --kernel test.elf --test-device; echo $?";
+    "  ring3 run --kernel test.elf --test-device; echo $?\n"
+    "  ring3 run --kernel vmlinuz --initrd initramfs.gz --detach --name build; ring3 console build";
 constexpr const char* kDoctorExamples =
     "Exit status: 0 an engine works here, 2 none does.\n\n"
     "Examples:\n"
@@ -116,10 +123,12 @@ Status check_memory(const std::string& text, RunOptions& out) {
   return Ok{};
 }
 
-Result<Command> check_run(const RunText& text, bool has_append, bool no_reboot, bool test_device) {
+Result<Command> check_run(const RunText& text, const RunFlags& flags) {
   RunOptions run;
-  run.no_reboot = no_reboot;
-  run.test_device = test_device;
+  run.no_reboot = flags.no_reboot;
+  run.test_device = flags.test_device;
+  run.detach = flags.detach;
+  run.named = flags.named;
 
   run.name = real_value(text.name);
   if (!good_name(run.name)) {
@@ -129,6 +138,9 @@ Result<Command> check_run(const RunText& text, bool has_append, bool no_reboot, 
   auto cpus = parse_count(real_value(text.cpus), "--cpus", 1, MachineConfig::kMaxCpus);
   if (!cpus) return cpus.error();
   run.cpus = static_cast<u32>(*cpus);
+  auto patience = parse_count(real_value(text.stop_timeout), "--stop-timeout", 0, 86400);
+  if (!patience) return patience.error();
+  run.stop_timeout = static_cast<u32>(*patience);
 
   if (text.engine == "kvm") run.engine = EngineKind::kKvm;
   else if (text.engine == "soft") run.engine = EngineKind::kSoft;
@@ -142,7 +154,7 @@ Result<Command> check_run(const RunText& text, bool has_append, bool no_reboot, 
   if (run.kernel.empty()) return Error::of(EINVAL, "nothing to boot: give --kernel FILE (see ring3 run --help)");
   run.initrd = real_value(text.initrd);
   if (run.initrd.empty() && !text.initrd.empty()) return Error::of(EINVAL, "--initrd wants the name of a file");
-  if (has_append) run.append = real_value(text.append);
+  if (flags.append) run.append = real_value(text.append);
 
   run.console = real_value(text.console);
   const bool to_file = run.console.rfind("file:", 0) == 0;
@@ -241,11 +253,10 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   app.add_flag("--version", version_flag, "the same as ring3 version");
 
   RunText text;
-  bool no_reboot = false;
-  bool test_device = false;
+  RunFlags flags;
   CLI::App* run = app.add_subcommand("run", "boot a VM in the foreground, its console on this terminal");
   run->footer(kRunExamples);
-  run->add_option("-n,--name", text.name, "what to call the VM")->type_name("NAME")->capture_default_str();
+  const CLI::Option* named = run->add_option("-n,--name", text.name, "what to call the VM")->type_name("NAME")->capture_default_str();
   run->add_option("-m,--memory", text.memory, "guest memory: 512M, 2G")->type_name("SIZE")->capture_default_str();
   run->add_option("-c,--cpus", text.cpus, "virtual CPUs")->type_name("N")->capture_default_str();
   run->add_option("--engine", text.engine, "auto (the faster one), kvm (/dev/kvm) or soft")->type_name("ENGINE")->capture_default_str();
@@ -255,8 +266,12 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   const CLI::Option* append =
       run->add_option("--append", text.append, "kernel command line [console=ttyS0; empty with --test-device]")->type_name("STRING");
   run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none")->type_name("WHERE")->capture_default_str();
-  run->add_flag("--no-reboot", no_reboot, "end, with status 0, when the guest reboots")->disable_flag_override();
-  run->add_flag("--test-device", test_device, "add the device of test guests (exit port 0xf4, ...)")->disable_flag_override();
+  run->add_flag("--no-reboot", flags.no_reboot, "end, with status 0, when the guest reboots")->disable_flag_override();
+  run->add_flag("--test-device", flags.test_device, "add the device of test guests (exit port 0xf4, ...)")->disable_flag_override();
+  run->add_flag("-d,--detach", flags.detach, "run in the background: see ring3 ps, stop, console, logs")->disable_flag_override();
+  run->add_option("--stop-timeout", text.stop_timeout, "how long the guest may take to power off on SIGTERM")
+      ->type_name("SECONDS")
+      ->capture_default_str();
   run->add_option("--log", text.log, "messages to show: error, warn, info, debug, trace, off")->type_name("LEVEL")->capture_default_str();
   run->add_option("--engine-option", text.engine_options, "a switch of the software engine; repeatable")
       ->type_name("KEY=VALUE")
@@ -272,6 +287,13 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   doctor->add_flag("--json", doctor_options.json, "for programs")->disable_flag_override();
 
   // For the list of verbs only: image_command() has its words before this parser sees them.
+  for (const auto& [verb, help] : {std::pair{"ps", "list the VMs that run in the background"},
+                                   {"stop", "power a VM off"},
+                                   {"console", "connect this terminal to a VM's console"},
+                                   {"logs", "print what a VM wrote to its console"},
+                                   {"rm", "forget a VM that has ended"}}) {
+    app.add_subcommand(verb, help);  // taken apart in life.cpp
+  }
   app.add_subcommand("image", "make, inspect, convert and repair disk images: ring3 image --help");
 
   VersionOptions version_options;
@@ -288,7 +310,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
     }
     const std::string& first = arguments[0];
     if (help_of == "ring3" && (first.empty() || first[0] != '-')) {
-      return Error::of(EINVAL, "there is no verb '" + printable(first) + "'; there are run, with, doctor and version");
+      return Error::of(EINVAL, "there is no verb '" + printable(first) + "'; there are run, ps, stop, console, logs, rm, with, image, doctor and version");
     }
   }
   try {
@@ -321,7 +343,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
     return Error::of(EINVAL, printable(one_line(e.what())) + "; see " + help_of + " --help");
   }
 
-  if (run->parsed()) return check_run(text, append->count() > 0, no_reboot, test_device);
+  if (run->parsed()) {
+    flags.append = append->count() > 0;
+    flags.named = named->count() > 0;
+    return check_run(text, flags);
+  }
   if (doctor->parsed()) return Command(doctor_options);
   if (version_verb->parsed() || version_flag) return Command(version_options);
   return Error::of(EINVAL, "say what to do: ring3 run, ring3 doctor or ring3 version (see ring3 --help)");

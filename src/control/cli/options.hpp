@@ -21,6 +21,9 @@ struct RunOptions {
   std::string initrd;
   std::optional<std::string> append;
   std::string console = "stdio";     ///< stdio, pty, none or file:PATH
+  bool named = false;                ///< --name was given
+  bool detach = false;
+  u32 stop_timeout = 30;             ///< seconds that a guest gets to power off when it is asked to
   bool no_reboot = false;
   bool test_device = false;
   std::string log = "warn";

@@ -7,15 +7,20 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
+#include <ctime>
 #include <mutex>
 
 #include "base/log.hpp"
 #include "control/cli/commands.hpp"
+#include "control/cli/detach.hpp"
 #include "control/cli/host.hpp"
+#include "control/cli/progress.hpp"
 #include "control/cli/signals.hpp"
 #include "control/cli/stream_console.hpp"
 #include "control/cli/terminal.hpp"
 #include "control/cli/text.hpp"
+#include "control/vms/shared_console.hpp"
 #include "vmm/machine/machine.hpp"
 
 namespace ring3::control {
@@ -45,6 +50,11 @@ class Ending {
       why_ = why;
     }
     if (machine_ != nullptr) machine_->request_stop();
+  }
+  /// Presses the power button. Whether the guest listens to it.
+  bool press_power_button() {
+    const std::lock_guard lock(mutex_);
+    return machine_ != nullptr && machine_->press_power_button();
   }
   /// Whether a machine is there to be asked.
   bool has_machine() {
@@ -85,20 +95,35 @@ Status check_memory_can_be_had(u64 bytes) {
   return Ok{};
 }
 
-Result<std::unique_ptr<StreamConsole>> make_console(const std::string& where, StreamConsole::Callbacks callbacks) {
-  if (where == "stdio") return StreamConsole::standard_io(std::move(callbacks));
-  if (where == "none") return StreamConsole::none();
-  if (where == "pty") {
-    std::string path;
-    auto console = StreamConsole::pseudo_terminal(path, std::move(callbacks));
-    if (console) std::fprintf(stderr, "ring3: the console is on %s\n", path.c_str());
-    return console;
+/// `place`: what `ring3 ps` calls it.
+Result<std::unique_ptr<vmm::Console>> make_console(const std::string& where, Background* background,
+                                                   StreamConsole::Callbacks callbacks, std::string& place) {
+  const auto widen = [](auto made) -> Result<std::unique_ptr<vmm::Console>> {
+    if (!made) return made.error();
+    return std::unique_ptr<vmm::Console>(std::move(*made));
+  };
+  place = where;
+  if (where == "stdio" && background != nullptr) {
+    place = "shared";
+    return widen(vms::SharedConsole::create(background->claim().directory_fd(), nullptr));
   }
-  return StreamConsole::file(where.substr(std::string("file:").size()), std::move(callbacks));
+  if (where == "stdio") return widen(StreamConsole::standard_io(std::move(callbacks)));
+  if (where == "none") return widen(StreamConsole::none());
+  if (where == "pty") {
+    auto console = StreamConsole::pseudo_terminal(place, std::move(callbacks));
+    if (console) std::fprintf(stderr, "ring3: the console is on %s\n", place.c_str());
+    return widen(std::move(console));
+  }
+  place = where.substr(std::string("file:").size());
+  auto console = StreamConsole::file(place, std::move(callbacks));
+  if (char* full = console ? realpath(place.c_str(), nullptr) : nullptr) {
+    place = full;
+    std::free(full);
+  }
+  return widen(std::move(console));
 }
 
-Result<std::unique_ptr<kvm::Endpoint>> make_engine(const RunOptions& options) {
-  EngineKind kind;
+Result<std::unique_ptr<kvm::Endpoint>> make_engine(const RunOptions& options, EngineKind& kind) {
   if (options.engine) {
     kind = *options.engine;
     log::info("engine {}: asked for", to_string(kind));
@@ -159,9 +184,13 @@ int report(const vmm::Outcome& outcome, Ending& ending) {
   return fail(message("the VM ended for an unknown reason"));
 }
 
-}  // namespace
+/// What the outcome is in words, for `ring3 ps --all`.
+std::string in_words(const vmm::Outcome& outcome, Ending& ending) {
+  if (outcome.kind == vmm::Outcome::Kind::kStopped && !ending.why().empty()) return ending.why();
+  return outcome.message.empty() ? to_string(outcome.kind) : outcome.message;
+}
 
-int run(const RunOptions& options) {
+int run_vm(const RunOptions& options, Background* background) {
   set_up_log(options.log);
   if (auto status = check_file("--kernel", options.kernel); !status) return fail(status.error().message);
   if (!options.initrd.empty()) {
@@ -172,14 +201,20 @@ int run(const RunOptions& options) {
   // Before any other thread: they inherit the signal mask.
   Ending ending;
   SignalWatcher* watcher_for_callbacks = nullptr;
-  SignalWatcher watcher([&](int signal) {
-    const int status = SignalWatcher::exit_status(signal);
+  SignalWatcher watcher([&](const SignalWatcher::Ask& ask) -> std::optional<std::chrono::seconds> {
+    const int status = SignalWatcher::exit_status(ask.signal);
     if (!ending.has_machine()) {
       restore_terminal();
       _exit(status);
     }
-    ending.request(status, signal == SIGINT ? "" : std::string("ended by signal ") + strsignal(signal));
+    const auto grace = std::chrono::seconds(ask.grace.value_or(static_cast<int>(options.stop_timeout)));
+    if (ask.signal == SIGTERM && !ask.last && grace.count() > 0 && ending.press_power_button()) {
+      log::info("SIGTERM: the power button is pressed; the guest has {} s to power off", grace.count());
+      return grace;
+    }
+    ending.request(status, ask.signal == SIGINT ? "" : std::string("ended by signal ") + strsignal(ask.signal));
     watcher_for_callbacks->begin_stop(status);
+    return std::nullopt;
   });
   watcher_for_callbacks = &watcher;
 
@@ -193,23 +228,50 @@ int run(const RunOptions& options) {
     ending.request(kFailure, why);
     watcher.begin_stop(kFailure);
   };
-  auto console = make_console(options.console, std::move(callbacks));
+  std::string console_place;
+  auto console = make_console(options.console, background, std::move(callbacks), console_place);
   if (!console) return fail(console.error().message);
-  auto system = make_engine(options);
+  EngineKind kind = EngineKind::kSoft;
+  auto system = make_engine(options, kind);
   if (!system) return fail(system.error().message);
-  auto machine = vmm::Machine::create(machine_config(options), std::move(*system), **console);
+  const bool on_this_terminal = background == nullptr && options.console == "stdio";
+  BootProgress progress(**console, background == nullptr ? STDERR_FILENO : -1, on_this_terminal);
+  auto machine = vmm::Machine::create(machine_config(options), std::move(*system), progress);
   if (!machine) return fail(machine.error().message);
 
+  if (background != nullptr) {
+    vms::VmInfo info;
+    info.started = static_cast<u64>(time(nullptr));
+    info.memory_bytes = options.memory_bytes;
+    info.cpus = options.cpus;
+    info.engine = to_string(kind);
+    info.console = console_place;
+    if (auto status = background->ready(std::move(info)); !status) return fail(status.error().message);
+  }
   vmm::Outcome outcome;
   {
     Result<RawTerminal> terminal =
-        options.console == "stdio" ? RawTerminal::enter(STDIN_FILENO) : RawTerminal::enter(-1);
+        on_this_terminal ? RawTerminal::enter(STDIN_FILENO) : RawTerminal::enter(-1);
     if (!terminal) return fail(terminal.error().message);
     ending.set_machine(machine->get());
     outcome = (*machine)->run();
     ending.set_machine(nullptr);
+    progress.finish();
   }
-  return report(outcome, ending);
+  const int status = report(outcome, ending);
+  if (background != nullptr) background->finish(status, in_words(outcome, ending));
+  return status;
+}
+
+}  // namespace
+
+int run(const RunOptions& options) {
+  if (!options.detach) return run_vm(options, nullptr);
+  return detach(options, [&](Background& background) {
+    RunOptions named = options;
+    named.name = background.claim().name();
+    return run_vm(named, &background);
+  });
 }
 
 }  // namespace ring3::control

@@ -111,10 +111,11 @@ void AcpiPm::write(u64 offset, std::span<const u8> data) {
   if (off && config_.power_off) config_.power_off();
 }
 
-void AcpiPm::press_power_button() {
+bool AcpiPm::press_power_button() {
   std::lock_guard lock(mutex_);
   s_.pm1_status |= kPowerButton;
   update_sci();
+  return (s_.pm1_enable & kPowerButton) != 0;
 }
 
 void AcpiPm::raise_gpe(u32 gpe) {

@@ -40,7 +40,8 @@ class AcpiPm final : public Device {
   void read(u64 offset, std::span<u8> data) override;
   void write(u64 offset, std::span<const u8> data) override;
 
-  void press_power_button();
+  /// Whether the guest has enabled the button's event: one that has not will do nothing.
+  bool press_power_button();
   /// Sets status bit `gpe` (0 to 15) of GPE0.
   void raise_gpe(u32 gpe);
 

@@ -402,9 +402,9 @@ void Machine::resume() {
   impl_->changed.notify_all();
 }
 
-void Machine::press_power_button() {
+bool Machine::press_power_button() {
   std::lock_guard lock(impl_->mutex);
-  if (impl_->board) impl_->board->pm().press_power_button();
+  return impl_->board && impl_->board->pm().press_power_button();
 }
 
 }  // namespace ring3::vmm

@@ -80,8 +80,8 @@ class Machine {
   /// Returns when no vCPU runs guest code any more. Does not nest: one resume() ends it.
   void pause();
   void resume();
-  /// The ACPI power button: a guest that listens shuts down.
-  void press_power_button();
+  /// The ACPI power button: a guest that listens shuts down. False: it does not listen, or has not come so far.
+  bool press_power_button();
 
  private:
   struct Impl;
