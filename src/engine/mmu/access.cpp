@@ -128,9 +128,7 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
     if (w.global) bank.global.set(i);
     if (w.shift != kPageShift) {
       bank.large.set(i);
-      const u64 mask = (1ull << w.shift) - 1;
-      bank.large_low = std::min(bank.large_low, linear & ~mask);
-      bank.large_high = std::max(bank.large_high, linear | mask);
+      bank.note_large(linear, w.shift);
     }
   }
   switch (access) {
@@ -351,6 +349,22 @@ u8* Mmu::bulk_pointer(u64 linear, bool for_write, unsigned size) {
   }
   // SAFETY: the tag says that the page is RAM, and the range lies in it.
   return reinterpret_cast<u8*>(linear + bank_->entries[i].addend);
+}
+
+bool Mmu::warm_across(u64 linear, unsigned size, bool write) {
+  const u64 next = (linear | ~kPageMask) + 1;
+  const auto hit = [&](u64 at) {
+    const TlbEntry& e = bank_->entries[index(at)];
+    return (write ? e.write_tag : e.read_tag) == (at & kPageMask);
+  };
+  if (hit(linear) && hit(next)) return true;
+  if (impl_->check_alignment) return false;
+  const Stop kept = stop_;
+  Impl::Parts parts;
+  const bool ok = impl_->resolve(linear, size, write ? Impl::Access::Write : Impl::Access::Read, Privilege::Current,
+                                 DS, &parts);
+  stop_ = kept;
+  return ok && hit(linear) && hit(next);
 }
 
 // ---- fetch ----

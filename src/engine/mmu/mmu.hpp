@@ -73,7 +73,7 @@ class Mmu {
   };
   /// No page address, also after its low bits up to any access size were kept.
   static constexpr u64 kNoTag = 1u << 11;
-  static constexpr unsigned kTlbBits = 10, kTlbSize = 1u << kTlbBits;
+  static constexpr unsigned kTlbBits = 13, kTlbSize = 1u << kTlbBits;
   /// What stands in the empty tags of entry i: differs from every address that selects the entry in more
   /// than the page offset, and has the bit of kNoTag.
   static constexpr u64 no_tag(unsigned i) { return i == 0 ? kNoTag | kPageSize : kNoTag; }
@@ -191,6 +191,8 @@ class Mmu {
   /// Fills the TLB so that an access inside one page hits. False when it cannot, or the access would fault.
   /// Never raises a stop; what a walk sets in page tables may reach CodeObserver::code_written().
   bool warm(u64 linear, unsigned size, bool write) { return bulk_pointer(linear, write, size) != nullptr; }
+  /// The same for an access in two pages: both are in the TLB then. size at most a page.
+  bool warm_across(u64 linear, unsigned size, bool write);
 
   // ---- instruction fetch ----
 

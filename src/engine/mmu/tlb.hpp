@@ -62,8 +62,9 @@ struct TlbBankWithSets : BankBase {
   IndexSet<kSize> filled, global, large;
   IndexSet<kSize> writable, executable;  ///< write_tag, exec_tag are set
   IndexSet<kSize> write_walked;  ///< a walk for writing succeeded: a dropped write tag needs no other walk
-  u64 large_low = ~0ull,
-      large_high = 0;  ///< all large pages seen since the last full flush lie in [low, high]
+  /// Which large pages there may be, by address bits: of 2 MiB by 21 to 26, of 1 GiB by 30 to 35. Set when
+  /// one is filled, cleared when all are flushed.
+  u64 large_2m = 0, large_1g = 0;
 
   void reset(unsigned i) {
     this->entries[i] = Mmu::no_entry(i);
@@ -87,7 +88,7 @@ struct TlbBankWithSets : BankBase {
         reset(i);
       }
     });
-    if (!kept) large_low = ~0ull, large_high = 0;
+    if (!kept) large_2m = large_1g = 0;
   }
   void flush_page(u64 linear) {
     const u64 page = linear & kPageMask;
@@ -100,10 +101,18 @@ struct TlbBankWithSets : BankBase {
       reset(at);
     }
     // The page itself may have left the TLB while others of the same large page are still there.
-    if (page < large_low || page > large_high) return;
+    if (!may_be_large(page)) return;
     large.for_each([&](unsigned i) {
       if (((page_of(i) ^ linear) >> shift[i]) == 0) reset(i);
     });
+  }
+  void note_large(u64 linear, unsigned s) {
+    if (s == 21) large_2m |= 1ull << ((linear >> 21) & 63);
+    if (s == 30) large_1g |= 1ull << ((linear >> 30) & 63);
+    if (s != 21 && s != 30) large_2m = ~0ull;
+  }
+  bool may_be_large(u64 linear) const {
+    return ((large_2m >> ((linear >> 21) & 63)) & 1) != 0 || ((large_1g >> ((linear >> 30) & 63)) & 1) != 0;
   }
   void flush_large(u64 linear, unsigned s) {
     large.for_each([&](unsigned i) {

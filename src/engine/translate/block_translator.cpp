@@ -249,23 +249,7 @@ bool BlockBuilder::one(const DecodedInsn& i) {
 /// What lies behind the block: slow paths, interpretation, polls, exit stubs.
 void BlockBuilder::finish() {
   finish_groups();
-  for (SlowPath& s : slow_) {
-    Interpret& interpret = interpret_[s.insn];
-    e_.bind(s.entry);
-    emit_address(kScratch0, s.address);
-    if (s.aligned) {
-      e_.test8_imm(kScratch0, static_cast<u8>(s.size - 1));
-      e_.jcc(5, interpret.entry);
-    }
-    e_.mov_imm(kScratch1, s.size);
-    e_.encode({.opcode = 0xff,
-               .reg = 2,
-               .memory = true,
-               .mem = HostMem::frame(s.write ? frame::kFillWrite : frame::kFillRead)});
-    e_.encode({.opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
-    e_.jcc(4, interpret.entry);
-    e_.jmp(s.retry);
-  }
+  finish_slow_paths();
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
     e_.bind(i.entry);

@@ -51,10 +51,11 @@ class BlockBuilder {
 
   /// Code behind the block: reached from a check.
   struct SlowPath {
-    Label entry, retry;
+    Label entry, resume;  ///< resume: r15 = addend
     Address address;
     u8 size = 0;
     bool aligned = false, write = false;
+    bool whole = false;  ///< in one page, or interpreted
     u32 insn = 0;
   };
   /// Accesses that one check stands for (groups.cpp).
@@ -67,7 +68,7 @@ class BlockBuilder {
     unsigned others = 0;
   };
   struct GroupMiss {
-    Label entry, retry;
+    Label entry, resume;
     Address address;
     u32 size = 0;
     bool write = false;
@@ -156,6 +157,11 @@ class BlockBuilder {
   void emit_address(u8 to, const Address& a);
   void add_segment(u8 to, const Address& a);
   bool access(const Address& a, u8 size, Kind kind, bool aligned, Access* out);
+  void operand_of(const Address& a, Access* out);
+  void emit_rorx(u8 to, u8 from, u8 count);
+  void one_page_or(Label& otherwise, u32 size);
+  void emit_fill(bool write);
+  void finish_slow_paths();
   bool access_of(const DecodedInsn& i, Access* out);  ///< of the insn's own memory operand
   /// Makes the operand [r14], so that r15 is free.
   void single_register(Access* a);
@@ -237,6 +243,7 @@ class BlockBuilder {
   std::vector<Interpret> interpret_;  ///< per instruction that was translated
   std::vector<Poll> polls_;
   std::vector<Stub> stubs_;
+  bool whole_ = false;  ///< accesses lie in one page or are interpreted
   bool grouping_ = false;
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;

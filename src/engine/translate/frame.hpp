@@ -41,7 +41,7 @@ struct alignas(64) JitFrame {
   u32 exit_tag = 0;
   u64 host_rsp = 0;
   u64 state_gpr = 0, state_rflags = 0, state_xsave = 0;  ///< addresses inside VcpuState
-  u64 fill_function = 0;  ///< u64 (*)(void* context, u64 linear, u64 size, u64 write): 1 when the TLB now hits
+  u64 fill_function = 0;  ///< u64 (*)(void* context, u64 linear, u64 size, u64 write): the addend or 0
   u64 fill_context = 0;
   u64 saved_flags = 0;  ///< the fill thunks' own
   u32 host_mxcsr = 0;
@@ -70,8 +70,9 @@ struct alignas(64) JitFrame {
   /// through the jump table, without the run loop when it is there. For near RET, indirect JMP and CALL,
   /// and direct branches to other pages.
   u64 exit_indirect = 0;
-  /// call. In: r14 = linear address, r15d = size in bytes. Out: r14 kept; r15 = 1 when the page is now in the
-  /// TLB such that the inline check (of a read; of a write) hits, 0 when it cannot be: then exit_interpret.
+  /// call. In: r14 = linear address, r15d = size in bytes. Out: r14 kept; r15 = what is added to a linear address of
+  /// this access (a read; a write) for its host address, 0 when it cannot be made: then exit_interpret. A read's
+  /// may lead to a copy of its bytes.
   /// Keeps all other registers, vectors and scratch; clobbers the status flags.
   u64 fill_read = 0;
   u64 fill_write = 0;
@@ -79,6 +80,8 @@ struct alignas(64) JitFrame {
   u64 exit_vectors = 0;
   /// As exit_next, exit_indirect and exit_attention, with the guest's status flags in `flags`, not in RFLAGS.
   u64 exit_next_frame = 0, exit_indirect_frame = 0, exit_attention_frame = 0;
+
+  u8 bounce[64] = {};  ///< bytes of a read in two pages
 };
 
 /// What the fill thunks are called with in place of a size, for system instructions (system_ops.cpp). r14 is the

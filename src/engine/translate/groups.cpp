@@ -295,20 +295,10 @@ void BlockBuilder::finish_groups() {
     e_.bind(m.entry);
     if (m.fill) {
       emit_address(kScratch0, m.address);
-      e_.mov32(kScratch1, kScratch0);
-      e_.and32(kScratch1, static_cast<u32>(kPageSize - 1));
-      Encoding compare{.opcode = 0x81, .reg = 7, .rm = kScratch1, .imm_size = 4};
-      const u32 last = static_cast<u32>(kPageSize - m.size);
-      for (unsigned n = 0; n < 4; n++) compare.imm[n] = static_cast<u8>(last >> (8 * n));
-      e_.encode(compare);
-      e_.jcc(7, ungrouped);
+      one_page_or(ungrouped, m.size);
       e_.mov_imm(kScratch1, m.size);
-      e_.encode({.opcode = 0xff,
-                 .reg = 2,
-                 .memory = true,
-                 .mem = HostMem::frame(m.write ? frame::kFillWrite : frame::kFillRead)});
-      e_.encode({.opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
-      e_.jcc(5, m.retry);
+      emit_fill(m.write);
+      e_.jcc(5, m.resume);
     }
     if (&ungrouped == &restore) {
       e_.bind(restore);

@@ -8,6 +8,9 @@
 /// so an access that crosses into the next page misses too. Where alignment is required, the low bits stay in
 /// the comparison, and a misaligned address misses. The operand is then at a + addend, with the instruction's
 /// own base register where it has one.
+///
+/// On a miss the fill thunk gives the addend itself, also for an access in two pages where that is possible, and the
+/// instruction goes on behind its check.
 namespace ring3::engine {
 
 bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
@@ -121,14 +124,8 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   const i32 reach = aligned ? 0 : size - 1;
   // Through a group's addend; the flags stay.
   const auto through = [&](const HostMem& addend) {
-    if (a.index == kNoReg) {
-      e_.load(kScratch1, addend);
-      *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
-    } else {
-      emit_address(kScratch0, a);
-      e_.load(kScratch1, addend);
-      *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
-    }
+    e_.load(kScratch1, addend);
+    operand_of(a, out);
     return true;
   };
   if (grouping_ && !aligned) {
@@ -144,7 +141,6 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
       m.fill = g->write == (kind == Kind::Write);
       m.insn = index_;
       m.flags = flags_;
-      e_.bind(m.retry);
       emit_address(kScratch1, m.address);
       e_.shr(kScratch1, frame::kTlbShift);
       e_.and32(kScratch1, frame::kTlbMask);
@@ -156,13 +152,9 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
       e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(g->write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
       e_.jcc(5, m.entry);
       e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+      e_.bind(m.resume);
       e_.store(HostMem::frame(g->slot), kScratch1);
-      if (a.index == kNoReg) {
-        *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
-      } else {
-        emit_address(kScratch0, a);
-        *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
-      }
+      operand_of(a, out);
       return true;
     }
   }
@@ -175,9 +167,9 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   s.address = a;
   s.size = size;
   s.aligned = aligned;
+  s.whole = whole_;
   s.write = kind == Kind::Write;
   s.insn = static_cast<u32>(interpret_.size() - 1);
-  e_.bind(s.retry);
 
   if (a.constant && a.segment == 0 && a.bit == kNoReg) {
     const u64 v = a.value;
@@ -193,6 +185,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     }
     e_.jcc(5, s.entry);
     e_.load(kScratch1, HostMem::at(kScratch1, entry + static_cast<i32>(frame::kTlbAddend)));
+    e_.bind(s.resume);
     if (fits(v)) {
       *out = {HostMem::at(kScratch1, static_cast<i32>(v)), true, false};
     } else {
@@ -202,32 +195,93 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     return true;
   }
 
-  const bool in_registers = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg &&
-                            (a.base == kNoReg || !special(a.base)) &&
+  const bool plain = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg;
+  const bool in_registers = plain && (a.base == kNoReg || !special(a.base)) &&
                             (a.index == kNoReg || !special(a.index)) && a.disp < 0x7fff0000;
-  emit_address(kScratch1, a);
-  e_.shr(kScratch1, frame::kTlbShift);
+  if (in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0) {
+    emit_rorx(kScratch1, host(a.base), frame::kTlbShift);
+  } else if (in_registers) {
+    emit_address(kScratch1, a);
+    e_.shr(kScratch1, frame::kTlbShift);
+  } else {
+    emit_address(kScratch0, a);
+    emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
+  }
   e_.and32(kScratch1, frame::kTlbMask);
   e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  Address last = a;
-  if (in_registers) last.disp += reach;
-  emit_address(kScratch0, last);
-  if (!in_registers && reach != 0) e_.lea(kScratch0, HostMem::at(kScratch0, reach));
+  if (in_registers) {
+    Address last = a;
+    last.disp += reach;
+    emit_address(kScratch0, last);
+  } else if (reach != 0) {
+    e_.lea(kScratch0, HostMem::at(kScratch0, reach));
+  }
   e_.and_imm(kScratch0, page_mask);
   e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
   e_.jcc(5, s.entry);
-  if (in_registers && a.base != kNoReg && a.index == kNoReg) {
-    e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
-    *out = {HostMem{host(a.base), kScratch1, 0, false, a.disp}, true, false};
-  } else {
-    // The instruction adds its bit offset by itself.
-    Address operand = a;
-    operand.bit = kNoReg;
-    emit_address(kScratch0, operand);
-    e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
-    *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
-  }
+  e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+  e_.bind(s.resume);
+  operand_of(a, out);
   return true;
+}
+
+/// The operand whose addend is in r15. Flags stay where the address has no segment and is no narrow one.
+void BlockBuilder::operand_of(const Address& a, Access* out) {
+  const bool plain = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg;
+  if (plain && a.base != kNoReg && a.index == kNoReg) {
+    const bool loaded = special(a.base);
+    if (loaded) e_.load(kScratch0, slot(a.base));
+    *out = {HostMem{loaded ? kScratch0 : host(a.base), kScratch1, 0, false, a.disp}, !loaded, false};
+    return;
+  }
+  // The instruction adds its bit offset by itself.
+  Address operand = a;
+  operand.bit = kNoReg;
+  emit_address(kScratch0, operand);
+  *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+}
+
+/// Flags stay.
+void BlockBuilder::emit_rorx(u8 to, u8 from, u8 count) {
+  e_.encode({.vex = true, .w = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = to, .rm = from, .imm_size = 1, .imm = {count}});
+}
+
+/// The misses of single checks: r14 = address, a fill, and on with the addend, or interpretation.
+void BlockBuilder::finish_slow_paths() {
+  for (SlowPath& s : slow_) {
+    Interpret& interpret = interpret_[s.insn];
+    e_.bind(s.entry);
+    emit_address(kScratch0, s.address);
+    if (s.aligned) {
+      e_.test8_imm(kScratch0, static_cast<u8>(s.size - 1));
+      e_.jcc(5, interpret.entry);
+    }
+    if (s.whole) one_page_or(interpret.entry, s.size);
+    e_.mov_imm(kScratch1, s.size);
+    emit_fill(s.write);
+    e_.jcc(4, interpret.entry);
+    e_.jmp(s.resume);
+  }
+}
+
+/// r14 = address. Clobbers r15 and the flags.
+void BlockBuilder::one_page_or(Label& otherwise, u32 size) {
+  e_.mov32(kScratch1, kScratch0);
+  e_.and32(kScratch1, static_cast<u32>(kPageSize - 1));
+  Encoding compare{.opcode = 0x81, .reg = 7, .rm = kScratch1, .imm_size = 4};
+  const u32 last = static_cast<u32>(kPageSize - size);
+  for (unsigned n = 0; n < 4; n++) compare.imm[n] = static_cast<u8>(last >> (8 * n));
+  e_.encode(compare);
+  e_.jcc(7, otherwise);
+}
+
+/// r14 = address, r15 = size; then r15 = addend, or 0 with ZF set.
+void BlockBuilder::emit_fill(bool write) {
+  e_.encode({.opcode = 0xff,
+             .reg = 2,
+             .memory = true,
+             .mem = HostMem::frame(write ? frame::kFillWrite : frame::kFillRead)});
+  e_.encode({.w = true, .opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
 }
 
 bool BlockBuilder::access_of(const DecodedInsn& i, Access* out) {

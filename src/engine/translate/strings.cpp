@@ -132,13 +132,19 @@ bool BlockBuilder::repeated_string(const DecodedInsn& i) {
   at.narrow = at.linear32 = code32();
   at.index = RDI;  // not as a base: each round is checked by itself
   Access a;
-  if (!access(at, size, Kind::Write, false, &a)) return false;
+  whole_ = true;
+  const bool target = access(at, size, Kind::Write, false, &a);
+  whole_ = false;
+  if (!target) return false;
   e_.lea(kScratch0, a.mem);
   e_.encode(alu64(kSubFrom, kScratch0, kHostRdi));
   e_.store(HostMem::frame(kTargetSlot), kScratch0);
   if (move) {
     at.index = RSI;
-    if (!access(at, size, Kind::Read, false, &a)) return false;
+    whole_ = true;
+    const bool source = access(at, size, Kind::Read, false, &a);
+    whole_ = false;
+    if (!source) return false;
     e_.lea(kScratch0, a.mem);
     e_.encode(alu64(kSubFrom, kScratch0, kHostRsi));  // r14: host address - rSI
   }

@@ -103,8 +103,27 @@ u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
   if (size >= static_cast<u64>(SystemOp::Swapgs)) return v.system_op(static_cast<SystemOp>(size), linear);
   v.stats_.fills++;
-  if (v.lockstep_ != nullptr && v.lockstep_->active()) return v.lockstep_->fill(linear, size, write != 0) ? 1 : 0;
-  return v.mmu_.warm(linear, static_cast<unsigned>(size), write != 0) ? 1 : 0;
+  return v.addend(linear, static_cast<unsigned>(size), write != 0);
+}
+
+u64 TranslatorVcpu::addend(u64 linear, unsigned size, bool write) {
+  const bool active = lockstep_ != nullptr && lockstep_->active();
+  const auto entry = [&](u64 at) -> const Mmu::TlbEntry& {
+    return reinterpret_cast<const Mmu::TlbEntry*>(frame_.tlb)[(at >> kPageShift) & (Mmu::kTlbSize - 1)];
+  };
+  const u64 here = kPageSize - (linear & ~kPageMask);
+  if (size <= here) {
+    const bool ok = active ? lockstep_->fill(linear, size, write) : mmu_.warm(linear, size, write);
+    return ok ? entry(linear).addend : 0;
+  }
+  if (active || size > sizeof frame_.bounce || !mmu_.warm_across(linear, size, write)) return 0;
+  const u64 first = entry(linear).addend, second = entry(linear + here).addend;
+  if (first == second) return first;
+  if (write) return 0;
+  // SAFETY: the TLB hits for both pages: RAM up to the one's end and from the other's start.
+  guest_copy(frame_.bounce, reinterpret_cast<const u8*>(linear + first), here);
+  guest_copy(frame_.bounce + here, reinterpret_cast<const u8*>(linear + here + second), size - here);
+  return reinterpret_cast<u64>(frame_.bounce) - linear;
 }
 
 bool TranslatorVcpu::translatable() const {

@@ -69,6 +69,9 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   CodeBlock* lookup(u64 rip, TranslateMode mode);
   CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode);
   void enter(const u8* code);
+  /// host - linear of an access that the translation allows, 0: it is interpreted. In two pages only if the host's
+  /// are neighbours too, or for a read, which then reads from a copy.
+  u64 addend(u64 linear, unsigned size, bool write);
   static u64 fill(void* self, u64 linear, u64 size, u64 write);
   u64 system_op(SystemOp op, u64 operand);  // system_ops.cpp
   void note_interpreted();                  // interpreted_ops.cpp
