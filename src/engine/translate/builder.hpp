@@ -198,6 +198,7 @@ class BlockBuilder {
   bool mov_register(const DecodedInsn& i);
   bool verbatim(const DecodedInsn& i);
   unsigned stack_run(Op op) const;  ///< how many PUSH r (POP r) stand here in a row
+  bool run_access(const Address& at, u8 bytes, Kind kind, Access* out);
   bool push(const DecodedInsn& i);  // stack.cpp
   bool pop(const DecodedInsn& i);
   bool pop_memory(const DecodedInsn& i);
@@ -243,7 +244,8 @@ class BlockBuilder {
   std::vector<Interpret> interpret_;  ///< per instruction that was translated
   std::vector<Poll> polls_;
   std::vector<Stub> stubs_;
-  bool whole_ = false;  ///< accesses lie in one page or are interpreted
+  bool must_group_ = false;  ///< access() refuses what it would check alone
+  bool whole_ = false;       ///< accesses lie in one page or are interpreted
   bool grouping_ = false;
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;

@@ -262,7 +262,7 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
     follow(i, &g);
     if (!g.active) break;
   }
-  if (g.others == 0) return nullptr;
+  if (g.others == 0 && !must_group_) return nullptr;
   g.active = true;
   g.moved = 0;
   g.slot = slot->slot;

@@ -158,6 +158,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
       return true;
     }
   }
+  if (must_group_) return false;
   clobber_flags();
   interpret_label();
   const auto fits = [](u64 v) { return static_cast<u64>(static_cast<i64>(static_cast<i32>(v))) == v; };

@@ -25,14 +25,24 @@ unsigned BlockBuilder::stack_run(Op op) const {
   return n;
 }
 
+/// One check for all. In 64-bit code as a group, whose miss goes on one by one: a run may lie in two pages. In 32-bit
+/// code the first one alone is interpreted then.
+bool BlockBuilder::run_access(const Address& at, u8 bytes, Kind kind, Access* out) {
+  if (code32()) return access(at, bytes, kind, false, out);
+  if (!grouping_) return false;
+  must_group_ = true;
+  const bool done = access(at, bytes, kind, false, out);
+  must_group_ = false;
+  return done;
+}
+
 bool BlockBuilder::push(const DecodedInsn& i) {
-  if (const unsigned run = stack_run(Op::Push); run > 1) {
-    // One check for all; on a miss the first one alone is interpreted.
-    const i32 w = word(), bytes = static_cast<i32>(run) * w;
-    Access a;
-    if (!access(stack_address(-bytes), static_cast<u8>(bytes), Kind::Write, false, &a)) return false;
+  Access all;
+  const unsigned run = stack_run(Op::Push);
+  const i32 w = word(), bytes = static_cast<i32>(run) * w;
+  if (run > 1 && run_access(stack_address(-bytes), static_cast<u8>(bytes), Kind::Write, &all)) {
     for (unsigned n = 0; n < run; n++) {
-      HostMem at = a.mem;
+      HostMem at = all.mem;
       at.disp += bytes - w * static_cast<i32>(n + 1);
       store_word(at, value_of(request_->insns[index_ + n].operands[0].reg, kScratch0));
     }
@@ -66,13 +76,13 @@ bool BlockBuilder::push(const DecodedInsn& i) {
 }
 
 bool BlockBuilder::pop(const DecodedInsn& i) {
-  if (const unsigned run = stack_run(Op::Pop); run > 1) {
-    const i32 w = word(), bytes = static_cast<i32>(run) * w;
-    Access a;
-    if (!access(stack_address(0), static_cast<u8>(bytes), Kind::Read, false, &a)) return false;
+  Access all;
+  const unsigned run = stack_run(Op::Pop);
+  const i32 w = word(), bytes = static_cast<i32>(run) * w;
+  if (run > 1 && run_access(stack_address(0), static_cast<u8>(bytes), Kind::Read, &all)) {
     for (unsigned n = 0; n < run; n++) {
       const u8 reg = request_->insns[index_ + n].operands[0].reg;
-      HostMem at = a.mem;
+      HostMem at = all.mem;
       at.disp += w * static_cast<i32>(n);
       load_word(special(reg) ? kScratch0 : host(reg), at);
       if (special(reg)) e_.store(slot(reg), kScratch0);
