@@ -17,6 +17,7 @@ struct Offloads {
   bool checksum = false;  ///< the guest takes frames whose checksum is still to be completed
   bool tcp4 = false;      ///< and TCP segments larger than its MTU
   bool tcp6 = false;
+  bool ecn = false;       ///< with ECN among their flags
   bool udp = false;       ///< and UDP in one piece that stands for several datagrams (USO)
   friend bool operator==(const Offloads&, const Offloads&) = default;
 };
@@ -43,6 +44,13 @@ class Link {
   virtual ssize_t receive(u32 queue, std::span<iovec> message) = 0;
   /// Errors: the host's.
   virtual Status set_offloads(const Offloads& offloads) = 0;
+  /// The first `count` queues are in use: the others get nothing.
+  virtual Status set_active_queues(u32 count) {
+    (void)count;
+    return Ok{};
+  }
+  /// Whether frames to the link may be UDP in one piece that stands for several datagrams.
+  virtual bool takes_udp_segments() const { return false; }
 
  protected:
   explicit Link(std::vector<UniqueFd> fds) : fds_(std::move(fds)) {}

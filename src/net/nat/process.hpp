@@ -26,6 +26,8 @@ class NatLink final : public Link {
   ssize_t receive(u32 queue, std::span<iovec> message) override;
   Status set_offloads(const Offloads& offloads) override;
 
+  bool takes_udp_segments() const override { return true; }
+
   int process() const { return process_; }
 
  private:

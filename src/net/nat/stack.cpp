@@ -31,7 +31,7 @@ void Stack::receive(u32 queue, std::span<const u8> message) {
   if (message.size() == kControlSize && message[0] == kControl) {
     if (message[1] == kSetOffloads) {
       const u8 bits = message[2];
-      wire_.set_offloads({(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0});
+      wire_.set_offloads({(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, false, (bits & 8) != 0});
     }
     return;
   }

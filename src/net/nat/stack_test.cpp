@@ -599,7 +599,7 @@ TEST(Process, ServesFramesAndEndsWithItsLink) {
   auto link = NatLink::start(c, 2);
   ASSERT_TRUE(link);
   const int pid = (*link)->process();
-  ASSERT_TRUE((*link)->set_offloads({true, true, true, false}));
+  ASSERT_TRUE((*link)->set_offloads({true, true, true, false, false}));
   Bench b;  // for its frames only
   for (u32 queue = 0; queue < 2; queue++) {
     const auto frame = b.ip_frame(kGuest4, b.plan.gateway4, kProtoIcmp, icmp4_echo(7, 1, 56));
