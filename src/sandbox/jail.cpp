@@ -106,7 +106,9 @@ Status drop_capabilities() {
   return Ok{};
 }
 
-Status install_filter(const JailPolicy& policy) {
+}  // namespace
+
+Status filter_system_calls(const JailPolicy& policy) {
   scmp_filter_ctx context = ::seccomp_init(SCMP_ACT_KILL_PROCESS);
   if (context == nullptr) return Error::of(ENOMEM, "jail: no memory for the filter");
   int error = 0;
@@ -124,8 +126,6 @@ Status install_filter(const JailPolicy& policy) {
   if (error != 0) return Error::from_errno("jail: the filter of role " + policy.role, -error);
   return Ok{};
 }
-
-}  // namespace
 
 void close_all_but(std::vector<int> keep) {
   std::sort(keep.begin(), keep.end());
@@ -159,7 +159,7 @@ Result<JailReport> enter_jail(const JailPolicy& policy) {
     if (auto s = limit(RLIMIT_AS, policy.address_space, "memory"); !s) return s.error();
   }
   if (auto s = drop_capabilities(); !s) return s.error();
-  if (auto s = install_filter(policy); !s) return s.error();
+  if (auto s = filter_system_calls(policy); !s) return s.error();
   return report;
 }
 

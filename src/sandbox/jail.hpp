@@ -44,6 +44,10 @@ struct JailReport {
 /// and the report says whether they stand.
 Result<JailReport> enter_jail(const JailPolicy& policy);
 
+/// The last wall alone, for a role that has other ones: the calling thread, and the threads it starts later, may make the
+/// policy's system calls; any other kills the process. Needs no_new_privs.
+Status filter_system_calls(const JailPolicy& policy);
+
 /// Closes every descriptor from 3 on but `keep`.
 void close_all_but(std::vector<int> keep);
 

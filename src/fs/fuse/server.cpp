@@ -145,6 +145,12 @@ int Server::init(Arguments& in, Reply& out) {
   answer.time_gran = 1;
   answer.max_pages = kMostData / kPageSize;
   if (!out.put(answer)) return -EINVAL;
+  // A guest that begins anew, after a reset say, knows nothing of what it had before.
+  inodes_.clear();
+  {
+    const std::lock_guard lock(open_mutex_);
+    open_.clear();
+  }
   ready_ = true;
   return 0;
 }

@@ -1,0 +1,213 @@
+#include "fs/share/process.hpp"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <latch>
+#include <mutex>
+#include <thread>
+
+#include "fs/fuse/server.hpp"
+#include "fs/share/jail.hpp"
+#include "fs/share/message.hpp"
+#include "sandbox/jail.hpp"
+
+namespace ring3::fs {
+namespace {
+
+constexpr unsigned kWorkers = 4;
+
+std::span<u8> request_part(u8* arena, u32 slot) { return {arena + slot * kSlotBytes, Server::kMostMessage}; }
+std::span<u8> reply_part(u8* arena, u32 slot) { return {arena + slot * kSlotBytes + kSlotPart, Server::kMostMessage}; }
+
+/// One of the server's threads: a request at a time, until the other end is closed.
+void work(int socket, u8* arena, Server& server) {
+  for (;;) {
+    SlotRequest message;
+    const ssize_t got = recv(socket, &message, sizeof message, 0);
+    if (got < 0 && errno == EINTR) continue;
+    if (got != static_cast<ssize_t>(sizeof message)) _exit(0);  // the VMM is gone
+    if (message.slot >= ShareProcess::kSlots) continue;
+    const auto request = request_part(arena, message.slot);
+    const auto reply = reply_part(arena, message.slot);
+    SlotAnswer answer{message.slot, 0};
+    answer.length = static_cast<u32>(server.handle(request.first(std::min<std::size_t>(message.length, request.size())),
+                                                   reply.first(std::min<std::size_t>(message.room, reply.size()))));
+    while (send(socket, &answer, sizeof answer, MSG_NOSIGNAL) < 0) {
+      if (errno != EINTR) _exit(0);
+    }
+  }
+}
+
+/// The child: tells how it went by one byte, or a message.
+[[noreturn]] void serve(const ShareProcess::Config& config, UniqueFd root, UniqueFd socket, u8* arena) {
+  const auto give_up = [&](const std::string& why) {
+    [[maybe_unused]] const ssize_t n = send(socket.get(), why.data(), why.size(), MSG_NOSIGNAL);
+    _exit(1);
+  };
+  rlimit files{};
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    files.rlim_cur = files.rlim_max;  // a descriptor for each inode that the guest knows
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
+  umask(0);  // the guest has applied its own
+  UniqueFd proc(open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC));
+  if (!proc) give_up(Error::from_errno("/proc/self/fd").message);
+  const bool privileged = geteuid() == 0;
+  Server::Options options;
+  options.read_only = config.read_only;
+  options.privileged = privileged;
+  options.own_id = config.own_id;
+  options.cache_ms = config.cache_ms;
+  const int directory = root.get();
+  UniqueFd for_jail(fcntl(directory, F_DUPFD_CLOEXEC, 3));
+  auto server = Server::create(std::move(root), std::move(proc), options);
+  if (!server) give_up(server.error().message);
+  if (auto jailed = enter_share_jail(for_jail.get(), privileged); !jailed) give_up("jail: " + jailed.error().message);
+  for_jail.reset();
+  std::latch filtered(kWorkers);
+  std::mutex one_by_one;  // libseccomp has state of its own
+  const auto start = [&] {
+    const std::lock_guard lock(one_by_one);
+    if (!filter_share_thread()) _exit(1);
+    filtered.count_down();
+  };
+  for (unsigned i = 1; i < kWorkers; i++) {
+    std::thread([&] {
+      start();
+      work(socket.get(), arena, **server);
+    }).detach();
+  }
+  start();
+  filtered.wait();
+  if (send(socket.get(), "", 1, MSG_NOSIGNAL) != 1) _exit(1);
+  work(socket.get(), arena, **server);
+  _exit(0);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<ShareProcess>> ShareProcess::start(const Config& config) {
+  UniqueFd root(open(config.directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!root) return Error::from_errno("cannot share " + config.directory);
+  auto arena = Mapping::shared_anonymous(kSlots * kSlotBytes);
+  if (!arena) return arena.error();
+  int ends[2];
+  if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) return Error::from_errno("socketpair");
+  UniqueFd ours(ends[0]), theirs(ends[1]);
+  std::fflush(nullptr);
+  const pid_t parent = getpid();
+  const pid_t child = fork();
+  if (child < 0) return Error::from_errno("cannot start the process for " + config.directory);
+  if (child == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) _exit(1);
+    setsid();  // keys of the terminal are not meant for it
+    for (int s = 1; s < 32; s++) ::signal(s, SIG_DFL);
+    for (const int s : {SIGPIPE, SIGINT, SIGHUP, SIGTERM}) ::signal(s, SIG_IGN);
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, nullptr);
+    prctl(PR_SET_NAME, "ring3 share", 0, 0, 0);
+    ours.release();
+    sandbox::close_all_but({root.get(), theirs.get()});
+    const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (null >= 0) {
+      dup2(null, STDIN_FILENO);
+      dup2(null, STDOUT_FILENO);
+      close(null);
+    }
+    serve(config, std::move(root), std::move(theirs), arena->data());
+  }
+  theirs.reset();
+  std::unique_ptr<ShareProcess> process(new ShareProcess(std::move(*arena), std::move(ours), child));
+  char word[512];
+  ssize_t got;
+  while ((got = recv(process->fd(), word, sizeof word, 0)) < 0 && errno == EINTR) {
+  }
+  if (got != 1) {
+    return Error::of(EIO, "cannot share " + config.directory + ": " +
+                              (got > 1 ? std::string(word, static_cast<std::size_t>(got)) : "its process ended"));
+  }
+  return process;
+}
+
+ShareProcess::~ShareProcess() {
+  socket_.reset();
+  // It ends by itself once it has served what it is at; one that does not is ended.
+  for (int i = 0; i < 200; i++) {
+    if (waitpid(pid_, nullptr, WNOHANG) != 0) return;
+    const timespec pause{0, 5'000'000};
+    nanosleep(&pause, nullptr);
+  }
+  kill(pid_, SIGKILL);
+  waitpid(pid_, nullptr, 0);
+}
+
+std::optional<u32> ShareProcess::acquire() {
+  for (u32 i = 0; i < kSlots; i++) {
+    if (slots_[i].state != State::kFree) continue;
+    slots_[i].state = State::kHeld;
+    return i;
+  }
+  return std::nullopt;
+}
+
+void ShareProcess::release(u32 slot) {
+  if (slots_[slot].state == State::kHeld) slots_[slot].state = State::kFree;
+}
+
+std::span<u8> ShareProcess::request(u32 slot) const { return request_part(arena_.data(), slot); }
+std::span<const u8> ShareProcess::reply(u32 slot) const { return reply_part(arena_.data(), slot); }
+
+bool ShareProcess::submit(u32 slot, std::size_t length, std::size_t room) {
+  const std::size_t most = Server::kMostMessage;
+  slots_[slot].room = std::min(room, most);
+  slots_[slot].state = State::kSubmitted;
+  const SlotRequest message{slot, static_cast<u32>(std::min(length, most)), static_cast<u32>(slots_[slot].room)};
+  while (send(socket_.get(), &message, sizeof message, MSG_NOSIGNAL) < 0) {
+    if (errno == EINTR) continue;
+    slots_[slot].state = State::kHeld;
+    return false;
+  }
+  return true;
+}
+
+ShareProcess::Received ShareProcess::receive(Answer& answer) {
+  for (;;) {
+    SlotAnswer message;
+    const ssize_t got = recv(socket_.get(), &message, sizeof message, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN) return Received::kNone;
+    if (got != static_cast<ssize_t>(sizeof message)) return Received::kGone;
+    if (message.slot >= kSlots) return Received::kGone;  // a server that has been taken over
+    Slot& slot = slots_[message.slot];
+    if (slot.state == State::kAbandoned) {
+      slot.state = State::kFree;
+      continue;
+    }
+    if (slot.state != State::kSubmitted) return Received::kGone;
+    slot.state = State::kHeld;
+    answer = {message.slot, std::min<std::size_t>(message.length, slot.room)};
+    return Received::kAnswer;
+  }
+}
+
+void ShareProcess::abandon() {
+  for (Slot& slot : slots_) {
+    if (slot.state == State::kSubmitted) slot.state = State::kAbandoned;
+    if (slot.state == State::kHeld) slot.state = State::kFree;
+  }
+}
+
+}  // namespace ring3::fs
