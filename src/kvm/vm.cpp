@@ -77,6 +77,13 @@ Status Vm::signal_msi(const kvm_msi& msi) {
   return status("KVM_SIGNAL_MSI", endpoint_->ioctl(KVM_SIGNAL_MSI, arg(msi)));
 }
 
+Status Vm::ioeventfd(const kvm_ioeventfd& request) {
+  return status("KVM_IOEVENTFD", endpoint_->ioctl(KVM_IOEVENTFD, arg(request)));
+}
+Status Vm::irqfd(const kvm_irqfd& request) {
+  return status("KVM_IRQFD", endpoint_->ioctl(KVM_IRQFD, arg(request)));
+}
+
 Status Vm::get_irqchip(kvm_irqchip& chip) const {
   return status("KVM_GET_IRQCHIP", endpoint_->ioctl(KVM_GET_IRQCHIP, arg(chip)));
 }

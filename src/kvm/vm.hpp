@@ -39,6 +39,10 @@ class Vm {
   Status irq_line(u32 gsi, bool level);
   Status signal_msi(const kvm_msi& msi);
 
+  /// KVM_IOEVENTFD and KVM_IRQFD, assigning and deassigning.
+  Status ioeventfd(const kvm_ioeventfd& request);
+  Status irqfd(const kvm_irqfd& request);
+
   Status get_irqchip(kvm_irqchip& chip) const;
   Status set_irqchip(const kvm_irqchip& chip);
   Status get_pit2(kvm_pit_state2& state) const;

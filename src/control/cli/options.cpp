@@ -24,11 +24,11 @@ struct ValueOption {
 };
 
 /// The options of `run` that take a value.
-constexpr std::array<ValueOption, 12> kValueOptions{{
+constexpr std::array<ValueOption, 13> kValueOptions{{
     {"-n", "--name"},   {"-m", "--memory"},    {"-c", "--cpus"},      {nullptr, "--engine"},
     {nullptr, "--cpu"}, {nullptr, "--kernel"}, {nullptr, "--initrd"}, {nullptr, "--append"},
     {nullptr, "--console"}, {nullptr, "--log"}, {nullptr, "--engine-option"},
-    {nullptr, "--stop-timeout"},
+    {nullptr, "--stop-timeout"}, {nullptr, "--disk"},
 }};
 
 /// Ties each value to its option, so that one that begins with a dash or is empty is still the value:
@@ -63,7 +63,7 @@ std::string one_line(std::string text) {
 struct RunText {
   std::string name = "ring3", memory = "1G", cpus = "1", engine = "auto", cpu = "default", kernel, initrd, append;
   std::string console = "stdio", log = "warn", stop_timeout = "30";
-  std::vector<std::string> engine_options;
+  std::vector<std::string> engine_options, disks;
 };
 
 /// Its flags, and which of its words were given.
@@ -79,6 +79,7 @@ constexpr const char* kRunExamples =
     "  ring3 run --kernel vmlinuz --initrd initramfs.gz -m 512M\n"
     "  ring3 run --kernel vmlinuz --initrd initramfs.gz --append \"console=ttyS0 quiet\" -c 2 --engine soft\n"
     "  ring3 run --kernel vmlinuz --append \"console=ttyS0 panic=1\" --no-reboot --console file:boot.log\n"
+    "  ring3 run --kernel vmlinuz --initrd initrd.img --disk disk.qcow2 --append \"console=ttyS0 root=/dev/vda1\"\n"
     "  ring3 run --kernel test.elf --test-device; echo $?\n"
     "  ring3 run --kernel vmlinuz --initrd initramfs.gz --detach --name build; ring3 console build";
 constexpr const char* kDoctorExamples =
@@ -156,6 +157,11 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
   if (run.initrd.empty() && !text.initrd.empty()) return Error::of(EINVAL, "--initrd wants the name of a file");
   if (flags.append) run.append = real_value(text.append);
 
+  for (const std::string& d : text.disks) {
+    auto disk = parse_disk_option(real_value(d));
+    if (!disk) return disk.error();
+    run.disks.push_back(std::move(*disk));
+  }
   run.console = real_value(text.console);
   const bool to_file = run.console.rfind("file:", 0) == 0;
   if (!to_file && run.console != "stdio" && run.console != "pty" && run.console != "none") {
@@ -266,6 +272,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   const CLI::Option* append =
       run->add_option("--append", text.append, "kernel command line [console=ttyS0; empty with --test-device]")->type_name("STRING");
   run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none")->type_name("WHERE")->capture_default_str();
+  run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none]; repeatable")
+      ->type_name("IMAGE")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->delimiter('\0');
   run->add_flag("--no-reboot", flags.no_reboot, "end, with status 0, when the guest reboots")->disable_flag_override();
   run->add_flag("--test-device", flags.test_device, "add the device of test guests (exit port 0xf4, ...)")->disable_flag_override();
   run->add_flag("-d,--detach", flags.detach, "run in the background: see ring3 ps, stop, console, logs")->disable_flag_override();

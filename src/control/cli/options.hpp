@@ -6,6 +6,7 @@
 
 #include "base/result.hpp"
 #include "base/types.hpp"
+#include "control/cli/disk_option.hpp"
 #include "control/cli/engines.hpp"
 
 /// The command line of `ring3`, taken apart and checked as far as it can be without touching the host.
@@ -21,6 +22,7 @@ struct RunOptions {
   std::string initrd;
   std::optional<std::string> append;
   std::string console = "stdio";     ///< stdio, pty, none or file:PATH
+  std::vector<DiskOption> disks;
   bool named = false;                ///< --name was given
   bool detach = false;
   u32 stop_timeout = 30;             ///< seconds that a guest gets to power off when it is asked to

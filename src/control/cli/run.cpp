@@ -13,6 +13,7 @@
 
 #include "base/log.hpp"
 #include "control/cli/commands.hpp"
+#include "control/cli/disks.hpp"
 #include "control/cli/detach.hpp"
 #include "control/cli/host.hpp"
 #include "control/cli/progress.hpp"
@@ -197,6 +198,8 @@ int run_vm(const RunOptions& options, Background* background) {
     if (auto status = check_file("--initrd", options.initrd); !status) return fail(status.error().message);
   }
   if (auto status = check_memory_can_be_had(options.memory_bytes); !status) return fail(status.error().message);
+  auto disks = Disks::open(options.disks);
+  if (!disks) return fail(disks.error().message);
 
   // Before any other thread: they inherit the signal mask.
   Ending ending;
@@ -236,7 +239,9 @@ int run_vm(const RunOptions& options, Background* background) {
   if (!system) return fail(system.error().message);
   const bool on_this_terminal = background == nullptr && options.console == "stdio";
   BootProgress progress(**console, background == nullptr ? STDERR_FILENO : -1, on_this_terminal);
-  auto machine = vmm::Machine::create(machine_config(options), std::move(*system), progress);
+  vmm::MachineConfig config = machine_config(options);
+  disks->add_to(config);
+  auto machine = vmm::Machine::create(std::move(config), std::move(*system), progress);
   if (!machine) return fail(machine.error().message);
 
   if (background != nullptr) {
@@ -258,7 +263,9 @@ int run_vm(const RunOptions& options, Background* background) {
     ending.set_machine(nullptr);
     progress.finish();
   }
-  const int status = report(outcome, ending);
+  machine->reset();  // no device uses the disks any more
+  const Status closed = disks->close();
+  const int status = closed ? report(outcome, ending) : fail(closed.error().message);
   if (background != nullptr) background->finish(status, in_words(outcome, ending));
   return status;
 }

@@ -100,7 +100,7 @@ Bytes buffer(std::span<const u8> bytes) {
   return with_length({0x11}, content);
 }
 
-Bytes package(std::initializer_list<Bytes> elements) {
+Bytes package(std::span<const Bytes> elements) {
   Bytes content = starting_with(static_cast<u8>(elements.size()));
   for (const Bytes& e : elements) append(content, e);
   return with_length({0x12}, content);
@@ -145,6 +145,30 @@ Bytes io(u16 start, u8 length) {  // 6.4.2.5, 16-bit decode
 Bytes irq_edge(u8 irq) {  // 6.4.2.1: without the flags byte, edge and active high
   const u16 mask = static_cast<u16>(1u << (irq & 15));
   return {0x22, static_cast<u8>(mask), static_cast<u8>(mask >> 8)};
+}
+
+Bytes memory32_fixed(u32 start, u32 size) {  // 6.4.3.4, writable
+  Bytes b{0x86, 9, 0, 1};
+  for (u32 v : {start, size}) {
+    for (int i = 0; i < 4; i++) b.push_back(static_cast<u8>(v >> (8 * i)));
+  }
+  return b;
+}
+
+Bytes bus_numbers(u16 first, u16 last) {  // 6.4.3.5.3: a word address space; minimum and maximum are fixed
+  Bytes b{0x88, 13, 0, 2, 0x0c, 0};
+  for (u32 v : {0u, u32{first}, u32{last}, 0u, u32{last} - first + 1}) {
+    for (int i = 0; i < 2; i++) b.push_back(static_cast<u8>(v >> (8 * i)));
+  }
+  return b;
+}
+
+Bytes memory32_window(u32 start, u32 size) {  // 6.4.3.5.2: a double word address space, read and write
+  Bytes b{0x87, 23, 0, 0, 0x0c, 1};
+  for (u32 v : {0u, start, start + (size - 1), 0u, size}) {
+    for (int i = 0; i < 4; i++) b.push_back(static_cast<u8>(v >> (8 * i)));
+  }
+  return b;
 }
 
 Bytes resource_template(std::initializer_list<Bytes> descriptors) {

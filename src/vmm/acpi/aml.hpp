@@ -28,7 +28,8 @@ Bytes name_string(std::string_view path);
 Bytes integer(u64 value);
 Bytes string(std::string_view text);
 Bytes buffer(std::span<const u8> bytes);
-Bytes package(std::initializer_list<Bytes> elements);
+Bytes package(std::span<const Bytes> elements);  ///< at most 255
+inline Bytes package(std::initializer_list<Bytes> elements) { return package(std::span(elements.begin(), elements.size())); }
 /// EISAID("PNP0501") as an integer (ACPI 19.6.37). Seven characters.
 Bytes eisa_id(std::string_view id);
 
@@ -42,6 +43,11 @@ Bytes return_(const Bytes& value);
 /// Resource templates: join descriptors and wrap them.
 Bytes io(u16 start, u8 length);
 Bytes irq_edge(u8 irq);
+/// [start, start + size) below 4 GiB, taken by the device itself.
+Bytes memory32_fixed(u32 start, u32 size);
+/// What a bridge passes on: bus numbers, memory that is not prefetchable.
+Bytes bus_numbers(u16 first, u16 last);
+Bytes memory32_window(u32 start, u32 size);
 Bytes resource_template(std::initializer_list<Bytes> descriptors);
 
 }  // namespace aml

@@ -140,6 +140,35 @@ std::vector<u8> build_madt(const Platform& p) {  // 5.2.12
   return t.finish();
 }
 
+std::vector<u8> build_mcfg(const Platform& p) {  // PCI Firmware 3.2, 4.1.2
+  Table t("MCFG", 1);
+  t.zero(8);
+  t.u64_(p.pci_ecam);
+  t.u16_(0);       // segment
+  t.u8_(0);        // first and last bus
+  t.u8_(0);
+  t.zero(4);
+  return t.finish();
+}
+
+// The host bridge: where its bus and its window are, and the lines its devices pull.
+aml::Bytes host_bridge(const Platform& p) {
+  using namespace aml;
+  std::vector<Bytes> routes;
+  for (u32 device = 0; device < 32; device++) {
+    routes.push_back(package({integer(device << 16 | 0xffff), integer(0), integer(0), integer(p.pci_first_gsi + device % p.pci_gsis)}));
+  }
+  return join({
+      device("PCI0", join({name("_HID", eisa_id("PNP0A08")), name("_CID", eisa_id("PNP0A03")), name("_UID", integer(0)),
+                           name("_SEG", integer(0)), name("_BBN", integer(0)),
+                           name("_CRS", resource_template({bus_numbers(0, 0), memory32_window(p.pci_window, p.pci_window_size)})),
+                           name("_PRT", package(routes))})),
+      // The configuration space is in nobody else's use: without this, kernels do not touch it (PCI Firmware 3.2, 4.1.2).
+      device("MRES", join({name("_HID", eisa_id("PNP0C02")), name("_UID", integer(1)),
+                           name("_CRS", resource_template({memory32_fixed(p.pci_ecam, 1 << 20)}))})),
+  });
+}
+
 aml::Bytes processor(u32 id) {
   char name[8];
   std::snprintf(name, sizeof name, "C%03X", id & 0xfff);
@@ -159,6 +188,7 @@ std::vector<u8> build_dsdt(const Platform& p) {
       device("PEVT", join({name("_HID", string("QEMU0001")), status_on,
                            name("_CRS", resource_template({io(p.pvpanic_port, 1)}))})),
   });
+  if (p.pci) devices = join({devices, host_bridge(p)});
   for (u32 id = 0; id < p.cpus; id++) devices = join({devices, processor(id)});
   Table t("DSDT", 2);
   t.raw(scope("\\_SB_", devices));
@@ -175,9 +205,11 @@ Result<Tables> build(const Platform& p, Gpa base, u64 limit) {
   constexpr u64 kRsdp = 36;
   const u64 facs_at = align(kRsdp);
   const u64 xsdt_at = align(facs_at + facs.size());
-  const u64 fadt_at = align(xsdt_at + kHeader + 2 * 8);
+  const u64 fadt_at = align(xsdt_at + kHeader + 3 * 8);
   const u64 madt_at = align(fadt_at + fadt_size);
-  const u64 dsdt_at = align(madt_at + madt.size());
+  const auto mcfg = p.pci ? build_mcfg(p) : std::vector<u8>();
+  const u64 mcfg_at = align(madt_at + madt.size());
+  const u64 dsdt_at = align(mcfg_at + mcfg.size());
   const u64 total = dsdt_at + dsdt.size();
   if (total > limit) {
     return Error::of(ENOSPC, "the ACPI tables of " + std::to_string(p.cpus) + " vCPUs take " + std::to_string(total) +
@@ -192,10 +224,12 @@ Result<Tables> build(const Platform& p, Gpa base, u64 limit) {
   place(facs_at, facs);
   place(dsdt_at, dsdt);
   place(madt_at, madt);
+  place(mcfg_at, mcfg);
   place(fadt_at, build_fadt(p, base.value + facs_at, base.value + dsdt_at));
   Table xsdt("XSDT", 1);
   xsdt.u64_(base.value + fadt_at);
   xsdt.u64_(base.value + madt_at);
+  if (p.pci) xsdt.u64_(base.value + mcfg_at);
   place(xsdt_at, xsdt.finish());
 
   // RSDP (5.2.5.3), revision 2. RsdtAddress stays 0: the XSDT is the one that counts.

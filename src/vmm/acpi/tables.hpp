@@ -25,6 +25,13 @@ struct Platform {
   u16 pvpanic_port = 0x505;
   u32 lapic_address = 0xfee00000;
   u32 ioapic_address = 0xfec00000;
+
+  bool pci = false;              ///< a PCI Express host bridge with bus 0
+  u32 pci_ecam = 0xe0000000;     ///< 1 MiB
+  u32 pci_window = 0xc0000000;
+  u32 pci_window_size = 0x20000000;
+  u32 pci_first_gsi = 16;        ///< INTA of device n is this plus n modulo pci_gsis
+  u32 pci_gsis = 4;
 };
 
 /// A blob to be placed at `base`, with the RSDP at its start.
@@ -34,7 +41,7 @@ struct Tables {
   std::vector<u8> bytes;
 };
 
-/// Builds RSDP, XSDT, FADT, FACS, DSDT and MADT for a blob at `base` (64-byte aligned, below 4 GiB).
+/// Builds RSDP, XSDT, FADT, FACS, DSDT, MADT and, with PCI, MCFG for a blob at `base` (64-byte aligned, below 4 GiB).
 ///
 /// Spec:   ACPI 6.4, chapter 5; not hardware-reduced. Processors over APIC id 254 are x2APIC entries.
 /// Errors: ENOSPC when it does not fit in `limit` bytes (many thousands of processors).

@@ -11,6 +11,7 @@
 #include "devices/legacy/i8042.hpp"
 #include "devices/legacy/pvpanic.hpp"
 #include "devices/legacy/test_device.hpp"
+#include "devices/virtio/pci/virtio_pci.hpp"
 #include "vmm/acpi/tables.hpp"
 #include "vmm/machine/cpu_model.hpp"
 
@@ -61,7 +62,10 @@ Result<std::unique_ptr<Board>> Board::create(const Sources& s, GuestRam& ram, Bo
     if (auto r = board->vm_.set_identity_map_addr(kIdentityMap); !r) return r.error();
   }
   if (auto r = board->vm_.set_tss_addr(kTss); !r) return r.error();
-  const auto slot = [&](u32 n, u64 start, const Mapping& m) {
+  const auto slot = [&](u32 n, u64 start, const Mapping& m) -> Status {
+    if (const int r = board->dma_memory_.set_region(n, 0, Gpa(start), m.size(), Hva(reinterpret_cast<u64>(m.data()))); r < 0) {
+      return Error::from_errno("guest memory", -r);
+    }
     return board->vm_.set_user_memory_region(n, Gpa(start), m.size(), Hva(reinterpret_cast<u64>(m.data())));
   };
   if (auto r = slot(0, 0, ram.low); !r) return r.error();
@@ -70,6 +74,7 @@ Result<std::unique_ptr<Board>> Board::create(const Sources& s, GuestRam& ram, Bo
   }
   if (auto r = board->create_irqchip(); !r) return r.error();
   if (auto r = board->add_devices(s.config, ram); !r) return r.error();
+  if (auto r = board->add_pci(s.config); !r) return r.error();
   if (auto r = board->create_vcpus(s); !r) return r.error();
   if (auto r = board->load(s, ram); !r) return r.error();
   return board;
@@ -147,6 +152,42 @@ Status Board::add_devices(const MachineConfig& config, const GuestRam& ram) {
   return Ok{};
 }
 
+Status Board::add_pci(const MachineConfig& config) {
+  if (config.devices.empty()) return Ok{};
+  pci::Services services;
+  services.send_msi = [this](const pci::MsiMessage& m) {
+    kvm_msi msi{};
+    msi.address_lo = static_cast<u32>(m.address);
+    msi.address_hi = static_cast<u32>(m.address >> 32);
+    msi.data = m.data;
+    if (auto r = vm_.signal_msi(msi); !r) log::debug("{}", r.error().message);
+  };
+  services.set_line = [this](u32 gsi, bool level) { line(gsi)(level); };
+  if (vm_.check_extension(KVM_CAP_IOEVENTFD) != 0) {
+    const u32 length = vm_.check_extension(KVM_CAP_IOEVENTFD_ANY_LENGTH) != 0 ? 0 : 2;
+    services.ioeventfd = [this, length](bool assign, Gpa address, int fd) {
+      kvm_ioeventfd request{};
+      request.addr = address.value;
+      request.len = length;
+      request.fd = fd;
+      request.flags = assign ? 0 : KVM_IOEVENTFD_FLAG_DEASSIGN;
+      const auto r = vm_.ioeventfd(request);
+      if (!r) log::debug("{}", r.error().message);
+      return r.ok();
+    };
+  }
+  pci_ = std::make_shared<pci::Host>(std::move(services));
+  if (auto r = pci_->attach(ports_, memory_); !r) return r;
+  for (const auto& make : config.devices) {
+    auto device = make();
+    if (!device) return device.error();
+    auto function = virtio::VirtioPci::create(std::move(*device), dma_memory_);
+    if (!function) return function.error();
+    if (auto r = pci_->add(std::move(*function)); !r) return r;
+  }
+  return Ok{};
+}
+
 Status Board::create_vcpus(const Sources& s) {
   auto supported = s.system.supported_cpuid();
   if (!supported) return supported.error();
@@ -180,6 +221,7 @@ Status Board::create_vcpus(const Sources& s) {
 Status Board::load(const Sources& s, GuestRam& ram) {
   acpi::Platform platform;
   platform.cpus = s.config.cpus;
+  platform.pci = pci_ != nullptr;
   auto tables = acpi::build(platform, Gpa(boot::layout::kAcpiTables),
                             boot::layout::kHighMemory - boot::layout::kAcpiTables);
   if (!tables) return tables.error();

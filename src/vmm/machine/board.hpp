@@ -9,7 +9,9 @@
 #include "devices/legacy/acpi_pm.hpp"
 #include "devices/legacy/rtc.hpp"
 #include "devices/legacy/uart.hpp"
+#include "devices/pci/host.hpp"
 #include "kvm/system.hpp"
+#include "memory/guest_memory.hpp"
 #include "vmm/boot/image_file.hpp"
 #include "vmm/boot/loader.hpp"
 #include "vmm/machine/machine.hpp"
@@ -62,6 +64,7 @@ class Board {
   Board(kvm::Vm vm, BoardEvents events) : vm_(std::move(vm)), events_(std::move(events)) {}
   Status create_irqchip();
   Status add_devices(const MachineConfig& config, const GuestRam& ram);
+  Status add_pci(const MachineConfig& config);
   Status create_vcpus(const Sources& sources);
   Status load(const Sources& sources, GuestRam& ram);
   Status set_entry(const boot::Entry& entry);
@@ -70,8 +73,10 @@ class Board {
   // The devices call into vm_, so they are declared after it and go first.
   kvm::Vm vm_;
   BoardEvents events_;
+  memory::GuestMemory dma_memory_;  // RAM as devices see it: the same slots as vm_'s
   u64 mmap_size_ = 0;
   std::vector<kvm::Vcpu> vcpus_;
+  std::shared_ptr<pci::Host> pci_;  // none without virtio devices. Stops their threads when it goes
   devices::Bus ports_{0x10000};
   devices::Bus memory_;
   std::shared_ptr<devices::Uart> uart_;

@@ -1,10 +1,13 @@
 #pragma once
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/result.hpp"
 #include "base/types.hpp"
+#include "devices/virtio/core/device.hpp"
 #include "kvm/endpoint.hpp"
 #include "vmm/machine/console.hpp"
 
@@ -20,6 +23,11 @@ struct MachineConfig {
   std::string kernel;              ///< path: bzImage, ELF with PVH entry, multiboot-1. Required.
   std::string initrd;              ///< path; empty: none
   std::string append;              ///< kernel command line, passed as it stands
+
+  /// A virtio device: made anew for each boot of the machine; what it stands for on the host (a disk, a connection) is
+  /// held by the function, and so outlives a reset of the guest.
+  using MakeDevice = std::function<Result<std::shared_ptr<virtio::Device>>()>;
+  std::vector<MakeDevice> devices; ///< on PCI bus 0 in this order, from device 1 on. None: no PCI at all
 
   bool reboot = true;              ///< false: a guest reset ends the run with Outcome::kReboot
   bool test_device = false;        ///< ports 0xf4, 0xe0…, 0x2000…; MMIO at 0xff000000 (kvm-abi.md)
@@ -51,7 +59,8 @@ const char* to_string(Outcome::Kind kind);
 ///
 /// The machine: RAM from 0 to 3 GiB and on from 4 GiB; in-kernel LAPICs, IOAPIC, 8259 and PIT;
 /// 16550 at 0x3f8, RTC at 0x70, i8042 at 0x60, pvpanic at 0x505, ACPI PM at 0x600, reset at 0xcf9,
-/// fw_cfg at 0x510, and the test device if asked for.
+/// fw_cfg at 0x510, the test device if asked for, and with virtio devices
+/// PCI Express bus 0: ECAM at 0xe0000000, BARs from 0xc0000000, INTx on GSIs 16 to 19.
 ///
 /// Provider:  speaks only the KVM ABI through the Endpoint it is given, and never asks whose it is.
 /// Reboot:    a guest reset (i8042, port 0x92, 0xcf9) destroys the VM object and boots a new one from

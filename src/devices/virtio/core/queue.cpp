@@ -110,7 +110,8 @@ void Queue::set_state(const State& state) {
     next_avail_ = static_cast<u16>(next_avail_ % setup_.size);
     next_used_ = static_cast<u16>(next_used_ % setup_.size);
   }
-  signalled_valid_ = false;
+  signalled_ = next_used_;
+  signalled_valid_ = false;  // whether the last interrupt was sent is not known: one too many does no harm
 }
 
 bool Queue::bad(const char* why) {

@@ -161,7 +161,7 @@ class Queue {
   u32 in_flight_ = 0;             // ring entries popped and not published
   std::vector<Used> staged_;
   u16 signalled_ = 0;             // next_used_ at the last look at the event index
-  bool signalled_valid_ = false;
+  bool signalled_valid_ = true;
 };
 
 }  // namespace ring3::virtio

@@ -1,0 +1,49 @@
+#include "control/cli/disk_option.hpp"
+
+#include <vector>
+
+#include "control/cli/text.hpp"
+
+namespace ring3::control {
+
+Result<DiskOption> parse_disk_option(const std::string& text) {
+  std::vector<std::string> words(1);
+  for (std::size_t i = 0; i < text.size(); i++) {
+    if (text[i] != ',') {
+      words.back() += text[i];
+    } else if (words.size() == 1 && i + 1 < text.size() && text[i + 1] == ',') {
+      words.back() += text[i++];
+    } else {
+      words.emplace_back();
+    }
+  }
+  const auto bad = [&](const std::string& why) { return Error::of(EINVAL, "--disk " + printable(words[0]) + ": " + why); };
+  DiskOption disk;
+  disk.path = words[0];
+  if (disk.path.empty()) return Error::of(EINVAL, "--disk wants the path of an image, such as --disk disk.qcow2");
+  for (std::size_t i = 1; i < words.size(); i++) {
+    const std::string& w = words[i];
+    const auto equals = w.find('=');
+    const std::string key = w.substr(0, equals), value = equals == std::string::npos ? "" : w.substr(equals + 1);
+    if (w == "ro" || w == "readonly") {
+      disk.read_only = true;
+    } else if (key == "format" && (value == "raw" || value == "qcow2")) {
+      disk.format = value;
+    } else if (key == "format") {
+      return bad("there is no format '" + printable(value) + "'; there are raw and qcow2");
+    } else if (key == "serial" && !value.empty() && value.size() <= 20) {
+      disk.serial = value;
+    } else if (key == "serial") {
+      return bad("a serial number has 1 to 20 characters");
+    } else if (key == "cache" && (value == "none" || value == "writeback")) {
+      disk.direct = value == "none";
+    } else if (key == "cache") {
+      return bad("there is no cache '" + printable(value) + "'; there are writeback and none");
+    } else {
+      return bad("'" + printable(w) + "' is none of ro, format=, serial= and cache= (write ,, for a comma in the path)");
+    }
+  }
+  return disk;
+}
+
+}  // namespace ring3::control

@@ -1,0 +1,20 @@
+#pragma once
+#include <string>
+
+#include "base/result.hpp"
+
+namespace ring3::control {
+
+/// --disk PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none|writeback]
+struct DiskOption {
+  std::string path;
+  std::string format;      ///< raw, qcow2; empty: by the name
+  std::string serial;      ///< empty: made from the number of the disk
+  bool read_only = false;
+  bool direct = false;     ///< cache=none
+};
+
+/// Words are separated by commas; a comma in the path is written twice. Error: EINVAL, one line.
+Result<DiskOption> parse_disk_option(const std::string& text);
+
+}  // namespace ring3::control

@@ -1,0 +1,224 @@
+#include "devices/virtio/blk/block_device.hpp"
+
+#include <gtest/gtest.h>
+#include <spdlog/spdlog.h>
+
+#include <cstdlib>
+#include <random>
+
+#include "devices/virtio/pci/test_bus.hpp"
+#include "storage/block/host_file.hpp"
+#include "storage/block/memory_file.hpp"
+#include "storage/block/raw.hpp"
+
+namespace ring3::virtio {
+namespace {
+
+using storage::MemoryFile;
+using storage::RawImage;
+
+constexpr u64 kDisk = u64{1} << 20;
+constexpr u64 kHeader = 0x40000, kStatus = 0x40100, kData = 0x50000;
+constexpr u64 kBase = feature::kVersion1 | u64{1} << BlockDevice::kFlush | u64{1} << BlockDevice::kDiscard | u64{1} << BlockDevice::kWriteZeroes;
+
+struct Block : testing::TestWithParam<u64> {
+  void make(bool read_only = false, u64 features = kBase | GetParam()) {
+    auto owned = std::make_unique<MemoryFile>(std::vector<u8>(kDisk));
+    file = owned.get();
+    BlockDevice::Config c;
+    c.image = std::make_shared<RawImage>(std::move(owned), kDisk, !read_only);
+    c.serial = "SERIAL-0123456789-too-long";
+    c.queues = 2;
+    make(std::move(c), features);
+  }
+  void make(BlockDevice::Config c, u64 features) {
+    spdlog::set_level(spdlog::level::off);
+    bus = std::make_unique<test::TestBus>();
+    ASSERT_TRUE(bus->add(std::make_shared<BlockDevice>(std::move(c))));
+    ASSERT_TRUE(bus->start(1, features, 2, 64));
+  }
+  ~Block() override { spdlog::set_level(spdlog::level::info); }
+
+  /// Sends one request and waits; the status byte, or 255 when nothing comes back.
+  int request(u32 type, u64 sector, std::vector<test::Buffer> data, u16 queue = 0) {
+    bus->guest.put<u32>(kHeader, type);
+    bus->guest.put<u32>(kHeader + 4, 0);
+    bus->guest.put<u64>(kHeader + 8, sector);
+    bus->guest.put<u8>(kStatus, 0xee);
+    data.insert(data.begin(), {kHeader, 16, false});
+    data.push_back({kStatus, 1, true});
+    if (!bus->drivers[queue]->add(data)) return 254;
+    bus->kick(1, queue);
+    return bus->wait(queue) ? bus->guest.get<u8>(kStatus) : 255;
+  }
+  std::unique_ptr<test::TestBus> bus;
+  MemoryFile* file = nullptr;
+};
+
+TEST_P(Block, WritesAndReads) {
+  make();
+  EXPECT_EQ(bus->read<u64>(bus->bar(1) + 0x2000), kDisk / 512);
+  EXPECT_EQ(bus->read<u16>(bus->bar(1) + 0x2000 + 34), 2);
+  std::memset(bus->guest.at(kData), 0xab, 4096);
+  EXPECT_EQ(request(1, 8, {{kData, 1024, false}, {kData + 1024, 3072, false}}), 0);
+  EXPECT_EQ(file->bytes()[8 * 512], 0xab);
+  EXPECT_EQ(file->bytes()[8 * 512 + 4095], 0xab);
+  EXPECT_EQ(file->bytes()[8 * 512 + 4096], 0);
+  EXPECT_EQ(request(0, 7, {{kData + 0x2000, 1024, true}}, 1), 0);
+  EXPECT_EQ(bus->guest.get<u8>(kData + 0x2000 + 511), 0);
+  EXPECT_EQ(bus->guest.get<u8>(kData + 0x2000 + 512), 0xab);
+  EXPECT_EQ(request(4, 0, {}), 0);
+  EXPECT_EQ(request(8, 0, {{kData, 20, true}}), 0);
+  EXPECT_EQ(std::memcmp(bus->guest.at(kData), "SERIAL-0123456789-to", 20), 0);
+}
+
+TEST_P(Block, DiscardAndWriteZeroes) {
+  make();
+  std::fill(file->bytes().begin(), file->bytes().end(), u8{1});
+  const auto range = [&](int i, u64 sector, u32 sectors, u32 flags) {
+    bus->guest.put<u64>(kData + 16 * u64(i), sector);
+    bus->guest.put<u32>(kData + 16 * u64(i) + 8, sectors);
+    bus->guest.put<u32>(kData + 16 * u64(i) + 12, flags);
+  };
+  range(0, 16, 8, 0);
+  range(1, 100, 1, 0);
+  EXPECT_EQ(request(11, 0, {{kData, 32, false}}), 0);
+  EXPECT_EQ(file->bytes()[16 * 512], 0);
+  EXPECT_EQ(file->bytes()[24 * 512], 1);
+  EXPECT_EQ(file->bytes()[100 * 512 + 511], 0);
+  range(0, 0, 1, 1);
+  EXPECT_EQ(request(11, 0, {{kData, 16, false}}), 2);  // discard knows no flags
+  EXPECT_EQ(request(13, 0, {{kData, 16, false}}), 0);
+  EXPECT_EQ(file->bytes()[0], 0);
+  range(0, kDisk / 512 - 1, 2, 0);
+  EXPECT_EQ(request(13, 0, {{kData, 16, false}}), 1);
+  range(0, ~u64{0}, 2, 0);
+  EXPECT_EQ(request(11, 0, {{kData, 16, false}}), 1);
+  EXPECT_EQ(request(11, 0, {{kData, 15, false}}), 1);
+  EXPECT_EQ(request(11, 0, {}), 1);
+  EXPECT_EQ(request(11, 0, {{kData, 65 * 16, false}}), 1);
+}
+
+TEST_P(Block, RangesOutsideOfTheDisk) {
+  make();
+  EXPECT_EQ(request(0, kDisk / 512, {{kData, 512, true}}), 1);
+  EXPECT_EQ(request(0, kDisk / 512 - 1, {{kData, 1024, true}}), 1);
+  EXPECT_EQ(request(0, ~u64{0}, {{kData, 512, true}}), 1);
+  EXPECT_EQ(request(0, u64{1} << 55, {{kData, 512, true}}), 1);
+  EXPECT_EQ(request(1, 0, {{kData, 100, false}}), 1);
+  EXPECT_EQ(request(0, 0, {}), 0);
+  EXPECT_EQ(request(77, 0, {{kData, 512, false}}), 2);
+  EXPECT_EQ(request(0, kDisk / 512 - 1, {{kData, 512, true}}), 0);
+}
+
+TEST_P(Block, ReadOnlyIsReadOnly) {
+  make(true, feature::kVersion1 | u64{1} << BlockDevice::kReadOnly | GetParam());
+  EXPECT_EQ(request(1, 0, {{kData, 512, false}}), 1);
+  EXPECT_EQ(request(11, 0, {{kData, 16, false}}), 2);
+  EXPECT_EQ(request(13, 0, {{kData, 16, false}}), 2);
+  EXPECT_EQ(request(0, 0, {{kData, 512, true}}), 0);
+}
+
+TEST_P(Block, TheHostsErrorsReachTheGuest) {
+  make();
+  file->fail_every(1, ENOSPC);
+  EXPECT_EQ(request(1, 0, {{kData, 512, false}}), 1);
+  EXPECT_EQ(request(0, 0, {{kData, 512, true}}), 1);
+  EXPECT_EQ(request(4, 0, {}), 1);
+  file->fail_every(0, 0);
+  EXPECT_EQ(request(1, 0, {{kData, 512, false}}), 0);
+  EXPECT_EQ(bus->status(1), 15);
+}
+
+TEST_P(Block, WithoutFlushEachWriteIsFlushed) {
+  make(false, feature::kVersion1 | GetParam());
+  file->record(true);
+  EXPECT_EQ(request(1, 0, {{kData, 512, false}}), 0);
+  ASSERT_EQ(file->log().size(), 2u);
+  EXPECT_TRUE(file->log()[1].sync);
+}
+
+TEST_P(Block, BadRequestsBreakTheDeviceOnly) {
+  for (const auto& bad : std::vector<std::vector<test::Buffer>>{{{kHeader, 15, false}, {kStatus, 1, true}}, {{kHeader, 16, false}}, {{kStatus, 1, true}}}) {
+    make();
+    ASSERT_TRUE(bus->drivers[0]->add(bad));
+    bus->kick(1, 0);
+    for (int i = 0; i < 4000 && (bus->status(1) & 64) == 0; i++) usleep(500);
+    EXPECT_EQ(bus->status(1), 15 | 64);
+    ASSERT_TRUE(bus->start(1, kBase | GetParam(), 2, 64));
+    EXPECT_EQ(request(0, 0, {{kData, 512, true}}), 0);
+  }
+}
+
+// A real file, with io_uring and without, buffered and O_DIRECT, many requests in flight, against a copy in memory.
+TEST_P(Block, ManyRequestsOnAFile) {
+  for (int kind = 0; kind < 4; kind++) {
+    char path[] = "/var/tmp/ring3-blk-XXXXXX";
+    const int fd = mkstemp(path);
+    ASSERT_GE(fd, 0);
+    ASSERT_EQ(ftruncate(fd, kDisk), 0);
+    close(fd);
+    storage::HostFile::Options o;
+    o.writable = true;
+    o.direct = (kind & 1) != 0;
+    auto host = storage::HostFile::open(path, o);
+    unlink(path);
+    if (!host && o.direct) continue;  // a file system without O_DIRECT
+    ASSERT_TRUE(host) << host.error().message;
+    BlockDevice::Config c;
+    c.image = std::make_shared<RawImage>(std::move(*host), kDisk, true);
+    c.queues = 2;
+    c.direct = o.direct;
+    c.io_uring = (kind & 2) != 0;
+    make(std::move(c), kBase | GetParam());
+
+    std::vector<u8> model(kDisk);
+    std::mt19937 random(9);
+    struct Flying {
+      u64 slot, sector, sectors;
+      bool write;
+    };
+    std::map<u16, Flying> flying;
+    const auto finish = [&] {
+      const auto done = bus->wait(0);
+      ASSERT_TRUE(done);
+      const Flying f = flying.at(done->id);
+      flying.erase(done->id);
+      ASSERT_EQ(bus->guest.get<u8>(0x60000 + 32 * f.slot + 16), 0);
+      if (!f.write) {
+        ASSERT_EQ(std::memcmp(bus->guest.at(0x80000 + 0x1000 * f.slot), &model[f.sector * 512], f.sectors * 512), 0);
+      }
+    };
+    for (int i = 0; i < 1500; i++) {
+      u64 slot = 0;
+      const auto used = [&](u64 s) { return std::any_of(flying.begin(), flying.end(), [&](auto& f) { return f.second.slot == s; }); };
+      while (used(slot)) slot++;
+      const u64 sectors = 1 + random() % 8, sector = random() % (kDisk / 512 - 8);
+      const auto overlaps = [&](auto& f) { return sector < f.second.sector + f.second.sectors && f.second.sector < sector + sectors; };
+      if (slot >= 16 || bus->drivers[0]->free() < 3 || std::any_of(flying.begin(), flying.end(), overlaps)) {
+        finish();
+        if (HasFatalFailure()) return;
+        continue;
+      }
+      const u64 header = 0x60000 + 32 * slot, data = 0x80000 + 0x1000 * slot;
+      const bool write = random() % 2 == 0;
+      bus->guest.put<u32>(header, write ? 1 : 0);
+      bus->guest.put<u64>(header + 8, sector);
+      if (write) {
+        for (u64 k = 0; k < sectors * 512; k++) *bus->guest.at(data + k) = model[sector * 512 + k] = static_cast<u8>(random());
+      }
+      const auto id = bus->drivers[0]->add({{header, 16, false}, {data, static_cast<u32>(sectors * 512), !write}, {header + 16, 1, true}});
+      ASSERT_TRUE(id);
+      flying[*id] = {slot, sector, sectors, write};
+      bus->kick(1, 0);
+    }
+    while (!flying.empty() && !HasFatalFailure()) finish();
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Block, testing::Values(0, feature::kPacked | feature::kEventIndex), [](const auto& i) {
+  return std::string(i.param == 0 ? "Split" : "Packed");
+});
+
+}  // namespace
+}  // namespace ring3::virtio

@@ -1,0 +1,196 @@
+#include "devices/virtio/blk/worker.hpp"
+
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/log.hpp"
+
+namespace ring3::virtio {
+namespace {
+
+struct Header {  // 5.2.6
+  u32 type = 0, reserved = 0;
+  u64 sector = 0;
+};
+static_assert(sizeof(Header) == 16);
+struct Range {
+  u64 sector;
+  u32 sectors, flags;
+};
+static_assert(sizeof(Range) == 16);
+
+enum : u32 { kIn = 0, kOut = 1, kFlushRequest = 4, kGetId = 8, kDiscardRequest = 11, kWriteZeroesRequest = 13 };
+enum : u8 { kOkay = 0, kIoError = 1, kUnsupported = 2 };
+constexpr u64 kSector = 512;
+constexpr u64 kIdBytes = 20;
+
+}  // namespace
+
+BlockDevice::Worker::Worker(const Config& config, u64 features, Queue& queue)
+    : config_(config), flush_each_((features & u64{1} << kFlush) == 0), read_only_(config.read_only), queue_(queue) {
+  if (config.io_uring) uring_ = Uring::create(kQueueSize);
+  Status status = loop_.add(queue_.kick_fd(), EPOLLIN, [this](u32) {
+    queue_.clear_kick();
+    serve();
+  });
+  if (status && uring_) {
+    status = loop_.add(uring_->event_fd(), EPOLLIN, [this](u32) {
+      u64 count;
+      [[maybe_unused]] const ssize_t n = ::read(uring_->event_fd(), &count, sizeof count);
+      reap(true);
+      queue_.notify();
+      serve();  // room again
+    });
+  }
+  if (status) status = loop_.start("blk" + std::to_string(queue_.index()));
+  if (!status) queue_.fail("no thread for it: " + status.error().message);
+}
+
+// After the thread has ended, accesses may still fly into guest memory: they are waited for, not answered.
+BlockDevice::Worker::~Worker() {
+  loop_.stop();
+  if (uring_) uring_->drain([this](void* tag, int) { config_.image->end_direct(static_cast<Request*>(tag)->direct); });
+}
+
+BlockDevice::Worker::Request& BlockDevice::Worker::take() {
+  if (free_.empty()) {
+    all_.push_back(std::make_unique<Request>());
+    free_.push_back(all_.back().get());
+  }
+  Request* r = free_.back();
+  free_.pop_back();
+  return *r;
+}
+
+void BlockDevice::Worker::serve() {
+  do {
+    queue_.disable_kicks();
+    for (;;) {
+      Request& r = take();
+      if (queue_.pop(r.chain) != Queue::Pop::kChain) {
+        free_.push_back(&r);
+        break;
+      }
+      if (handle(r)) free_.push_back(&r);
+      if (queue_.broken()) return;
+    }
+    if (uring_) {
+      uring_->submit();
+      reap(true);  // what the page cache had is there already
+    }
+    queue_.notify();
+  } while (queue_.enable_kicks());
+}
+
+void BlockDevice::Worker::reap(bool answers) {
+  if (!uring_) return;
+  uring_->reap([&](void* tag, int result) {
+    Request& r = *static_cast<Request*>(tag);
+    config_.image->end_direct(r.direct);
+    if (!answers) return;
+    u8 status = kOkay;
+    // Short or refused: the slower way does all of it again, and says what is wrong.
+    if (result < 0 || static_cast<u64>(result) != r.length) status = transfer(r);
+    if (status == kOkay && r.write && flush_each_ && config_.image->flush() < 0) status = kIoError;
+    answer(r, status);
+    free_.push_back(&r);
+  });
+}
+
+void BlockDevice::Worker::answer(Request& r, u8 status) {
+  // The status is the last byte of what the device may write.
+  const u64 last = r.chain.writable_bytes() - 1;
+  r.chain.write(last, &status, 1);
+  queue_.complete(r.chain, static_cast<u32>(last + 1));
+}
+
+bool BlockDevice::Worker::handle(Request& r) {
+  Header h;
+  if (r.chain.read(0, &h, sizeof h) != sizeof h || r.chain.writable_bytes() == 0) {
+    queue_.fail("a block request without a header or a status byte");
+    return true;
+  }
+  u8 status = kUnsupported;
+  switch (h.type) {
+    case kIn: return read_or_write(r, false, h.sector);
+    case kOut: return read_or_write(r, true, h.sector);
+    case kFlushRequest: status = config_.image->flush() < 0 ? kIoError : kOkay; break;
+    case kGetId: status = get_id(r); break;
+    case kDiscardRequest: status = ranges(r, false); break;
+    case kWriteZeroesRequest: status = ranges(r, true); break;
+    default: break;
+  }
+  answer(r, status);
+  return true;
+}
+
+bool BlockDevice::Worker::read_or_write(Request& r, bool write, u64 sector) {
+  r.write = write;
+  r.length = write ? r.chain.readable_bytes() - sizeof(Header) : r.chain.writable_bytes() - 1;
+  const u64 sectors = config_.image->size() / kSector;
+  if (r.length % kSector != 0 || sector > sectors || r.length / kSector > sectors - sector || (write && read_only_)) {
+    answer(r, kIoError);
+    return true;
+  }
+  r.offset = sector * kSector;
+  r.buffers.clear();
+  if (write) {
+    r.chain.readable_range(sizeof(Header), r.length, r.buffers);
+  } else {
+    r.chain.writable_range(0, r.length, r.buffers);
+  }
+  // Buffered writes go to the page cache at once: handing them to kernel threads would only cost.
+  if (uring_ && r.length != 0 && (!write || config_.direct)) {
+    r.direct = config_.image->begin_direct(write, r.offset, r.buffers);
+    if (r.direct.fd >= 0) {
+      if (uring_->prepare(write, r.direct.fd, r.buffers, r.direct.host_offset, &r)) return false;
+      config_.image->end_direct(r.direct);
+    }
+  }
+  u8 status = transfer(r);
+  if (status == kOkay && write && flush_each_ && config_.image->flush() < 0) status = kIoError;
+  answer(r, status);
+  return true;
+}
+
+u8 BlockDevice::Worker::transfer(Request& r) {
+  const int e = r.write ? config_.image->write(r.offset, std::span<const iovec>(r.buffers))
+                        : config_.image->read(r.offset, std::span<const iovec>(r.buffers));
+  if (e < 0) log::debug("disk: {} of {} bytes at {}: {}", r.write ? "write" : "read", r.length, r.offset, std::strerror(-e));
+  return e < 0 ? kIoError : kOkay;
+}
+
+u8 BlockDevice::Worker::get_id(Request& r) {
+  char id[kIdBytes] = {};
+  std::memcpy(id, config_.serial.data(), std::min<std::size_t>(config_.serial.size(), sizeof id));
+  const u64 room = std::min<u64>(kIdBytes, r.chain.writable_bytes() - 1);
+  r.chain.write(0, id, room);
+  return kOkay;
+}
+
+u8 BlockDevice::Worker::ranges(Request& r, bool write_zeroes) {
+  if (read_only_) return kUnsupported;
+  const u64 bytes = r.chain.readable_bytes() - sizeof(Header);
+  if (bytes == 0 || bytes % sizeof(Range) != 0 || bytes / sizeof(Range) > kMostRanges) return kIoError;
+  Range list[kMostRanges];
+  r.chain.read(sizeof(Header), list, bytes);  // once: what is checked is what is done
+  const std::span<const Range> all(list, bytes / sizeof(Range));
+  const u64 sectors = config_.image->size() / kSector;
+  for (const Range& x : all) {
+    if ((x.flags & ~(write_zeroes ? 1u : 0u)) != 0) return kUnsupported;
+    if (x.sectors > kMostRangeSectors || x.sector > sectors || x.sectors > sectors - x.sector) return kIoError;
+  }
+  for (const Range& x : all) {
+    if (x.sectors == 0) continue;
+    const u64 offset = x.sector * kSector, length = u64{x.sectors} * kSector;
+    const int e = write_zeroes ? config_.image->write_zeroes(offset, length, (x.flags & 1) != 0) : config_.image->discard(offset, length);
+    if (e < 0) return kIoError;
+  }
+  if (flush_each_ && config_.image->flush() < 0) return kIoError;
+  return kOkay;
+}
+
+}  // namespace ring3::virtio

@@ -1,0 +1,45 @@
+#pragma once
+#include <optional>
+
+#include "devices/virtio/blk/block_device.hpp"
+#include "devices/virtio/blk/uring.hpp"
+#include "devices/virtio/core/event_loop.hpp"
+
+namespace ring3::virtio {
+
+/// Serves one queue of a BlockDevice on a thread of its own, from construction to destruction.
+class BlockDevice::Worker {
+ public:
+  Worker(const Config& config, u64 features, Queue& queue);
+  ~Worker();
+
+ private:
+  struct Request {
+    Chain chain;
+    std::vector<iovec> buffers;
+    storage::Image::Direct direct;
+    u64 offset = 0, length = 0;
+    bool write = false;
+  };
+  void serve();
+  /// Whether it is answered; false: it flies, and reap() answers it.
+  bool handle(Request& r);
+  bool read_or_write(Request& r, bool write, u64 sector);
+  u8 transfer(Request& r);
+  u8 get_id(Request& r);
+  u8 ranges(Request& r, bool write_zeroes);
+  void answer(Request& r, u8 status);
+  void reap(bool answers);
+  Request& take();
+
+  const Config& config_;
+  const bool flush_each_;
+  const bool read_only_;
+  Queue& queue_;
+  std::unique_ptr<Uring> uring_;
+  std::vector<std::unique_ptr<Request>> all_;
+  std::vector<Request*> free_;
+  EventLoop loop_;
+};
+
+}  // namespace ring3::virtio
