@@ -58,7 +58,7 @@ TEST(Options, ValuesThatLookLikeSomethingElse) {
 }
 
 TEST(Options, WhatIsNotThereIsUnknown) {
-  for (const char* option : {"--disk", "--net", "--cdrom", "--firmware", "--share", "--vsock", "--display", "--rng", "--balloon",
+  for (const char* option : {"--net", "--cdrom", "--firmware", "--share", "--vsock", "--display", 
                              "--api-socket", "--bogus", "-x", "--kern"}) {
     EXPECT_NE(error_of({"run", "--kernel", "k", option, "v"}).find(option), std::string::npos) << option;
   }
@@ -95,12 +95,30 @@ TEST(Options, BadInputIsNamed) {
       {{"run", "--kernel", "k", "--engine-option", "a=1", "--engine-option", "a=2"}, "twice"},
       {{"run", "--kernel", "k", "--engine", "kvm", "--engine-option", "a=1"}, "--engine-option"},
       {{"run", "--kernel", "k", "--no-reboot=1"}, "--no-reboot"},
+      {{"run", "--kernel", "k", "--disk", ""}, "path"},
+      {{"run", "--kernel", "k", "--disk", "d,format=vmdk"}, "vmdk"},
+      {{"run", "--kernel", "k", "--disk", "d,cache=odd"}, "odd"},
+      {{"run", "--kernel", "k", "--disk", "d,serial=123456789012345678901"}, "20 characters"},
+      {{"run", "--kernel", "k", "--disk", "d,rw"}, "'rw'"},
       {{"doctor", "x"}, "x"},
   };
   for (const auto& [arguments, part] : cases) {
     const std::string message = error_of(arguments);
     EXPECT_NE(message.find(part), std::string::npos) << "got: " << message << ", wanted: " << part;
   }
+}
+
+TEST(Options, Disks) {
+  auto command = parse_command_line({"run", "--kernel", "k", "--disk", "a,,b.raw", "--disk", "c,ro,format=qcow2,serial=S1,cache=none"});
+  ASSERT_TRUE(command.ok()) << command.error().message;
+  const auto& disks = std::get<RunOptions>(command.value()).disks;
+  ASSERT_EQ(disks.size(), 2u);
+  EXPECT_EQ(disks[0].path, "a,b.raw");
+  EXPECT_FALSE(disks[0].read_only || disks[0].direct);
+  EXPECT_EQ(disks[1].path, "c");
+  EXPECT_EQ(disks[1].format, "qcow2");
+  EXPECT_EQ(disks[1].serial, "S1");
+  EXPECT_TRUE(disks[1].read_only && disks[1].direct);
 }
 
 TEST(Options, Help) {

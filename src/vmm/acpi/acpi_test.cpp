@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <numeric>
 #include <sstream>
 #include <string>
@@ -131,6 +132,27 @@ TEST_P(TablesTest, ChecksumsAndPointers) {
 
 INSTANTIATE_TEST_SUITE_P(Sizes, TablesTest, testing::Values(1, 2, 64, 254, 300));
 
+TEST(Tables, PciIsToldOnlyWhenThere) {
+  Platform p;
+  const auto names = [&] {
+    auto t = build(p, Gpa(kBase), 0x20000);
+    const auto& b = t.value().bytes;
+    std::map<std::string, u64> found;
+    const u64 xsdt = get(b, 24, 8) - kBase;
+    for (u64 at = 36; at < get(b, xsdt + 4, 4); at += 8) {
+      const u64 table = get(b, xsdt + at, 8) - kBase;
+      EXPECT_EQ(sum(b, table, get(b, table + 4, 4)), 0);
+      found[signature(b, table)] = get(b, table + 44, 8);
+    }
+    return found;
+  };
+  EXPECT_EQ(names().count("MCFG"), 0u);
+  const auto without = build_dsdt(p);
+  p.pci = true;
+  EXPECT_EQ(names().at("MCFG"), 0xe0000000u);
+  EXPECT_GT(build_dsdt(p).size(), without.size() + 32 * 10);  // _PRT
+}
+
 TEST(Tables, SaysWhenTheyDoNotFit) {
   Platform p;
   p.cpus = 254;
@@ -146,6 +168,7 @@ TEST(Tables, IaslDisassemblesTheDsdt) {
   ASSERT_NE(mkdtemp(dir), nullptr);
   Platform p;
   p.cpus = 20;
+  p.pci = true;
   const auto dsdt = build_dsdt(p);
   const std::string base = std::string(dir) + "/dsdt";
   std::ofstream(base + ".aml", std::ios::binary).write(reinterpret_cast<const char*>(dsdt.data()), static_cast<long>(dsdt.size()));
@@ -154,7 +177,7 @@ TEST(Tables, IaslDisassemblesTheDsdt) {
   std::ifstream in(base + ".dsl");
   std::stringstream text;
   text << in.rdbuf();
-  for (const char* wanted : {"PNP0501", "PNP0B00", "QEMU0001", "_S5", "ACPI0007", "0x03F8", "0x0505", "Device (C013)"}) {
+  for (const char* wanted : {"PNP0501", "PNP0B00", "QEMU0001", "_S5", "ACPI0007", "0x03F8", "0x0505", "Device (C013)", "PNP0A08", "_PRT", "PNP0C02", "0xC0000000"}) {
     EXPECT_NE(text.str().find(wanted), std::string::npos) << wanted;
   }
   EXPECT_EQ(std::system(("rm -r " + std::string(dir)).c_str()), 0);
