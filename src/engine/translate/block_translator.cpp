@@ -254,23 +254,24 @@ void BlockBuilder::finish() {
     if (!i.used) continue;
     e_.bind(i.entry);
     if (i.flags_in_frame) emit_flags_restore(kScratch0);
-    e_.mov_imm(kScratch0, i.rip);
+    emit_rip(kScratch0, page_offset(i.rip));
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitInterpret)});
   }
   for (Poll& p : polls_) {
     e_.bind(p.entry);
     if (p.rcx) e_.mov(kHostRcx, kScratch0);
-    e_.mov_imm(kScratch0, p.target);
+    emit_rip(kScratch0, page_offset(p.target));
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
                .mem = HostMem::frame(p.in_frame ? frame::kExitAttentionFrame : frame::kExitAttention)});
   }
   for (std::size_t n = 0; n < stubs_.size(); n++) {
     out_->exits[n].stub = e_.size();
     e_.bind(stubs_[n].entry);
-    e_.mov_imm(kScratch0, stubs_[n].target);
+    emit_rip(kScratch0, stubs_[n].offset);
     e_.mov_imm(kScratch1, request_->first_tag + static_cast<u32>(n));
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
                .mem = HostMem::frame(stubs_[n].in_frame ? frame::kExitNextFrame : frame::kExitNext)});
+    out_->exits[n].slot = e_.size() - 4;
   }
   for (Miss& m : misses_) {
     e_.bind(m.entry);
@@ -281,13 +282,23 @@ void BlockBuilder::finish() {
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
                .mem = HostMem::frame(m.attention ? frame::kExitAttentionFrame : frame::kExitIndirectFrame)});
   }
-  if (live_[0] != 0) {
-    out_->frame_entry = e_.size();
-    emit_flags_restore(kScratch0);
-    Label begin;
-    begin.at = 0;
-    e_.jmp(begin);
+  out_->frame_entry = e_.size();
+  if (live_[0] != 0) emit_flags_restore(kScratch0);
+  Label begin;
+  begin.at = 0;
+  e_.jmp(begin);
+  out_->dead_stub = e_.size();
+  emit_rip(kScratch0, page_offset(request_->rip));
+  e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitDeadFrame)});
+}
+
+void BlockBuilder::emit_rip(u8 to, i64 offset) {
+  if (!pic()) {
+    e_.mov_imm(to, (request_->rip & kPageMask) + static_cast<u64>(offset));
+    return;
   }
+  e_.load(to, HostMem::frame(frame::kPage));
+  if (offset != 0) e_.lea(to, HostMem::at(to, static_cast<i32>(offset)));
 }
 
 void BlockBuilder::start_over() {

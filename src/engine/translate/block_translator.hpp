@@ -34,6 +34,8 @@ struct BlockRequest {
   u64 rip = 0;
   TranslateMode mode;
   u32 first_tag = 0;  ///< direct exit i says tag first_tag + i
+  /// The code runs at any linear address of its page (JitFrame::page): user code, but for the topmost 4 GiB.
+  bool position_independent = false;
   /// One flag per instruction: the guest's CPUID has its feature (else it raises #UD: interpret).
   std::span<const bool> has_feature;
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
@@ -47,25 +49,29 @@ inline bool needs_vectors(Op op) {
 /// A direct exit whose jump can be linked.
 struct DirectExit {
   u32 jump = 0;    ///< offset in code of `jmp rel32` (E9): 5 bytes; at first it leads to stub
+  u32 slot = 0;    ///< offset of the frame slot that the stub jumps through: a u32
   u32 stub = 0;    ///< offset of the stub: r14 = target, r15d = tag, jmp gs:[kExitNext]
-  u64 target = 0;  ///< guest RIP
+  u64 target = 0;  ///< guest RIP; of position-independent code: what is to be added to the page
   /// The exit comes with the status flags in the frame: it goes to its target's frame_entry.
   bool frame_flags = false;
   /// Another page: the offset of the u32 that holds the bias (JitFrame::bias_high) the link is good for, 0 being
   /// none; kSamePage for a target in the block's own page.
   u32 bias = kSamePage;
+  /// Position-independent code: a u64 stands there, for the target's page + JitFrame::jump_bias.
+  bool wide = false;
   static constexpr u32 kSamePage = ~0u;
 };
 
 /// Where a host instruction that may fault (DIV, IDIV) stands, and the guest instruction to interpret then.
 struct HostFaultPoint {
   u32 offset = 0;  ///< in code, of the host instruction
-  u64 rip = 0;
+  u64 rip = 0;     ///< position-independent: what is to be added to the page
 };
 
 struct TranslatedBlock {
   std::vector<u8> code;  ///< position-independent; entered at its first byte, with the status flags in RFLAGS
-  u32 frame_entry = 0;   ///< or here, with the status flags in JitFrame::flags
+  u32 frame_entry = 0;   ///< or here, with the status flags in JitFrame::flags; 5 bytes that nothing else jumps into
+  u32 dead_stub = 0;     ///< leaves by exit_dead_frame; what frame_entry is made to lead to when the block dies
   std::vector<DirectExit> exits;
   std::vector<HostFaultPoint> faults;
   u32 insns = 0;     ///< how many of the request's instructions the code stands for; the others are not reached
@@ -75,7 +81,7 @@ struct TranslatedBlock {
     code.clear();
     exits.clear();
     faults.clear();
-    insns = bytes = frame_entry = 0;
+    insns = bytes = frame_entry = dead_stub = 0;
     flags_in = 0;
   }
 };

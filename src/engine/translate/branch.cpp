@@ -9,8 +9,6 @@
 namespace ring3::engine {
 namespace {
 
-bool canonical_address(u64 a) { return static_cast<u64>(static_cast<i64>(a << 16) >> 16) == a; }
-
 HostMem frame_at(u32 offset) { return HostMem::frame(offset); }
 /// jmp gs:[offset]
 Encoding thunk_jump(u32 offset) {
@@ -21,10 +19,22 @@ Encoding thunk_jump(u32 offset) {
 
 void BlockBuilder::exit_interpret_now() {
   flags_to_host(kScratch0);
-  e_.mov_imm(kScratch0, rip());
+  emit_rip(kScratch0, page_offset(rip()));
   const bool vector = needs_vectors(request_->insns[index_].op);
   e_.encode(thunk_jump(request_->mode.lazy && vector ? frame::kExitVectors : frame::kExitInterpret));
   ended_ = true;
+}
+
+bool BlockBuilder::reachable(u64 target) const {
+  const i64 offset = page_offset(target);
+  return static_cast<u64>(static_cast<i64>(target << 16) >> 16) == target &&
+         (!pic() || (offset > -0x7fff0000ll && offset < 0x7fff0000ll));
+}
+
+void BlockBuilder::restore_page(u64 rip) {
+  if (!pic()) return;
+  e_.lea(kScratch0, HostMem::at(kScratch0, -static_cast<i32>(page_offset(rip))));
+  e_.store(frame_at(frame::kPage), kScratch0);
 }
 
 void BlockBuilder::flags_away(u8 scratch) {
@@ -52,11 +62,37 @@ void BlockBuilder::poll(u64 target) {
   e_.mov(kHostRcx, kScratch0);
 }
 
+/// Position-independent: the page moves along, and the link holds for one place of the target's page in one
+/// address space.
+void BlockBuilder::exit_to_other_page(u64 target, bool backward) {
+  const Flags flags = flags_;
+  flags_away(kScratch0);
+  if (backward) poll(target);
+  const u64 in_page = target & (kPageSize - 1);
+  stubs_.push_back({{}, static_cast<i64>(in_page), true});
+  e_.load(kScratch0, frame_at(frame::kPage));
+  e_.lea(kScratch0, HostMem::at(kScratch0, static_cast<i32>(page_offset(target) - static_cast<i64>(in_page))));
+  e_.store(frame_at(frame::kPage), kScratch0);
+  e_.add(kScratch0, frame_at(frame::kJumpBias));
+  e_.bytes({0x49, 0xbf});  // mov r15, the link's
+  const u32 guard = e_.size();
+  e_.imm64(0);
+  e_.encode({.w = true, .opcode = 0x39, .reg = kScratch1, .rm = kScratch0});  // cmp r14, r15
+  e_.jcc(5, stubs_.back().entry);
+  out_->exits.push_back({e_.size(), 0, 0, static_cast<u64>(page_offset(target)), true, guard, true});
+  e_.jmp(stubs_.back().entry);
+  flags_ = flags;  // what the branch's other way has
+}
+
 void BlockBuilder::exit_to(u64 target, bool backward) {
   ended_ = true;
+  if (pic() && !same_page(target)) {
+    exit_to_other_page(target, backward);
+    return;
+  }
   if (backward) poll(target);
   const bool in_frame = flags_ != Flags::Host;
-  stubs_.push_back({{}, target, in_frame});
+  stubs_.push_back({{}, page_offset(target), in_frame});
   Label& stub = stubs_.back().entry;
   u32 bias = DirectExit::kSamePage;
   if (!same_page(target)) {
@@ -80,7 +116,7 @@ void BlockBuilder::exit_to(u64 target, bool backward) {
       e_.mov(kHostRcx, kScratch0);
     }
   }
-  out_->exits.push_back({e_.size(), 0, target, in_frame, bias});
+  out_->exits.push_back({e_.size(), 0, 0, pic() ? static_cast<u64>(page_offset(target)) : target, in_frame, bias});
   e_.jmp(stub);
 }
 
@@ -94,6 +130,11 @@ void BlockBuilder::exit_indirect() {
   e_.load(kScratch1, frame_at(frame::kAttention));
   e_.cmp32_imm(HostMem::at(kScratch1), 0);
   e_.jcc(5, misses_[attention].entry);
+  if (request_->mode.user) {  // where it goes the code may be position-independent
+    e_.mov(kScratch1, kScratch0);
+    e_.and_imm(kScratch1, -static_cast<i32>(kPageSize));
+    e_.store(frame_at(frame::kPage), kScratch1);
+  }
   e_.encode({.vex = true, .w = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = kScratch1, .rm = kScratch0, .imm_size = 1, .imm = {16}});  // rorx r15, r14, 16
   e_.encode({.opcode = 0x01, .reg = kScratch0, .rm = kScratch1});                     // add r15d, r14d
   e_.encode({.map = 1, .opcode = 0xb7, .reg = kScratch1, .rm = kScratch1});           // movzx r15d, r15w
@@ -117,6 +158,7 @@ void BlockBuilder::shadow_call(u64 back) {
   e_.bytes({0x41, 0x57});  // push r15
   e_.call(callee);
   e_.lea(kHostRsp, HostMem::at(kHostRsp, 8));
+  restore_page(back);
   const Flags flags = flags_;
   flags_ = Flags::Frame;  // as every RET leaves them
   exit_to(back, false);
@@ -146,7 +188,7 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   if (i.opsize != word()) return false;
   if (o.kind == OperandKind::Rel) {
     const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
-    if (!canonical_address(target)) return false;
+    if (!reachable(target)) return false;
     exit_to(target);
     return true;
   }
@@ -172,7 +214,7 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
 bool BlockBuilder::jcc(const DecodedInsn& i) {
   if (i.opsize != word() || i.operands[0].kind != OperandKind::Rel) return false;
   const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
-  if (!canonical_address(target)) return false;
+  if (!reachable(target)) return false;
   flags_to_host(kScratch0);
   Label taken;
   e_.jcc(i.opcode & 15, taken);
@@ -187,7 +229,7 @@ bool BlockBuilder::count_branch(const DecodedInsn& i) {
   if (i.opsize != word() || (i.addrsize != 8 && i.addrsize != 4) || i.operands[0].kind != OperandKind::Rel)
     return false;
   const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
-  if (!canonical_address(target)) return false;
+  if (!reachable(target)) return false;
   // By the operation: with a repeat prefix the opcode may mean another condition (decode knows).
   const u8 opcode = i.op == Op::Loopne ? 0xe0 : i.op == Op::Loope ? 0xe1 : i.op == Op::Loop ? 0xe2 : 0xe3;
   flags_to_host(kScratch0);
@@ -204,23 +246,23 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   const Operand& o = i.operands[0];
   if (i.opsize != word()) return false;
   const u64 back = wrapped(next_rip());
-  if (!canonical_address(back)) return false;
+  if (!reachable(back)) return false;
   const auto push_return = [&](const Access& a) {
-    if (code32() || static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back) {
+    if (code32() || (!pic() && static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back)) {
       store_word_imm(a.mem, static_cast<i32>(back));
     } else {
-      e_.mov_imm(kScratch0, back);
+      emit_rip(kScratch0, page_offset(back));
       e_.store(a.mem, kScratch0);
     }
   };
   Access a;
   if (o.kind == OperandKind::Rel) {
     const u64 target = wrapped(back + static_cast<u64>(i.imm));
-    if (!canonical_address(target)) return false;
+    if (!reachable(target)) return false;
     if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
     push_return(a);
     move_rsp(-word());
-    e_.mov_imm(kScratch1, back);
+    emit_rip(kScratch1, page_offset(back));
     shadow_call(back);
     exit_to(target);
     return true;
@@ -243,7 +285,7 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
   push_return(a);
   move_rsp(-word());
-  e_.mov_imm(kScratch1, back);
+  emit_rip(kScratch1, page_offset(back));
   shadow_call(back);
   e_.load(kScratch0, frame_at(kValueSlot));
   exit_indirect();

@@ -33,6 +33,7 @@ class BlockBuilder {
   /// A guest address.
   struct Address {
     bool constant = false;
+    bool rip = false;                  ///< value is to be added to the page
     u64 value = 0;                     ///< constant: linear, before a segment base
     u8 base = kNoReg, index = kNoReg;  ///< guest registers
     u8 scale_log2 = 0;
@@ -96,7 +97,7 @@ class BlockBuilder {
   };
   struct Stub {
     Label entry;
-    u64 target = 0;
+    i64 offset = 0;  ///< of the target, to the page as it is then
     bool in_frame = false;
   };
   struct Miss {
@@ -117,7 +118,11 @@ class BlockBuilder {
   u64 next_rip() const { return rip_ + insn_->length; }
   /// The guest address of this block's page + offset, to a host register; flags stay. For rip() and next_rip()
   /// as offsets use page_offset().
-  void emit_rip(u8 to, i64 offset) { e_.mov_imm(to, (request_->rip & kPageMask) + static_cast<u64>(offset)); }
+  void emit_rip(u8 to, i64 offset);
+  bool pic() const { return request_->position_independent; }
+  /// Where a direct branch may lead: a canonical address that the page's can be moved to.
+  bool reachable(u64 target) const;
+  void restore_page(u64 rip);  ///< r14 = rip: the page is this block's again; flags stay
   i64 page_offset(u64 address) const { return static_cast<i64>(address - (request_->rip & kPageMask)); }
   bool same_page(u64 target) const { return ((target ^ request_->rip) & kPageMask) == 0; }
 
@@ -184,6 +189,7 @@ class BlockBuilder {
   void exit_interpret_now();
   void exit_to(u64 target) { exit_to(target, target <= rip()); }
   void exit_to(u64 target, bool backward);  ///< direct; flags where they are, scratch registers free
+  void exit_to_other_page(u64 target, bool backward);
   void exit_indirect();                     ///< r14 = target; r15 free
   void flags_away(u8 scratch);              ///< the flags are in the frame, or dead, from here on
   void poll(u64 target);

@@ -8,30 +8,44 @@ namespace ring3::engine {
 Result<std::unique_ptr<CodeCache>> CodeCache::create(std::size_t arena_bytes) {
   auto arena = CodeArena::create(std::clamp<std::size_t>(arena_bytes, 1u << 20, 1u << 30));
   if (!arena) return arena.error();
-  return std::unique_ptr<CodeCache>(new CodeCache(std::move(*arena)));
+  std::unique_ptr<CodeCache> cache(new CodeCache(std::move(*arena)));
+  for (const Space& sp : cache->spaces_)
+    if (sp.jumps == nullptr) return Error::of(ENOMEM, "jump tables of the code cache");
+  return cache;
 }
 
 CodeCache::CodeCache(std::unique_ptr<CodeArena> arena)
-    : arena_(std::move(arena)), jumps_(new JumpEntry[kJumpEntries]), hash_(1u << kHashBits, nullptr) {}
+    : arena_(std::move(arena)), hash_(1u << kHashBits, nullptr) {
+  for (Space& sp : spaces_) sp.jumps.reset(static_cast<JumpEntry*>(std::calloc(kJumpEntries, sizeof(JumpEntry))));
+}
+
+/// All numbers were used: those of old entries and links come again.
+void CodeCache::restart_biases() {
+  for (Space& sp : spaces_) {
+    std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
+    std::fill_n(sp.jumps.get(), kJumpEntries, JumpEntry{});
+  }
+  for (u32 tag = 0; tag < exits_.size(); tag++)
+    if (exits_[tag].bias != nullptr) unlink(tag);
+  next_bias_ = 1ull << 48;
+}
 
 u64 CodeCache::bias(u8 mode, u64 fetch_generation) {
   if (space_->generation != fetch_generation) {
     space_ = std::find_if(std::begin(spaces_), std::end(spaces_),
                           [&](const Space& sp) { return sp.generation == fetch_generation; });
     if (space_ == std::end(spaces_)) {
-      space_ = &spaces_[next_space_++ % kSpaces];
-      *space_ = Space{};
+      space_ = std::min_element(std::begin(spaces_), std::end(spaces_),
+                                [](const Space& a, const Space& b) { return a.used < b.used; });
+      std::fill(std::begin(space_->bias), std::end(space_->bias), 0);
       space_->generation = fetch_generation;
     }
+    space_->used = ++uses_;
   }
   u64* b = &space_->bias[mode % kModes];
   if (*b == 0) {
     next_bias_ += 1ull << 48;
-    if (next_bias_ == 0) {  // all numbers were used: those of old entries come again
-      std::fill_n(jumps_.get(), kJumpEntries, JumpEntry{});
-      for (Space& sp : spaces_) std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
-      next_bias_ = 1ull << 48;
-    }
+    if (next_bias_ == 0) restart_biases();
     *b = next_bias_;
   }
   return *b;
@@ -47,7 +61,7 @@ CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode) const {
   return nullptr;
 }
 
-CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& block, const u8* guest) {
+CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest) {
   const u8* code = arena_->append(block.code);
   if (code == nullptr) return nullptr;
   CodeBlock& b = blocks_.emplace_back();
@@ -55,7 +69,10 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& bloc
   b.gpa = gpa;
   b.mode = mode;
   b.code = code;
+  b.pic = pic;
+  b.user = (mode & 1) != 0;
   b.frame_entry = block.frame_entry;
+  b.dead_stub = block.dead_stub;
   b.code_size = static_cast<u32>(block.code.size());
   b.bytes = static_cast<u16>(block.bytes);
   b.count = static_cast<u16>(block.insns);
@@ -68,7 +85,9 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& bloc
     x.jump = code + e.jump;
     x.stub = code + e.stub;
     x.target = e.target;
+    x.slot = code + e.slot;
     x.frame_flags = e.frame_flags;
+    x.wide = e.wide;
     if (e.bias != DirectExit::kSamePage) x.bias = code + e.bias;
     x.from = &b;
   }
@@ -83,11 +102,11 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& bloc
   return &b;
 }
 
-void CodeCache::point(const Exit& exit, const u8* to, u32 bias) {
+void CodeCache::point(const Exit& exit, const u8* to, u64 guard) {
   if (exit.bias != nullptr) {
-    u8 bytes[4];
-    std::memcpy(bytes, &bias, 4);
-    arena_->patch(exit.bias, bytes);
+    u8 bytes[8];
+    std::memcpy(bytes, &guard, 8);
+    arena_->patch(exit.bias, std::span<const u8>(bytes, exit.wide ? 8 : 4));
   }
   const i64 distance = to - (exit.jump + 5);
   const i32 rel = static_cast<i32>(distance);  // an arena has at most 1 GiB
@@ -107,24 +126,33 @@ void CodeCache::unlink(u32 tag) {
   point(x, x.stub, 0);
 }
 
-void CodeCache::link(u32 tag, CodeBlock* to, u64 bias) {
+void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   if (tag >= exits_.size() || to->dead) return;
   Exit& x = exits_[tag];
   CodeBlock* from = x.from;
-  if (from->dead || x.target != to->rip || from->mode != to->mode) return;
+  if (from->dead || from->mode != to->mode || from->pic != to->pic) return;
+  if (from->pic ? (x.target ^ rip) & (kPageSize - 1) : x.target != rip) return;
+  u64 guard = 0;
   if (x.bias == nullptr) {
     if (x.to != nullptr || from->gpa.page() != to->gpa.page()) return;
   } else {
     unlink(tag);
+    guard = x.wide ? (rip & kPageMask) + bias : bias >> 48;
+    // Several address spaces take turns here: from now on the jump table is asked before.
+    if (x.frame_flags && (x.wide || !to->user) && ++x.changes == kChanges) {
+      u8 bytes[4];
+      std::memcpy(bytes, &frame::kExitCrossFrame, 4);
+      arena_->patch(x.slot, bytes);
+    }
   }
   x.to = to;
   x.next_incoming = to->incoming;
   to->incoming = tag;
-  point(x, to->code + (x.frame_flags ? to->frame_entry : 0), static_cast<u32>(bias >> 48));
+  point(x, to->code + (x.frame_flags ? to->frame_entry : 0), guard);
   stats_.linked++;
 }
 
-bool CodeCache::fault_rip(u64 pc, u64* rip) const {
+bool CodeCache::fault_rip(u64 pc, u64 page, u64* rip) const {
   const u8* at = reinterpret_cast<const u8*>(pc);
   auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at,
                              [](const u8* p, const CodeBlock& b) { return p < b.code; });
@@ -133,7 +161,7 @@ bool CodeCache::fault_rip(u64 pc, u64* rip) const {
   for (unsigned i = 0; i < b.fault_count; i++) {
     const HostFaultPoint& f = faults_[b.faults + i];
     if (b.code + f.offset != at) continue;
-    *rip = f.rip;
+    *rip = b.pic ? page + f.rip : f.rip;
     return true;
   }
   return false;
@@ -157,8 +185,11 @@ void CodeCache::kill(CodeBlock* block) {
   for (u32 tag = block->first_exit; tag < block->first_exit + block->exit_count; tag++) {
     unlink(tag);
   }
-  JumpEntry& e = jumps_[jump_index(block->rip)];
-  if (e.code == reinterpret_cast<u64>(block->code + block->frame_entry)) e = JumpEntry{};
+  // Jump tables may lead to it still.
+  const u32 distance = block->dead_stub - (block->frame_entry + 5);
+  u8 jump[5] = {0xe9};
+  std::memcpy(jump + 1, &distance, 4);
+  arena_->patch(block->code + block->frame_entry, jump);
   stats_.killed++;
 }
 
@@ -192,14 +223,11 @@ void CodeCache::validate(Gpa page, const u8* host) {
 
 void CodeCache::flush() {
   if (blocks_.size() < kFewBlocks) {
-    for (const CodeBlock& b : blocks_) {
-      hash_[bucket(b.gpa, b.rip, b.mode)] = nullptr;
-      jumps_[jump_index(b.rip)] = JumpEntry{};
-    }
+    for (const CodeBlock& b : blocks_) hash_[bucket(b.gpa, b.rip, b.mode)] = nullptr;
   } else {
     std::fill(hash_.begin(), hash_.end(), nullptr);
-    std::fill_n(jumps_.get(), kJumpEntries, JumpEntry{});
   }
+  for (Space& sp : spaces_) std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
   blocks_.clear();
   exits_.clear();
   faults_.clear();

@@ -1,4 +1,5 @@
 #pragma once
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <unordered_map>
@@ -10,26 +11,29 @@
 
 /// The translated blocks of one vCPU: lookup, linking, invalidation.
 ///
-/// A block is found by guest-physical address, linear address and mode. In front of that stands the jump
-/// table, which translated code searches by itself: an entry counts only under the bias (a number for the
-/// mode and the state of the fetch translations) that it was made under.
+/// A block is found by guest-physical address and mode, and by linear address unless its code is position-
+/// independent. In front of that stand the jump tables, one for each of a few address spaces, which translated
+/// code searches by itself: an entry counts only under the bias (a number for the mode and the state of the
+/// fetch translations) that it was made under.
 ///
 /// Links: a direct exit jumps to its successor's code once that is known. Inside a guest page the link holds as
 ///        long as both blocks live: whoever runs in the page has fetched from it, and a change of mode or
-///        translation is never made by translated code. To another page it holds under one bias, which the exit
-///        compares, and is made anew when it is reached under another.
-/// Killed blocks are unlinked at once, but their code stays until the whole cache is emptied, so that a
-///        block may be killed by an access of its own.
+///        translation is never made by translated code. To another page it holds under one bias (of
+///        position-independent code: and for one linear address), which the exit compares, and is made anew when
+///        it is reached under another; a few times, then the exit searches the jump table first.
+/// Killed blocks are unlinked at once, and entered nowhere any more, but their code stays until the whole cache
+///        is emptied, so that a block may be killed by an access of its own.
 /// Bounded: by the arena; when it is full, everything goes.
 /// Threading: the vCPU's thread.
 namespace ring3::engine {
 
 struct CodeBlock {
-  u64 rip = 0;
+  u64 rip = 0;            ///< 0 for position-independent code
   Gpa gpa;
   const u8* code = nullptr;
   u32 code_size = 0;
   u32 frame_entry = 0;    ///< offset in code: entered with the status flags in the frame
+  u32 dead_stub = 0;      ///< offset in code: where frame_entry leads when it was killed
   u32 first_exit = 0;     ///< its exits' tags begin here
   u32 guest_bytes = 0;    ///< index of its bytes' copy
   u32 incoming = ~0u;     ///< list of the exits linked to it
@@ -40,6 +44,7 @@ struct CodeBlock {
   u16 count = 0;          ///< instructions
   u8 mode = 0;            ///< TranslateMode::bits()
   bool dead = false;
+  bool pic = false, user = false;
   CodeBlock* hash_next = nullptr;
 };
 
@@ -51,29 +56,32 @@ class CodeCache {
 
   static Result<std::unique_ptr<CodeCache>> create(std::size_t arena_bytes);
 
-  JumpEntry* jump_table() { return jumps_.get(); }
+  /// Of what bias() was asked for last.
+  JumpEntry* jump_table() { return space_->jumps.get(); }
   const CodeArena& arena() const { return *arena_; }
   const Stats& stats() const { return stats_; }
 
   /// Jump-table entries made under another bias than this one do not match.
   u64 bias(u8 mode, u64 fetch_generation);
   const u8* recall(u64 rip, u64 bias) const {
-    const JumpEntry& e = jumps_[jump_index(rip)];
+    const JumpEntry& e = space_->jumps[jump_index(rip)];
     return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
   }
-  void remember(const CodeBlock& block, u64 bias) {
-    jumps_[jump_index(block.rip)] = {0 - (block.rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
+  void remember(const CodeBlock& block, u64 rip, u64 bias) {
+    space_->jumps[jump_index(rip)] = {0 - (rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
   }
+  void forget(u64 rip) { space_->jumps[jump_index(rip)] = JumpEntry{}; }
 
+  /// rip: 0 for position-independent code.
   CodeBlock* find(Gpa gpa, u64 rip, u8 mode) const;
   u32 next_tag() const { return static_cast<u32>(exits_.size()); }
   /// Null when it does not fit: flush() first. guest: the bytes that it was made from.
-  CodeBlock* add(Gpa gpa, u64 rip, u8 mode, const TranslatedBlock& block, const u8* guest);
+  CodeBlock* add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest);
   /// The exit that left with this tag goes to `to` from now on, if that may be.
-  /// bias: the one in force.
-  void link(u32 tag, CodeBlock* to, u64 bias);
-  /// RIP of the guest instruction whose host instruction faults at pc.
-  bool fault_rip(u64 pc, u64* rip) const;
+  /// rip: where it led; bias: the one in force.
+  void link(u32 tag, CodeBlock* to, u64 rip, u64 bias);
+  /// RIP of the guest instruction whose host instruction faults at pc. page: JitFrame::page.
+  bool fault_rip(u64 pc, u64 page, u64* rip) const;
 
   void written(Gpa gpa, unsigned size);
   void validate(Gpa page, const u8* host);
@@ -84,40 +92,47 @@ class CodeCache {
   u64 epoch() const { return stats_.flushes; }
 
  private:
-  static constexpr unsigned kHashBits = 15;
+  static constexpr unsigned kHashBits = 17;
   static constexpr u32 kNone = ~0u;
   static constexpr std::size_t kFewBlocks = 1024;
 
   struct Exit {
     const u8* jump = nullptr;  ///< its E9
     const u8* stub = nullptr;
+    const u8* slot = nullptr;  ///< the frame slot that the stub jumps through
     u64 target = 0;
     CodeBlock* from = nullptr;
     CodeBlock* to = nullptr;
     u32 next_incoming = kNone;
     const u8* bias = nullptr;  ///< of a link to another page: what it compares with
     bool frame_flags = false;
+    bool wide = false;
+    u8 changes = 0;            ///< how often a link to another page was made
   };
+  static constexpr u8 kChanges = 4;
 
   explicit CodeCache(std::unique_ptr<CodeArena> arena);
   static unsigned bucket(Gpa gpa, u64 rip, u8 mode);
   void kill(CodeBlock* block);
   void unlink(u32 tag);
-  void point(const Exit& exit, const u8* to, u32 bias);
+  /// guard: what a link to another page holds under; 0: never.
+  void point(const Exit& exit, const u8* to, u64 guard);
+  void restart_biases();
   template <class F>
   void sweep(u64 frame, F&& doomed);
 
   std::unique_ptr<CodeArena> arena_;
-  std::unique_ptr<JumpEntry[]> jumps_;
-  static constexpr unsigned kSpaces = 16, kModes = 128;
+  static constexpr unsigned kSpaces = 12, kModes = 128;
   /// Biases in use for a fetch generation; with PCID, generations come back.
   struct Space {
     u64 generation = 0;
+    u64 used = 0;
     u64 bias[kModes] = {};
+    std::unique_ptr<JumpEntry[], decltype(&std::free)> jumps{nullptr, &std::free};  ///< zero pages until used
   };
   Space spaces_[kSpaces];
   Space* space_ = spaces_;
-  unsigned next_space_ = 0;
+  u64 uses_ = 0;
   u64 next_bias_ = 0;
   std::vector<CodeBlock*> hash_;
   std::deque<CodeBlock> blocks_;  ///< in the order of their code

@@ -33,7 +33,7 @@ struct alignas(64) JitFrame {
   u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
   u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
   u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
-  u64 saved_rcx = 0;    ///< exit_indirect's own
+  u64 unused = 0;
   u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
   u64 jump_bias = 0;    ///< in its top 16 bits: which address space and mode entries must be of
   u64 exit_rip = 0;
@@ -66,10 +66,9 @@ struct alignas(64) JitFrame {
   /// In: r14 = RIP of the next instruction. Leaves to the run loop, which returns to its caller when
   /// attention is raised. For polls.
   u64 exit_attention = 0;
-  /// In: r14 = RIP of the next instruction; r15 is free. Polls attention, then goes on in the block of that RIP
-  /// through the jump table, without the run loop when it is there. For near RET, indirect JMP and CALL,
-  /// and direct branches to other pages.
-  u64 exit_indirect = 0;
+  /// In: r14 = RIP of the next instruction, in another page, r15d = the exit's tag, the status flags in `flags`.
+  /// Goes on through the jump table, or as exit_next. For exits whose link was made for others too often.
+  u64 exit_cross_frame = 0;
   /// call. In: r14 = linear address, r15d = size in bytes. Out: r14 kept; r15 = what is added to a linear address of
   /// this access (a read; a write) for its host address, 0 when it cannot be made: then exit_interpret. A read's
   /// may lead to a copy of its bytes.
@@ -80,6 +79,9 @@ struct alignas(64) JitFrame {
   u64 exit_vectors = 0;
   /// As exit_next, exit_indirect and exit_attention, with the guest's status flags in `flags`, not in RFLAGS.
   u64 exit_next_frame = 0, exit_indirect_frame = 0, exit_attention_frame = 0;
+  /// In: r14 = RIP of a block that was killed, the status flags in `flags`: the jump table still leads to it.
+  u64 exit_dead_frame = 0;
+  u64 page = 0;  ///< linear address of the page that runs, for position-independent code
 
   u8 bounce[64] = {};  ///< bytes of a read in two pages
 };
@@ -109,14 +111,15 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kAttention = RING3_FRAME_ATTENTION, kFsBase = RING3_FRAME_FS_BASE,
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
-                     kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitIndirect = RING3_FRAME_EXIT_INDIRECT,
+                     kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitCrossFrame = RING3_FRAME_EXIT_CROSS_FRAME,
                      kFillRead = RING3_FRAME_FILL_READ, kFillWrite = RING3_FRAME_FILL_WRITE,
                      kExitVectors = RING3_FRAME_EXIT_VECTORS, kExitNextFrame = RING3_FRAME_EXIT_NEXT_FRAME,
                      kExitIndirectFrame = RING3_FRAME_EXIT_INDIRECT_FRAME,
                      kExitAttentionFrame = RING3_FRAME_EXIT_ATTENTION_FRAME, kFlags = RING3_FRAME_FLAGS,
                      kShadowLimit = RING3_FRAME_SHADOW_LIMIT, kShadowBase = RING3_FRAME_SHADOW_BASE,
                      kBiasHigh = RING3_FRAME_BIAS_HIGH, kBiasNegated = RING3_FRAME_BIAS_NEGATED, kJumpTable = RING3_FRAME_JUMP_TABLE,
-                     kJumpBias = RING3_FRAME_JUMP_BIAS;
+                     kJumpBias = RING3_FRAME_JUMP_BIAS,
+                     kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE;
 inline constexpr u32 kNoTag = ~0u;
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))
@@ -128,7 +131,6 @@ RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
 RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
 RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
 RING3_CHECK_OFFSET(scratch, RING3_FRAME_SCRATCH);
-RING3_CHECK_OFFSET(saved_rcx, RING3_FRAME_SAVED_RCX);
 RING3_CHECK_OFFSET(jump_table, RING3_FRAME_JUMP_TABLE);
 RING3_CHECK_OFFSET(jump_bias, RING3_FRAME_JUMP_BIAS);
 RING3_CHECK_OFFSET(exit_rip, RING3_FRAME_EXIT_RIP);
@@ -146,7 +148,7 @@ RING3_CHECK_OFFSET(saved_rax, RING3_FRAME_SAVED_RAX);
 RING3_CHECK_OFFSET(exit_next, RING3_FRAME_EXIT_NEXT);
 RING3_CHECK_OFFSET(exit_interpret, RING3_FRAME_EXIT_INTERPRET);
 RING3_CHECK_OFFSET(exit_attention, RING3_FRAME_EXIT_ATTENTION);
-RING3_CHECK_OFFSET(exit_indirect, RING3_FRAME_EXIT_INDIRECT);
+RING3_CHECK_OFFSET(exit_cross_frame, RING3_FRAME_EXIT_CROSS_FRAME);
 RING3_CHECK_OFFSET(fill_read, RING3_FRAME_FILL_READ);
 RING3_CHECK_OFFSET(fill_write, RING3_FRAME_FILL_WRITE);
 RING3_CHECK_OFFSET(exit_vectors, RING3_FRAME_EXIT_VECTORS);
@@ -160,6 +162,8 @@ RING3_CHECK_OFFSET(sentinel, RING3_FRAME_SENTINEL);
 RING3_CHECK_OFFSET(exit_next_frame, RING3_FRAME_EXIT_NEXT_FRAME);
 RING3_CHECK_OFFSET(exit_indirect_frame, RING3_FRAME_EXIT_INDIRECT_FRAME);
 RING3_CHECK_OFFSET(exit_attention_frame, RING3_FRAME_EXIT_ATTENTION_FRAME);
+RING3_CHECK_OFFSET(exit_dead_frame, RING3_FRAME_EXIT_DEAD_FRAME);
+RING3_CHECK_OFFSET(page, RING3_FRAME_PAGE);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry = tlb + ((linear >> kTlbShift) & kTlbMask).

@@ -184,7 +184,7 @@ bool moves_by(const DecodedInsn& i, u8 reg, i64* by) {
 }  // namespace
 
 bool BlockBuilder::groupable(const Address& a) {
-  return !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg && a.base != kNoReg && a.base < 16 &&
+  return !a.constant && !a.rip && a.segment == 0 && !a.narrow && a.bit == kNoReg && a.base != kNoReg && a.base < 16 &&
          !special(a.base) && (a.index == kNoReg || (a.index < 16 && !special(a.index))) && a.disp > -0x10000000 &&
          a.disp < 0x10000000;
 }

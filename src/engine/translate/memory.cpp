@@ -25,6 +25,13 @@ bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
   if (m.seg == GS) out->segment = frame::kGsBase;
   if (m.base == kRipBase || (m.base == kNoReg && m.index == kNoReg)) {
     if (m.index != kNoReg) return false;
+    if (m.base == kRipBase && pic()) {
+      const i64 offset = i.disp + page_offset(next_rip());
+      if (out->narrow || offset <= -0x7fff0000ll || offset >= 0x7fff0000ll) return false;
+      out->rip = true;
+      out->value = static_cast<u64>(offset);
+      return true;
+    }
     const u64 value = static_cast<u64>(i.disp) + (m.base == kRipBase ? next_rip() : 0);
     out->constant = true;
     out->value = out->narrow ? static_cast<u32>(value) : value;
@@ -61,6 +68,12 @@ void BlockBuilder::emit_bit_address(u8 to, const Address& a) {
              .rm = to,
              .imm_size = 1,
              .imm = {static_cast<u8>(log2 + 3)}});  // sar
+  if (a.rip) {
+    e_.lea(to, {kHostNone, to, log2, false, static_cast<i32>(a.value)});
+    e_.add(to, HostMem::frame(frame::kPage));
+    add_segment(to, a);
+    return;
+  }
   HostMem m;
   m.index = to;
   m.scale_log2 = log2;
@@ -77,8 +90,9 @@ void BlockBuilder::emit_address(u8 to, const Address& a) {
     emit_bit_address(to, a);
     return;
   }
-  if (a.constant) {
-    e_.mov_imm(to, a.value);
+  if (a.constant || a.rip) {
+    if (a.constant) e_.mov_imm(to, a.value);
+    if (a.rip) emit_rip(to, static_cast<i64>(a.value));
     add_segment(to, a);
     return;
   }
@@ -196,7 +210,23 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     return true;
   }
 
-  const bool plain = !a.constant && a.segment == 0 && !a.narrow && a.bit == kNoReg;
+  if (a.rip && a.segment == 0 && a.bit == kNoReg) {
+    const i32 at = static_cast<i32>(a.value & (kPageSize - 1));
+    if (at + static_cast<i32>(size) > static_cast<i32>(kPageSize) || (aligned && (at & (size - 1)) != 0)) return false;
+    emit_rip(kScratch0, static_cast<i64>(a.value) - at);
+    e_.mov(kScratch1, kScratch0);
+    e_.shr(kScratch1, frame::kTlbShift);
+    e_.and32(kScratch1, frame::kTlbMask);
+    e_.add(kScratch1, HostMem::frame(frame::kTlb));
+    e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
+    e_.jcc(5, s.entry);
+    e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+    e_.bind(s.resume);
+    *out = {HostMem{kScratch0, kScratch1, 0, false, at}, false, false};
+    return true;
+  }
+
+  const bool plain = !a.constant && !a.rip && a.segment == 0 && !a.narrow && a.bit == kNoReg;
   const bool in_registers = plain && (a.base == kNoReg || !special(a.base)) &&
                             (a.index == kNoReg || !special(a.index)) && a.disp < 0x7fff0000;
   if (in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0) {
@@ -261,6 +291,8 @@ void BlockBuilder::finish_slow_paths() {
     e_.mov_imm(kScratch1, s.size);
     emit_fill(s.write);
     e_.jcc(4, interpret.entry);
+    if (s.address.rip && s.address.segment == 0 && s.address.bit == kNoReg)  // the check has the page alone
+      e_.lea(kScratch0, HostMem::at(kScratch0, -static_cast<i32>(s.address.value & (kPageSize - 1))));
     e_.jmp(s.resume);
   }
 }

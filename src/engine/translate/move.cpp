@@ -11,7 +11,10 @@ bool BlockBuilder::lea(const DecodedInsn& i) {
   if (size != 2 && size != 4 && size != 8) return false;
   const bool through = size == 2 || special(guest);
   const u8 to = through ? kScratch0 : host(guest);
-  if (a.constant) {
+  if (a.rip) {
+    emit_rip(to, static_cast<i64>(a.value));
+    if (size == 4) e_.mov32(to, to);
+  } else if (a.constant) {
     e_.mov_imm(to, size == 8 ? a.value : static_cast<u32>(a.value));
   } else {
     // Both registers by name, so that no flag is touched and `to` may be one of them.

@@ -167,7 +167,7 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
     e.mem = a.mem;
   }
   need_flags(a.scratch0_free ? kScratch0 : a.scratch1_free ? kScratch1 : static_cast<u8>(kHostNone));
-  if (i.op == Op::Div || i.op == Op::Idiv) out_->faults.push_back({e_.size(), rip()});
+  if (i.op == Op::Div || i.op == Op::Idiv) out_->faults.push_back({e_.size(), pic() ? static_cast<u64>(page_offset(rip())) : rip()});
   if (!e_.encode(e)) return false;
   for (unsigned n = 0; n < count; n++)
     if (substitutes[n].written) e_.store(slot(substitutes[n].guest), substitutes[n].scratch);

@@ -112,6 +112,11 @@ thunk ring3_jit_exit_indirect_frame
     movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
 
+thunk ring3_jit_exit_dead_frame
+    flags_from_frame
+    movl $RING3_REASON_DEAD, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
+
 thunk ring3_jit_exit_attention_frame
     flags_from_frame
 thunk ring3_jit_exit_attention
@@ -171,37 +176,23 @@ leave:
     pop %rbp
     ret
 
-/* No instruction here but after `leave` changes the flags. JRCXZ and LEA compare. */
-thunk ring3_jit_exit_indirect
-    mov %rcx, %gs:RING3_FRAME_SAVED_RCX
-    mov %gs:RING3_FRAME_ATTENTION, %rcx
-    mov (%rcx), %ecx
-    jrcxz 1f
-    mov %gs:RING3_FRAME_SAVED_RCX, %rcx
-    jmp ring3_jit_exit_attention
-1:  mov %r14, %gs:RING3_FRAME_EXIT_RIP
-    rorx $16, %r14, %r15          /* jump_index() */
-    lea (%r15, %r14), %r15
+/* jump_index() of r14 to r15, as exits of blocks do it; the flags are in the frame. */
+thunk ring3_jit_exit_cross_frame
+    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+    mov %r14, %gs:RING3_FRAME_EXIT_RIP
+    rorx $16, %r14, %r15
+    add %r14d, %r15d
     movzwl %r15w, %r15d
-    mov %gs:RING3_FRAME_JUMP_BIAS, %rcx
-    lea (%r14, %rcx), %r14
-    lea (%r15, %r15), %r15
-    mov %gs:RING3_FRAME_JUMP_TABLE, %rcx
-    lea (%rcx, %r15, 8), %r15
-    mov (%r15), %rcx
-    lea (%rcx, %r14), %rcx
-    jrcxz 2f
-    mov %gs:RING3_FRAME_SAVED_RCX, %rcx
-    mov %gs:RING3_FRAME_EXIT_RIP, %r14
-    movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
-    jmp leave
-2:  mov %rax, %gs:RING3_FRAME_SAVED_RAX
-    lahf
-    seto %al
-    mov %eax, %gs:RING3_FRAME_FLAGS
-    mov %gs:RING3_FRAME_SAVED_RAX, %rax
-    mov %gs:RING3_FRAME_SAVED_RCX, %rcx
+    shl $4, %r15d
+    add %gs:RING3_FRAME_JUMP_TABLE, %r15
+    add %gs:RING3_FRAME_JUMP_BIAS, %r14
+    add (%r15), %r14
+    jne 1f
     jmp *8(%r15)
+1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
+    flags_from_frame
+    movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
+    jmp leave
 
 .macro fill name, write
 thunk \name

@@ -7,7 +7,7 @@
 extern "C" {
 void ring3_jit_enter(const ring3::u8* code);
 extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
-    ring3_jit_exit_indirect[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
+    ring3_jit_exit_cross_frame[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
     ring3_jit_exit_indirect_frame[], ring3_jit_exit_attention_frame[], ring3_jit_fill_read[], ring3_jit_fill_write[];
 }
 
@@ -46,7 +46,8 @@ void fill_thunks(JitFrame* frame) {
   frame->exit_next = reinterpret_cast<u64>(ring3_jit_exit_next);
   frame->exit_interpret = reinterpret_cast<u64>(ring3_jit_exit_interpret);
   frame->exit_attention = reinterpret_cast<u64>(ring3_jit_exit_attention);
-  frame->exit_indirect = reinterpret_cast<u64>(ring3_jit_exit_indirect);
+  frame->exit_cross_frame = reinterpret_cast<u64>(ring3_jit_exit_cross_frame);
+  frame->exit_dead_frame = reinterpret_cast<u64>(ring3_jit_exit_dead_frame);
   frame->exit_vectors = reinterpret_cast<u64>(ring3_jit_exit_vectors);
   frame->exit_next_frame = reinterpret_cast<u64>(ring3_jit_exit_next_frame);
   frame->exit_indirect_frame = reinterpret_cast<u64>(ring3_jit_exit_indirect_frame);

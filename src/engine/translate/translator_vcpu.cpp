@@ -17,25 +17,34 @@ constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
-/// Leaves at rip: movabs r14, rip; jmp gs:[thunk]. Behind it the same for status flags that stand in the frame.
-void leave_stub(u64 rip, u32 thunk, TranslatedBlock* out) {
+/// Leaves at rip: r14 = rip; jmp gs:[thunk]. Behind it the same for status flags that stand in the frame.
+void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
   std::vector<u8>& code = out->code;
   code.clear();
   const auto value = [&](u64 v, unsigned size) {
     for (unsigned i = 0; i < size; i++) code.push_back(static_cast<u8>(v >> (8 * i)));
   };
-  const auto leave = [&] {
-    code.insert(code.end(), {0x49, 0xbe});
-    value(rip, 8);
+  const auto leave = [&](u32 through) {
+    if (pic) {  // mov r14, gs:[page]; lea r14, [r14 + offset]
+      code.insert(code.end(), {0x65, 0x4c, 0x8b, 0x34, 0x25});
+      value(frame::kPage, 4);
+      code.insert(code.end(), {0x4d, 0x8d, 0xb6});
+      value(rip & (kPageSize - 1), 4);
+    } else {
+      code.insert(code.end(), {0x49, 0xbe});
+      value(rip, 8);
+    }
     code.insert(code.end(), {0x65, 0xff, 0x24, 0x25});
-    value(thunk, 4);
+    value(through, 4);
   };
-  leave();
+  leave(thunk);
   out->frame_entry = static_cast<u32>(code.size());
   code.insert(code.end(), {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25});  // mov r14, rax; mov eax, gs:[flags]
   value(frame::kFlags, 4);
   code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
-  leave();
+  leave(thunk);
+  out->dead_stub = static_cast<u32>(code.size());
+  leave(frame::kExitDeadFrame);
 }
 
 }  // namespace
@@ -56,7 +65,7 @@ ring3::Result<std::unique_ptr<TranslatorVcpu>> TranslatorVcpu::create(VcpuState&
     checks.sink = options.lockstep_sink;
     auto made = Lockstep::create(state, mmu, interpreter, t->frame_, *t->translator_,
                                  {[t](const u8* code) { t->enter(code); },
-                                  [t](u64 pc, u64* rip) { return t->cache_->fault_rip(pc, rip); },
+                                  [t](u64 pc, u64* rip) { return t->cache_->fault_rip(pc, t->frame_.page, rip); },
                                   [t](u64 linear, u64 size, bool write) {
                                     return t->mmu_.warm(linear, static_cast<unsigned>(size), write);
                                   }},
@@ -84,7 +93,6 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
   // Not canonical, and nothing that a guest could guess.
   frame_.sentinel = (std::random_device{}() | static_cast<u64>(std::random_device{}()) << 32) >> 17 | 1ull << 63;
   frame_.attention = reinterpret_cast<u64>(&c_.attention);
-  frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
   frame_.state_gpr = reinterpret_cast<u64>(s_.gpr);
   frame_.state_rflags = reinterpret_cast<u64>(&s_.rflags);
   frame_.state_xsave = reinterpret_cast<u64>(s_.xsave.bytes);
@@ -140,6 +148,11 @@ bool TranslatorVcpu::can_enter() const {
          !c_.env.replaying && !s_.exception.pending;
 }
 
+bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) {
+  // No direct branch leads out of the lower half from there.
+  return mode.user && !mode.code32 && rip < (1ull << 47) - (1ull << 32);
+}
+
 TranslateMode TranslatorVcpu::mode() const {
   TranslateMode m;
   m.user = c_.cpl == 3;
@@ -189,6 +202,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   BlockRequest request;
   request.rip = rip;
   request.mode = mode;
+  request.position_independent = position_independent(rip, mode);
   u8 guest_bytes[15];
   if (count == 0 && room < sizeof guest_bytes && lockstep_ == nullptr) {
     // An instruction that goes on in the next page.
@@ -212,7 +226,8 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       out_.clear();
       const Op op = count == 0 ? Op::Invalid : insns_[0].op;
       const bool vector = needs_vectors(op);
-      leave_stub(rip, mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_);
+      leave_stub(rip, request.position_independent,
+                 mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_);
       out_.bytes = count == 0 ? std::min(room, 15u) : std::min<u32>(room, insns_[0].length);
       // What is undefined may depend on bytes past its length.
       if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
@@ -220,7 +235,8 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       out_.bytes = std::min<u32>(room, out_.bytes);
       stats_.translated++;
     }
-    if (CodeBlock* b = cache_->add(gpa, rip, mode.bits(), out_, image)) {
+    if (CodeBlock* b = cache_->add(gpa, request.position_independent ? 0 : rip, mode.bits(),
+                                  request.position_independent, out_, image)) {
       if (options_.perf_map != nullptr) options_.perf_map->add(b->code, b->code_size, rip, mode.user);
       return b;
     }
@@ -239,7 +255,7 @@ CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode) {
     mmu_.stop() = kept;
     return nullptr;  // the interpreter finds the same, and delivers it
   }
-  CodeBlock* b = cache_->find(gpa, rip, mode.bits());
+  CodeBlock* b = cache_->find(gpa, position_independent(rip, mode) ? 0 : rip, mode.bits());
   if (b == nullptr) b = translate(gpa, rip, host, mode);
   return b;
 }
@@ -250,6 +266,7 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.r15 = s_.gpr[R15];
   frame_.fs_base = s_.seg[FS].base;
   frame_.gs_base = s_.seg[GS].base;
+  frame_.page = s_.rip & kPageMask;
   const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
   frame_.tlb = reinterpret_cast<u64>(shadow != nullptr ? shadow : mmu_.tlb());
   enter_translated(code);
@@ -281,9 +298,9 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
         CodeBlock* b = lookup(s_.rip, m);
         if (b != nullptr) {
           bias = cache_->bias(m.bits(), mmu_.fetch_generation());
-          if (lockstep_ == nullptr) cache_->remember(*b, bias);
+          if (lockstep_ == nullptr) cache_->remember(*b, s_.rip, bias);
           if (lockstep_ != nullptr) count = b->count;
-          else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b, bias);
+          else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b, s_.rip, bias);
           code = b->code;
           c_.retired += b->count;
         }
@@ -292,6 +309,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       }
       tag = frame::kNoTag;
       if (code != nullptr) {
+        frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
         frame_.jump_bias = bias;
         frame_.bias_high = static_cast<u32>(bias >> 48);
         frame_.bias_negated = 0 - frame_.bias_high;
@@ -312,13 +330,16 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
           case RING3_REASON_VECTORS:
             vectors_held_ = kVectorsHeld;
             continue;
+          case RING3_REASON_DEAD:
+            cache_->forget(s_.rip);
+            continue;
           case RING3_REASON_ATTENTION:
           case RING3_REASON_INDIRECT:
             continue;
           case RING3_REASON_FAULT:
             stats_.faults++;
             // An address that was not announced: the engine's own error. The state is not exact any more.
-            if (!cache_->fault_rip(frame_.exit_rip, &s_.rip)) return Interpreter::Result::Exit;
+            if (!cache_->fault_rip(frame_.exit_rip, frame_.page, &s_.rip)) return Interpreter::Result::Exit;
             break;
           default:
             break;

@@ -65,6 +65,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
   TranslateMode mode() const;
+  static bool position_independent(u64 rip, TranslateMode mode);
   /// The block at RIP; null: the interpreter is to run the instruction.
   CodeBlock* lookup(u64 rip, TranslateMode mode);
   CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode);

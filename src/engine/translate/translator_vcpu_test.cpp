@@ -44,6 +44,7 @@ class TinyTranslator final : public BlockTranslator {
         }
         leave(target);
         count(insn);
+        entries();
         return true;
       }
       const bool plain = (insn.op == Op::Add || insn.op == Op::Sub || insn.op == Op::Inc || insn.op == Op::Dec) &&
@@ -57,6 +58,7 @@ class TinyTranslator final : public BlockTranslator {
     }
     if (out->insns == 0) return false;
     leave(rip_);
+    entries();
     return true;
   }
 
@@ -70,13 +72,31 @@ class TinyTranslator final : public BlockTranslator {
     out_->code.insert(out_->code.end(), {0x65, 0xff, 0x24, 0x25});
     put(&out_->code, offset, 4);
   }
+  /// frame_entry and dead_stub.
+  void entries() {
+    std::vector<u8>& code = out_->code;
+    out_->frame_entry = static_cast<u32>(code.size());
+    code.insert(code.end(), {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25});  // mov r14, rax; mov eax, gs:[flags]
+    put(&code, frame::kFlags, 4);
+    code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0, 0xe9});  // add al, 7fh; sahf; mov rax, r14; jmp
+    put(&code, 0 - static_cast<u32>(code.size()) - 4, 4);
+    out_->dead_stub = static_cast<u32>(code.size());
+    code.insert(code.end(), {0x49, 0xbe});
+    put(&code, request_->rip, 8);
+    jump_gs(frame::kExitDeadFrame);
+  }
   /// An exit to target, polling attention first.
   void leave(u64 target) {
     std::vector<u8>& code = out_->code;
     if ((target ^ request_->rip) >> kPageShift != 0) {
-      code.insert(code.end(), {0x49, 0xbe});
+      // mov r14, rax; lahf; seto al; mov gs:[flags], eax; mov rax, r14
+      code.insert(code.end(), {0x49, 0x89, 0xc6, 0x9f, 0x0f, 0x90, 0xc0, 0x65, 0x89, 0x04, 0x25});
+      put(&code, frame::kFlags, 4);
+      code.insert(code.end(), {0x4c, 0x89, 0xf0, 0x49, 0xbe});
       put(&code, target, 8);
-      jump_gs(frame::kExitIndirect);
+      code.insert(code.end(), {0x41, 0xbf});
+      put(&code, frame::kNoTag, 4);
+      jump_gs(frame::kExitCrossFrame);
       return;
     }
     // mov r14, gs:[attention]; mov r15, rcx; mov ecx, [r14]; jrcxz ok
@@ -97,6 +117,7 @@ class TinyTranslator final : public BlockTranslator {
     code.insert(code.end(), {0x41, 0xbf});
     put(&code, request_->first_tag + out_->exits.size(), 4);
     jump_gs(frame::kExitNext);
+    e.slot = static_cast<u32>(code.size()) - 4;
     out_->exits.push_back(e);
   }
 
