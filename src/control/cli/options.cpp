@@ -24,11 +24,11 @@ struct ValueOption {
 };
 
 /// The options of `run` that take a value.
-constexpr std::array<ValueOption, 13> kValueOptions{{
+constexpr std::array<ValueOption, 15> kValueOptions{{
     {"-n", "--name"},   {"-m", "--memory"},    {"-c", "--cpus"},      {nullptr, "--engine"},
     {nullptr, "--cpu"}, {nullptr, "--kernel"}, {nullptr, "--initrd"}, {nullptr, "--append"},
     {nullptr, "--console"}, {nullptr, "--log"}, {nullptr, "--engine-option"},
-    {nullptr, "--stop-timeout"}, {nullptr, "--disk"},
+    {nullptr, "--stop-timeout"}, {nullptr, "--disk"}, {nullptr, "--net"}, {nullptr, "--vsock"},
 }};
 
 /// Ties each value to its option, so that one that begins with a dash or is empty is still the value:
@@ -63,7 +63,8 @@ std::string one_line(std::string text) {
 struct RunText {
   std::string name = "ring3", memory = "1G", cpus = "1", engine = "auto", cpu = "default", kernel, initrd, append;
   std::string console = "stdio", log = "warn", stop_timeout = "30";
-  std::vector<std::string> engine_options, disks;
+  std::vector<std::string> engine_options, disks, nets;
+  std::string vsock;
 };
 
 /// Its flags, and which of its words were given.
@@ -157,6 +158,16 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
   if (run.initrd.empty() && !text.initrd.empty()) return Error::of(EINVAL, "--initrd wants the name of a file");
   if (flags.append) run.append = real_value(text.append);
 
+  for (const std::string& n : text.nets) {
+    auto net = net::parse_net(real_value(n));
+    if (!net) return Error::of(EINVAL, printable(net.error().message));
+    run.nets.push_back(std::move(*net));
+  }
+  if (!text.vsock.empty()) {
+    auto vsock = parse_vsock_option(real_value(text.vsock));
+    if (!vsock) return vsock.error();
+    run.vsock = std::move(*vsock);
+  }
   for (const std::string& d : text.disks) {
     auto disk = parse_disk_option(real_value(d));
     if (!disk) return disk.error();
@@ -272,6 +283,14 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   const CLI::Option* append =
       run->add_option("--append", text.append, "kernel command line [console=ttyS0; empty with --test-device]")->type_name("STRING");
   run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none")->type_name("WHERE")->capture_default_str();
+  run->add_option("--net", text.nets,
+                  "a network card: user[,hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT][,restrict=on], tap,ifname=NAME, or none; with\n"
+                  "[,pcap=FILE][,mac=ADDR][,queues=N][,mtu=N]; repeatable")
+      ->type_name("NET")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->delimiter('\0');
+  run->add_option("--vsock", text.vsock, "sockets between host and guest: cid=N,socket=PATH")->type_name("VSOCK");
   run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none]; repeatable")
       ->type_name("IMAGE")
       ->expected(1)

@@ -8,6 +8,7 @@
 #include "base/types.hpp"
 #include "control/cli/disk_option.hpp"
 #include "control/cli/engines.hpp"
+#include "control/cli/networks.hpp"
 
 /// The command line of `ring3`, taken apart and checked as far as it can be without touching the host.
 namespace ring3::control {
@@ -23,6 +24,8 @@ struct RunOptions {
   std::optional<std::string> append;
   std::string console = "stdio";     ///< stdio, pty, none or file:PATH
   std::vector<DiskOption> disks;
+  std::vector<net::NetSpec> nets;
+  std::optional<VsockOption> vsock;
   bool named = false;                ///< --name was given
   bool detach = false;
   u32 stop_timeout = 30;             ///< seconds that a guest gets to power off when it is asked to

@@ -100,6 +100,11 @@ TEST(Options, BadInputIsNamed) {
       {{"run", "--kernel", "k", "--disk", "d,cache=odd"}, "odd"},
       {{"run", "--kernel", "k", "--disk", "d,serial=123456789012345678901"}, "20 characters"},
       {{"run", "--kernel", "k", "--disk", "d,rw"}, "'rw'"},
+      {{"run", "--kernel", "k", "--net", "bridge"}, "bridge"},
+      {{"run", "--kernel", "k", "--net", "user,hostfwd=tcp:22"}, "hostfwd"},
+      {{"run", "--kernel", "k", "--net", ""}, "--net"},
+      {{"run", "--kernel", "k", "--vsock", "cid=2,socket=s"}, "cid"},
+      {{"run", "--kernel", "k", "--vsock", "cid=3"}, "socket=PATH"},
       {{"doctor", "x"}, "x"},
   };
   for (const auto& [arguments, part] : cases) {
@@ -119,6 +124,18 @@ TEST(Options, Disks) {
   EXPECT_EQ(disks[1].format, "qcow2");
   EXPECT_EQ(disks[1].serial, "S1");
   EXPECT_TRUE(disks[1].read_only && disks[1].direct);
+}
+
+TEST(Options, Networks) {
+  auto command = parse_command_line({"run", "--kernel", "k", "--net", "user,hostfwd=tcp::2222-:22", "--net", "tap,ifname=t0",
+                                     "--vsock", "socket=a.sock,cid=7"});
+  ASSERT_TRUE(command.ok()) << command.error().message;
+  const auto& run = std::get<RunOptions>(command.value());
+  ASSERT_EQ(run.nets.size(), 2u);
+  EXPECT_EQ(run.nets[0].forwards.size(), 1u);
+  EXPECT_EQ(run.nets[1].interface, "t0");
+  EXPECT_EQ(run.vsock->cid, 7u);
+  EXPECT_EQ(run.vsock->socket, "a.sock");
 }
 
 TEST(Options, Help) {

@@ -198,6 +198,9 @@ int run_vm(const RunOptions& options, Background* background) {
     if (auto status = check_file("--initrd", options.initrd); !status) return fail(status.error().message);
   }
   if (auto status = check_memory_can_be_had(options.memory_bytes); !status) return fail(status.error().message);
+  // Before the disks and the threads: the user network's process is to inherit nothing of them.
+  auto networks = Networks::open(options.nets, options.name);
+  if (!networks) return fail(networks.error().message);
   auto disks = Disks::open(options.disks);
   if (!disks) return fail(disks.error().message);
 
@@ -241,6 +244,10 @@ int run_vm(const RunOptions& options, Background* background) {
   BootProgress progress(**console, background == nullptr ? STDERR_FILENO : -1, on_this_terminal);
   vmm::MachineConfig config = machine_config(options);
   disks->add_to(config);
+  networks->add_to(config);
+  if (options.vsock) {
+    if (auto status = add_vsock(*options.vsock, config); !status) return fail(status.error().message);
+  }
   auto machine = vmm::Machine::create(std::move(config), std::move(*system), progress);
   if (!machine) return fail(machine.error().message);
 

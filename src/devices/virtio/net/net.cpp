@@ -304,7 +304,7 @@ class Net::Pair {
   u32 watched_ = EPOLLIN;
 };
 
-Net::Net(std::unique_ptr<net::Link> link, Config config) : link_(std::move(link)), config_(std::move(config)), mac_(config_.mac) {}
+Net::Net(std::shared_ptr<net::Link> link, Config config) : link_(std::move(link)), config_(std::move(config)), mac_(config_.mac) {}
 Net::~Net() { stop(); }
 
 u64 Net::features() const {

@@ -31,7 +31,8 @@ class Net final : public Device {
     std::string name = "net";                        ///< of its threads
     std::shared_ptr<net::PcapWriter> capture;        ///< or null
   };
-  Net(std::unique_ptr<net::Link> link, Config config);
+  /// The link may be shared by cards that follow one another: one of them at a time is started.
+  Net(std::shared_ptr<net::Link> link, Config config);
   ~Net() override;
 
   DeviceType type() const override { return DeviceType::kNet; }
@@ -53,7 +54,7 @@ class Net final : public Device {
   void apply_offloads(u64 bits);
   void link_down();
 
-  std::unique_ptr<net::Link> link_;
+  std::shared_ptr<net::Link> link_;
   Config config_;
   u64 features_ = 0;                    // negotiated; between start() and stop()
   std::vector<std::unique_ptr<Pair>> pairs_;
