@@ -254,6 +254,11 @@ void BlockBuilder::finish() {
     if (!i.used) continue;
     e_.bind(i.entry);
     if (i.flags_in_frame) emit_flags_restore(kScratch0);
+    if (i.sti_shadow) {
+      constexpr i32 kShadow = static_cast<i32>(offsetof(VcpuState, sti_shadow)) - static_cast<i32>(offsetof(VcpuState, rflags));
+      e_.load(kScratch0, HostMem::frame(kRflags));
+      e_.encode({.opcode = 0xc6, .memory = true, .mem = HostMem::at(kScratch0, kShadow), .imm_size = 1, .imm = {1}});
+    }
     emit_rip(kScratch0, page_offset(i.rip));
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitInterpret)});
   }
@@ -334,6 +339,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     }
     interpret_.emplace_back();
     interpret_.back().rip = rip_;
+    interpret_.back().sti_shadow = n != 0 && request_->insns[n - 1].op == Op::Sti;
     consumed_ = 1;
     before(i);
     if (request_->edge != 0) check_edge();
@@ -351,7 +357,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       for (Group& g : groups_) follow(request_->insns[n + k], &g);
     }
     n += consumed_ - 1;
-    if (ended_ || i.has(kEndsBlock)) return n + 1;
+    if (ended_ || (i.has(kEndsBlock) && i.op != Op::Sti)) return n + 1;
   }
   return count;
 }

@@ -88,6 +88,7 @@ class BlockBuilder {
     u64 rip = 0;
     bool flags_in_frame = false;
     bool used = false;
+    bool sti_shadow = false;
   };
   struct Poll {
     Label entry;
@@ -216,6 +217,7 @@ class BlockBuilder {
   bool swapgs();
   bool clac_stac(bool set);
   bool sti();
+  static bool may_follow_sti(const DecodedInsn& i);
   bool popf(const DecodedInsn& i);
   bool mov_from_cr(const DecodedInsn& i);
   bool rdtsc(bool aux);

@@ -93,6 +93,7 @@ enum class SystemOp : u32 {
   Stac,
   Clac,
   Sti,
+  StiOpen,  ///< refused when something waits; no shadow is set
   Popf,
   ReadCr0,
   ReadCr2,

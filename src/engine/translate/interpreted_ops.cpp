@@ -49,9 +49,15 @@ Result<std::unique_ptr<InterpretedOps>> InterpretedOps::create(const std::string
 }
 
 InterpretedOps::~InterpretedOps() {
-  const std::string text = report();
-  std::fwrite(text.data(), 1, text.size(), file_);
+  write(report());
   std::fclose(file_);
+}
+
+void InterpretedOps::write(const std::string& text) {
+  std::rewind(file_);
+  if (::ftruncate(::fileno(file_), 0) != 0) return;
+  std::fwrite(text.data(), 1, text.size(), file_);
+  std::fflush(file_);
 }
 
 void InterpretedOps::count(Reason reason, bool user, u64 rip, const DecodedInsn& insn) {
@@ -63,10 +69,15 @@ void InterpretedOps::count(Reason reason, bool user, u64 rip, const DecodedInsn&
     e.reason = reason;
     e.user = user;
   }
+  if ((++total_ & 0xfffff) == 0) write(table());
 }
 
 std::string InterpretedOps::report() const {
   const std::lock_guard lock(mutex_);
+  return table();
+}
+
+std::string InterpretedOps::table() const {
   std::vector<const Entry*> sorted;
   for (const auto& [key, entry] : entries_) sorted.push_back(&entry);
   std::sort(sorted.begin(), sorted.end(), [](const Entry* a, const Entry* b) { return a->count > b->count; });

@@ -11,7 +11,7 @@
 /// Which instructions the translator left to the interpreter, by form and reason: what to translate next.
 ///
 /// A debug aid: with it every interpreted instruction of a vCPU is decoded once more and counted under a lock.
-/// The file is written when this is destroyed: lines "COUNT REASON user|kernel NAME FORM EXAMPLE", most frequent
+/// The file is written when this is destroyed, and every million instructions: lines "COUNT REASON user|kernel NAME FORM EXAMPLE", most frequent
 /// first. EXAMPLE is the address and the bytes of one such instruction.
 /// Threading: any thread.
 namespace ring3::engine {
@@ -37,6 +37,8 @@ class InterpretedOps {
 
  private:
   explicit InterpretedOps(std::FILE* file) : file_(file) {}
+  std::string table() const;
+  void write(const std::string& text);
   struct Entry {
     u64 count = 0, rip = 0;
     DecodedInsn example;
@@ -44,6 +46,7 @@ class InterpretedOps {
     bool user = false;
   };
   mutable std::mutex mutex_;
+  u64 total_ = 0;
   std::FILE* file_;
   std::unordered_map<u64, Entry> entries_;
 };

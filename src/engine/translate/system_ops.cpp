@@ -43,6 +43,31 @@ bool BlockBuilder::system(const DecodedInsn& i) {
   }
 }
 
+bool BlockBuilder::may_follow_sti(const DecodedInsn& i) {
+  switch (i.op) {
+    case Op::Nop:
+    case Op::Endbr:
+    case Op::Mov:
+    case Op::Lea:
+    case Op::Test:
+    case Op::Cmp:
+    case Op::Add:
+    case Op::Sub:
+    case Op::And:
+    case Op::Or:
+    case Op::Xor:
+    case Op::Push:
+    case Op::Pop:
+    case Op::Jmp:
+    case Op::Jcc:
+    case Op::Call:
+    case Op::Ret:
+      return true;
+    default:
+      return false;
+  }
+}
+
 bool BlockBuilder::swapgs() {
   system_op(SystemOp::Swapgs, false);
   return true;
@@ -53,8 +78,13 @@ bool BlockBuilder::clac_stac(bool set) {
   return true;
 }
 
-/// The instruction behind STI runs alone, in the interpreter: the run loop sees the shadow.
+/// With no interrupt waiting, the shadow matters only when the instruction behind STI is left to the interpreter: its
+/// exit makes the shadow then. Else that instruction runs alone, in the interpreter: the run loop sees the shadow.
 bool BlockBuilder::sti() {
+  if (index_ + 1 < count_ && may_follow_sti(request_->insns[index_ + 1])) {
+    system_op(SystemOp::StiOpen, true);
+    return true;
+  }
   system_op(SystemOp::Sti, false);
   flags_to_host(kScratch0);
   emit_rip(kScratch0, page_offset(next_rip()));
@@ -135,6 +165,10 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
       s_.rflags = op == SystemOp::Stac ? s_.rflags | rflags::AC : s_.rflags & ~rflags::AC;
       mmu_.mode_changed();
       frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+      return 1;
+    case SystemOp::StiOpen:
+      if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return 0;
+      s_.rflags |= rflags::IF;
       return 1;
     case SystemOp::Sti:
       if (!(s_.rflags & rflags::IF)) s_.sti_shadow = true;

@@ -196,7 +196,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
     has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
     at += insn.length;
     count++;
-    if (insn.has(kEndsBlock)) break;
+    if (insn.has(kEndsBlock) && insn.op != Op::Sti) break;
   }
 
   BlockRequest request;
