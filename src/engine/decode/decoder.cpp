@@ -257,6 +257,8 @@ Op classify_host(const ZydisDecodedInstruction& z, const DecodedInsn& insn) {
     if (o.kind == OperandKind::Cr || o.kind == OperandKind::Dr || o.kind == OperandKind::Seg) return Op::Invalid;
     vec |= o.kind == OperandKind::Vec;
   }
+  // CVT(T)SS2SI and CVT(T)SD2SI from memory name no vector register.
+  vec |= z.opcode_map == ZYDIS_OPCODE_MAP_0F && (z.opcode == 0x2c || z.opcode == 0x2d);
   return vec ? Op::HostVec : Op::Invalid;
 }
 

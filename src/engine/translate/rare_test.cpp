@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include "engine/interp/features.hpp"
 #include "engine/interp/test_machine.hpp"
 #include "engine/translate/translator_vcpu.hpp"
 
@@ -74,12 +75,15 @@ TEST(Rare, MovWithAnOffset) {
 
 TEST(Rare, MxcsrIsLoadedAndStored) {
   Machine m;
+  m.c().features = host_features();
   m.s.cr4 |= cr4::OSFXSR;
   m.s.gpr[RBX] = kData;
   m.store<u32>(kData, 0x7fa0);  // round to zero, one flag up
   // ldmxcsr [rbx]; cvtss2si eax, [rbx+8]; stmxcsr [rbx+4]
   m.store<float>(kData + 8, 2.75f);
-  EXPECT_TRUE(m.run(hex("0f ae 13 f3 0f 2d 43 08 0f ae 5b 04")).halted());
+  const auto out = m.run(hex("0f ae 13 f3 0f 2d 43 08 0f ae 5b 04"));
+  EXPECT_TRUE(out.halted());
+  EXPECT_EQ(m.interpreted(), 1u);
   EXPECT_EQ(m.s.gpr[RAX], 2u);
   EXPECT_EQ(m.load<u32>(kData + 4), 0x7fa0u);
   // Unmasked: the interpreter goes on with it.

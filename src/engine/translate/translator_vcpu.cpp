@@ -144,8 +144,7 @@ bool TranslatorVcpu::translatable() const {
 }
 
 bool TranslatorVcpu::can_enter() const {
-  return translatable() && !c_.slow_step && !s_.sti_shadow && !s_.mov_ss_shadow && !(s_.rflags & rflags::RF) &&
-         !c_.env.replaying && !s_.exception.pending;
+  return translatable() && !c_.slow_step && !s_.sti_shadow && !s_.mov_ss_shadow && !c_.env.replaying && !s_.exception.pending;
 }
 
 bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) {
@@ -310,6 +309,8 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       tag = frame::kNoTag;
       if (code != nullptr) {
         frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
+        // It guards from breakpoints, of which there are none, until the instruction is done; what faults sets it anew.
+        s_.rflags &= ~rflags::RF;
         frame_.jump_bias = bias;
         frame_.bias_high = static_cast<u32>(bias >> 48);
         frame_.bias_negated = 0 - frame_.bias_high;
