@@ -24,12 +24,13 @@ struct ValueOption {
 };
 
 /// The options of `run` that take a value.
-constexpr std::array<ValueOption, 15> kValueOptions{{
+constexpr auto kValueOptions = std::to_array<ValueOption>({
     {"-n", "--name"},   {"-m", "--memory"},    {"-c", "--cpus"},      {nullptr, "--engine"},
     {nullptr, "--cpu"}, {nullptr, "--kernel"}, {nullptr, "--initrd"}, {nullptr, "--append"},
     {nullptr, "--console"}, {nullptr, "--log"}, {nullptr, "--engine-option"},
     {nullptr, "--stop-timeout"}, {nullptr, "--disk"}, {nullptr, "--net"}, {nullptr, "--vsock"},
-}};
+    {nullptr, "--share"},
+});
 
 /// Ties each value to its option, so that one that begins with a dash or is empty is still the value:
 /// "-c -1" is a bad count, not an unknown option.
@@ -63,7 +64,7 @@ std::string one_line(std::string text) {
 struct RunText {
   std::string name = "ring3", memory = "1G", cpus = "1", engine = "auto", cpu = "default", kernel, initrd, append;
   std::string console = "stdio", log = "warn", stop_timeout = "30";
-  std::vector<std::string> engine_options, disks, nets;
+  std::vector<std::string> engine_options, disks, nets, shares;
   std::string vsock;
 };
 
@@ -172,6 +173,11 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
     auto disk = parse_disk_option(real_value(d));
     if (!disk) return disk.error();
     run.disks.push_back(std::move(*disk));
+  }
+  for (const std::string& s : text.shares) {
+    auto share = parse_share_option(real_value(s));
+    if (!share) return share.error();
+    run.shares.push_back(std::move(*share));
   }
   run.console = real_value(text.console);
   const bool to_file = run.console.rfind("file:", 0) == 0;
@@ -293,6 +299,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   run->add_option("--vsock", text.vsock, "sockets between host and guest: cid=N,socket=PATH")->type_name("VSOCK");
   run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none]; repeatable")
       ->type_name("IMAGE")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->delimiter('\0');
+  run->add_option("--share", text.shares, "a host directory in the guest (virtio-fs): DIR[:TAG][,ro][,owner=ID]; repeatable")
+      ->type_name("DIR")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->delimiter('\0');

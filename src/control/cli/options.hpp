@@ -9,6 +9,7 @@
 #include "control/cli/disk_option.hpp"
 #include "control/cli/engines.hpp"
 #include "control/cli/networks.hpp"
+#include "control/cli/share_option.hpp"
 
 /// The command line of `ring3`, taken apart and checked as far as it can be without touching the host.
 namespace ring3::control {
@@ -26,6 +27,7 @@ struct RunOptions {
   std::vector<DiskOption> disks;
   std::vector<net::NetSpec> nets;
   std::optional<VsockOption> vsock;
+  std::vector<ShareOption> shares;
   bool named = false;                ///< --name was given
   bool detach = false;
   u32 stop_timeout = 30;             ///< seconds that a guest gets to power off when it is asked to

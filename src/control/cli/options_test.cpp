@@ -58,7 +58,7 @@ TEST(Options, ValuesThatLookLikeSomethingElse) {
 }
 
 TEST(Options, WhatIsNotThereIsUnknown) {
-  for (const char* option : {"--net", "--cdrom", "--firmware", "--share", "--vsock", "--display", 
+  for (const char* option : {"--net", "--cdrom", "--firmware", "--vsock", "--display", 
                              "--api-socket", "--bogus", "-x", "--kern"}) {
     EXPECT_NE(error_of({"run", "--kernel", "k", option, "v"}).find(option), std::string::npos) << option;
   }

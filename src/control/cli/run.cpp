@@ -17,6 +17,7 @@
 #include "control/cli/detach.hpp"
 #include "control/cli/host.hpp"
 #include "control/cli/progress.hpp"
+#include "control/cli/shares.hpp"
 #include "control/cli/signals.hpp"
 #include "control/cli/stream_console.hpp"
 #include "control/cli/terminal.hpp"
@@ -204,6 +205,9 @@ int run_vm(const RunOptions& options, Background* background) {
   auto disks = Disks::open(options.disks);
   if (!disks) return fail(disks.error().message);
 
+  auto shares = Shares::start(options.shares);
+  if (!shares) return fail(shares.error().message);
+
   // Before any other thread: they inherit the signal mask.
   Ending ending;
   SignalWatcher* watcher_for_callbacks = nullptr;
@@ -244,6 +248,7 @@ int run_vm(const RunOptions& options, Background* background) {
   BootProgress progress(**console, background == nullptr ? STDERR_FILENO : -1, on_this_terminal);
   vmm::MachineConfig config = machine_config(options);
   disks->add_to(config);
+  shares->add_to(config);
   networks->add_to(config);
   if (options.vsock) {
     if (auto status = add_vsock(*options.vsock, config); !status) return fail(status.error().message);
