@@ -14,7 +14,7 @@ namespace ring3::engine::abi {
 struct Config {
   std::size_t cache_bytes = 16u << 20;  ///< decoded-code cache of a VM, shared out among its vCPUs
   bool translate = false;               ///< engine=translator
-  std::size_t code_bytes = 128u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
+  std::size_t code_bytes = 512u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
   u64 lockstep = 0;                     ///< not 0: the translator's every n-th block is compared with the interpreter
   std::shared_ptr<PerfMap> perf_map;    ///< null: none is written
   std::shared_ptr<InterpretedOps> interpreted_ops;  ///< null: nobody asks

@@ -14,7 +14,7 @@ namespace ring3::engine {
 /// | name        | value            | meaning                                              |
 /// |-------------|------------------|------------------------------------------------------|
 /// | cache-mib   | 1..1024          | decoded-code cache of a whole VM, MiB (default 16)   |
-/// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 128)     |
+/// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 512)     |
 /// | engine      | interpreter, translator | what runs guest code (default interpreter)    |
 /// | interpreted-ops | a file    | gets a table of the instructions that the translator left to the interpreter |
 /// | lockstep    | 0..2^32-1        | n: every n-th translated block is compared with the interpreter, differences go to standard error; VMs of one vCPU (default 0: none) |

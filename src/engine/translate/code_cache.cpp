@@ -118,11 +118,10 @@ void CodeCache::point(const Exit& exit, const u8* to, u64 guard) {
 void CodeCache::unlink(u32 tag) {
   Exit& x = exits_[tag];
   if (x.to == nullptr) return;
-  u32* link = &x.to->incoming;
-  while (*link != kNone && *link != tag) link = &exits_[*link].next_incoming;
-  if (*link == tag) *link = x.next_incoming;
+  (x.previous_incoming == kNone ? x.to->incoming : exits_[x.previous_incoming].next_incoming) = x.next_incoming;
+  if (x.next_incoming != kNone) exits_[x.next_incoming].previous_incoming = x.previous_incoming;
   x.to = nullptr;
-  x.next_incoming = kNone;
+  x.next_incoming = x.previous_incoming = kNone;
   point(x, x.stub, 0);
 }
 
@@ -147,6 +146,7 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   }
   x.to = to;
   x.next_incoming = to->incoming;
+  if (to->incoming != kNone) exits_[to->incoming].previous_incoming = tag;
   to->incoming = tag;
   point(x, to->code + (x.frame_flags ? to->frame_entry : 0), guard);
   stats_.linked++;
@@ -177,7 +177,7 @@ void CodeCache::kill(CodeBlock* block) {
     Exit& x = exits_[tag];
     tag = x.next_incoming;
     x.to = nullptr;
-    x.next_incoming = kNone;
+    x.next_incoming = x.previous_incoming = kNone;
     point(x, x.stub, 0);
   }
   block->incoming = kNone;

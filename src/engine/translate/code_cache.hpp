@@ -103,7 +103,7 @@ class CodeCache {
     u64 target = 0;
     CodeBlock* from = nullptr;
     CodeBlock* to = nullptr;
-    u32 next_incoming = kNone;
+    u32 next_incoming = kNone, previous_incoming = kNone;
     const u8* bias = nullptr;  ///< of a link to another page: what it compares with
     bool frame_flags = false;
     bool wide = false;

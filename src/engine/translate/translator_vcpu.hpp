@@ -24,7 +24,7 @@ namespace ring3::engine {
 class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
  public:
   struct Options {
-    std::size_t arena_bytes = 32u << 20;
+    std::size_t arena_bytes = 256u << 20;  ///< of address space; pages count from when code fills them
     unsigned max_insns = 64;  ///< of a block
     u64 lockstep_every = 0;   ///< not 0: every n-th block is compared with the interpreter; nothing is linked
     std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
