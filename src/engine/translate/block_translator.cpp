@@ -333,7 +333,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
     const std::size_t misses = group_misses_.size();
-    if (!grouping_) {
+    if (!grouping_ && !in_second_body_) {
       e_.bind(copies_[n].entry);
       copies_[n].flags = flags_;
     }
@@ -398,11 +398,13 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   live_.resize(count + 1);
   for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
 
+  plan_loop(count);
   start_over();
   std::size_t done = body(0, count);
   if (done < count && !ended_) {
     // An instruction was refused after flags before it had been found dead on its account.
     count = done;
+    loop_.on = false;
     start_over();
     done = body(0, count);
   }
@@ -410,7 +412,7 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   out->insns = static_cast<u32>(done);
   out->bytes = static_cast<u32>(rip_ - request.rip);
   tail(done);
-  if (!copy_without_groups(done)) return false;
+  if (!copy_without_groups(done) || !second_body(done)) return false;
   finish();
   out->flags_in = live_[0];
   out->code.assign(e_.data(), e_.data() + e_.size());

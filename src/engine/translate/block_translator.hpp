@@ -38,6 +38,7 @@ struct BlockRequest {
   bool position_independent = false;
   /// One flag per instruction: the guest's CPUID has its feature (else it raises #UD: interpret).
   std::span<const bool> has_feature;
+  bool loops = false;  ///< a loop of one block may run inside it, up to 4096 iterations between polls
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
 

@@ -482,6 +482,115 @@ TEST(TranslatedCode, StringsDoAsInterpreted) {
   EXPECT_GT(halted, count / 2);
 }
 
+/// Loops of one block over several pages, to their end or to a fault: what is checked before them (loops.cpp).
+TEST(TranslatedCode, LoopsDoAsInterpreted) {
+  Pair pair(64);
+  unsigned failures = 0, halted = 0, faulted = 0;
+  const unsigned count = rounds(800);
+  Random memory(9);
+  pair.randomise_memory(memory);
+  // Opcode bytes; the memory operand is ModRM.rm, the register operand 0.
+  static const Bytes kForms[] = {{0x8b},       {0x48, 0x8b}, {0x89},             {0x48, 0x03},       {0x48, 0x01},
+                                 {0xfe},       {0x8a},       {0x88},             {0x0f, 0x10},       {0x0f, 0x11},
+                                 {0x0f, 0x28}, {0x0f, 0x29}, {0xc5, 0xfc, 0x58}, {0xc5, 0xfc, 0x11}, {0xc5, 0xfc, 0x28},
+                                 {0x0f, 0xb6}, {0xf0, 0x0f, 0xb1}, {0x48, 0x87}};
+  static constexpr u8 kBases[] = {3, 5, 6, 7, 11, 13, 14};
+  for (unsigned n = 0; n < count && failures < 20; n++) {
+    Random rng(first_seed() * 11000017 + n);
+    Bytes code;
+    const auto word = [&](u64 value, unsigned size) {
+      for (unsigned i = 0; i < size; i++) code.push_back(static_cast<u8>(value >> (8 * i)));
+    };
+    const auto set = [&](u8 reg, u64 value) {
+      code.insert(code.end(), {static_cast<u8>(reg < 8 ? 0x48 : 0x49), static_cast<u8>(0xb8 | (reg & 7))});
+      word(value, 8);
+    };
+    const u64 align = rng.below(2) ? ~0ull << 5 : ~0ull;
+    u8 bases[3];
+    for (u8& b : bases) {
+      b = kBases[rng.below(7)];
+      set(b, (kLow + 0x1000 + rng.below(0x6000)) & align);
+    }
+    set(1, 1 + rng.below(rng.below(2) ? 20 : 900));
+    const bool indexed = rng.below(2) != 0;
+    if (indexed) set(2, rng.below(64) & align);
+    const i64 step = (static_cast<i64>(rng.below(65)) - 32) & static_cast<i64>(align);
+    const std::size_t loop = code.size();
+    if (rng.below(8)) code.insert(code.end(), {0x85, 0xc9});  // test ecx, ecx
+    const unsigned length = 1 + static_cast<unsigned>(rng.below(6));
+    bool moved[16] = {};
+    for (unsigned k = 0; k < length; k++) {
+      const u8 base = bases[rng.below(3)];
+      const bool index = indexed && rng.below(2);
+      const Bytes& form = kForms[rng.below(std::size(kForms))];
+      const bool vex = form[0] == 0xc5;
+      std::size_t at = 0;
+      if (base >= 8) {
+        if (vex) {  // the three-byte form
+          code.insert(code.end(), {0xc4, 0xc1, 0x7c, form[2]});
+        } else {
+          if (form[at] == 0xf0) code.push_back(form[at++]);
+          const u8 rex = form[at] == 0x48 ? form[at++] : 0x40;
+          code.push_back(rex | 1);
+          code.insert(code.end(), form.begin() + static_cast<std::ptrdiff_t>(at), form.end());
+        }
+      } else {
+        code.insert(code.end(), form.begin(), form.end());
+      }
+      const u64 disp = (rng.below(rng.one_in(4) ? 600 : 96) & align) - (rng.one_in(3) ? 64 : 0);
+      if (index) {
+        code.insert(code.end(), {0x84, static_cast<u8>(rng.below(4) << 6 | 2 << 3 | (base & 7))});
+      } else {
+        code.push_back(static_cast<u8>(0x80 | (base & 7)));
+      }
+      word(disp, 4);
+      if (rng.one_in(3) && !moved[base]) {  // add base, imm8
+        moved[base] = true;
+        code.insert(code.end(), {static_cast<u8>(base < 8 ? 0x48 : 0x49), 0x83, static_cast<u8>(0xc0 | (base & 7)),
+                                 static_cast<u8>(rng.one_in(3) ? -step : step)});
+      }
+      if (rng.one_in(16)) code.insert(code.end(), {0x50, 0x5a});  // push rax; pop rdx
+    }
+    if (indexed) code.insert(code.end(), {0x48, 0x83, 0xc2, static_cast<u8>(step)});
+    if (rng.below(2)) code.insert(code.end(), {0x83, 0xe9, 0x01});  // sub ecx, 1
+    else code.insert(code.end(), {0xff, 0xc9});                     // dec ecx
+    code.insert(code.end(), {0x0f, 0x85});                          // jnz loop
+    word(loop - (code.size() + 4), 4);
+    code.push_back(0xf4);
+    for (Side* side : {&pair.interpreted(), &pair.translated()}) {
+      for (u64 page = kLow; page < kHigh; page += 0x1000) {
+        const bool absent = page % 0x5000 == 0 && n % 3 == 0, fixed = page % 0x7000 == 0 && n % 4 == 1;
+        side->m.map(page, absent ? 0 : page, absent ? 0 : TestMachine::kPresent | (fixed ? 0 : TestMachine::kWritable));
+      }
+      side->m.mmu().flush_all();
+    }
+    pair.load(code);
+    DecodedInsn none;
+    for (unsigned time = 0; time < 2; time++) {
+      pair.randomise(rng, none, TestMachine::kCode);
+      pair.run(100000);
+      const bool whole = !pair.interpreted().has_event;
+      halted += whole;
+      faulted += !whole;
+      std::string d = pair.difference(whole ? rflags::STATUS : 0);
+      for (u64 at = TestMachine::kRoot; d.empty() && at < TestMachine::kTablesEnd; at += 8) {
+        u64 x, y;
+        std::memcpy(&x, pair.interpreted().m.ram(at), 8);
+        std::memcpy(&y, pair.translated().m.ram(at), 8);
+        if (((x ^ y) & 0x60) != 0) d = "accessed or dirty flags differ at " + std::to_string(at);
+      }
+      if (!d.empty()) {
+        ADD_FAILURE() << "case " << n << ": " << d;
+        pair.heal();
+        failures++;
+        break;
+      }
+    }
+  }
+  EXPECT_GT(halted, count / 4);
+  EXPECT_GT(faulted, count / 8);
+}
+
 /// Blocks whose accesses go off few registers, near page ends, with pages absent and page tables' dirty flags
 /// fresh: what one check stands for (groups.cpp), and its misses.
 TEST(TranslatedCode, GroupedAccessesDoAsInterpreted) {

@@ -216,11 +216,22 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
   const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
   if (!reachable(target)) return false;
   flags_to_host(kScratch0);
+  const bool loop = loop_.on && target == request_->rip;
+  if (loop && in_second_body_) {
+    e_.jcc(i.opcode & 15, loop_.fast);
+    exit_to(wrapped(next_rip()));
+    return true;
+  }
   Label taken;
   e_.jcc(i.opcode & 15, taken);
   exit_to(wrapped(next_rip()));
   e_.bind(taken);
-  exit_to(target);
+  if (loop) {
+    poll(target);
+    e_.jmp(loop_.setup);
+  } else {
+    exit_to(target);
+  }
   return true;
 }
 

@@ -82,6 +82,19 @@ class BlockBuilder {
     Label entry;
     Flags flags = Flags::Host;
   };
+  /// Accesses of a loop off registers that move by constants (loops.cpp).
+  struct Stream {
+    Group group;  ///< displacements off the registers as they are at the block's start
+    i64 step = 0;  ///< bytes an iteration
+    std::vector<std::pair<i64, u8>> aligned;  ///< where alignment is required, and to what
+  };
+  struct Loop {
+    bool on = false;
+    std::array<Stream, 3> streams;
+    unsigned count = 0, leader = 0;
+    std::vector<bool> hoisted;  ///< by instruction
+    Label setup, fast;
+  };
   static constexpr unsigned kGroups = 3;  ///< in the frame's scratch slots 3 to 5
   struct Interpret {
     Label entry;
@@ -177,7 +190,9 @@ class BlockBuilder {
   u8 value_of(u8 guest, u8 scratch);
 
   // ---- groups.cpp ----
-  static bool groupable(const Address& a);
+  static bool written_registers(const DecodedInsn& i, u32* out);
+  static bool moves_by(const DecodedInsn& i, u8 reg, i64* by);
+  static bool groupable(const Address& a);  ///< flags stay when it is computed
   static bool same_registers(const Group& g, const Address& a);
   static void follow(const DecodedInsn& i, Group* g);  ///< past this instruction
   const Group* group_of(const Address& a, u8 size, Kind kind) const;
@@ -185,6 +200,13 @@ class BlockBuilder {
   void start_groups(bool on);
   void before(const DecodedInsn& i);  ///< ends groups that the instruction must not use
   void finish_groups();
+
+  // ---- loops.cpp ----
+  void plan_loop(std::size_t count);
+  void add_to_stream(std::size_t n, const Address& a, const Operand& mem, const i64* moved, const i64* step);
+  static Address stream_address(const Stream& s, i64 at);
+  void emit_setup(const Stream& s, u32 slot, bool first);
+  bool second_body(std::size_t done);
 
   // ---- exits (branch.cpp) ----
   void exit_interpret_now();
@@ -257,6 +279,8 @@ class BlockBuilder {
   bool grouping_ = false;
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;
+  Loop loop_;
+  bool in_second_body_ = false;
   std::vector<Copy> copies_;  ///< by instruction
   std::vector<Miss> misses_;
 };

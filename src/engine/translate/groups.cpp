@@ -23,9 +23,11 @@ static_assert(kReach < static_cast<i32>(SystemOp::Swapgs), "sizes from there on 
 
 constexpr u32 bit(u8 reg) { return reg < 16 ? 1u << reg : 0; }
 
+}  // namespace
+
 /// General registers that an instruction writes. False: not known here, or more than registers and memory
 /// may have changed.
-bool written_registers(const DecodedInsn& i, u32* out) {
+bool BlockBuilder::written_registers(const DecodedInsn& i, u32* out) {
   u32 w = 0;
   bool every = false;  // count every register operand as written
   switch (i.op) {
@@ -151,7 +153,7 @@ bool written_registers(const DecodedInsn& i, u32* out) {
 }
 
 /// The instruction changes reg by a constant, and no other way.
-bool moves_by(const DecodedInsn& i, u8 reg, i64* by) {
+bool BlockBuilder::moves_by(const DecodedInsn& i, u8 reg, i64* by) {
   const Operand& d = i.operands[0];
   const bool whole = d.kind == OperandKind::Gpr && d.reg == reg && d.size == 8;
   switch (i.op) {
@@ -181,11 +183,9 @@ bool moves_by(const DecodedInsn& i, u8 reg, i64* by) {
   }
 }
 
-}  // namespace
-
 bool BlockBuilder::groupable(const Address& a) {
   return !a.constant && !a.rip && a.segment == 0 && !a.narrow && a.bit == kNoReg && a.base != kNoReg && a.base < 16 &&
-         !special(a.base) && (a.index == kNoReg || (a.index < 16 && !special(a.index))) && a.disp > -0x10000000 &&
+         (a.index == kNoReg || (a.index < 16 && !(special(a.base) && special(a.index)))) && a.disp > -0x10000000 &&
          a.disp < 0x10000000;
 }
 
@@ -196,14 +196,16 @@ void BlockBuilder::follow(const DecodedInsn& i, Group* g) {
     g->active = false;
     return;
   }
-  if (g->index != kNoReg && (written & bit(g->index)) != 0) g->active = false;
-  if ((written & bit(g->base)) == 0) return;
   i64 by = 0;
-  if (!moves_by(i, g->base, &by)) {
-    g->active = false;
-    return;
+  if (g->index != kNoReg && (written & bit(g->index)) != 0) {
+    if (!moves_by(i, g->index, &by)) g->active = false;
+    g->moved += by * (i64{1} << g->scale_log2);
   }
-  g->moved += by;
+  if ((written & bit(g->base)) != 0) {
+    by = 0;
+    if (!moves_by(i, g->base, &by)) g->active = false;
+    g->moved += by;
+  }
   if (g->moved > 0x10000000 || g->moved < -0x10000000) g->active = false;
 }
 

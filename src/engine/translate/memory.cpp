@@ -142,6 +142,9 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     operand_of(a, out);
     return true;
   };
+  if (in_second_body_ && (!aligned || loop_.hoisted[index_])) {
+    if (const Group* g = group_of(a, size, kind)) return through(HostMem::frame(g->slot));
+  }
   if (grouping_ && !aligned) {
     if (const Group* g = group_of(a, size, kind)) return through(HostMem::frame(g->slot));
     if (const Group* g = open_group(a, size, kind)) {

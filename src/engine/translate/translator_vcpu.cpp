@@ -202,6 +202,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   request.rip = rip;
   request.mode = mode;
   request.position_independent = position_independent(rip, mode);
+  request.loops = lockstep_ == nullptr;
   u8 guest_bytes[15];
   if (count == 0 && room < sizeof guest_bytes && lockstep_ == nullptr) {
     // An instruction that goes on in the next page.
