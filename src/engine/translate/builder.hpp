@@ -90,12 +90,12 @@ class BlockBuilder {
   };
   struct Loop {
     bool on = false;
-    std::array<Stream, 3> streams;
+    std::array<Stream, 4> streams;
     unsigned count = 0, leader = 0;
     std::vector<bool> hoisted;  ///< by instruction
     Label setup, fast;
   };
-  static constexpr unsigned kGroups = 3;  ///< in the frame's scratch slots 3 to 5
+  static constexpr unsigned kGroups = 6;
   struct Interpret {
     Label entry;
     u64 rip = 0;

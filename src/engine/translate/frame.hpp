@@ -84,6 +84,7 @@ struct alignas(64) JitFrame {
   u64 page = 0;  ///< linear address of the page that runs, for position-independent code
 
   u8 bounce[64] = {};  ///< bytes of a read in two pages
+  u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
   u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
 };
 
@@ -123,6 +124,7 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kJumpBias = RING3_FRAME_JUMP_BIAS,
                      kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE;
 inline constexpr u32 kNoTag = ~0u;
+inline constexpr u32 kGroups = offsetof(JitFrame, groups);
 inline constexpr u32 kLoopStart = offsetof(JitFrame, loop_start), kLoopRoom = offsetof(JitFrame, loop_room);
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))

@@ -18,7 +18,7 @@
 namespace ring3::engine {
 namespace {
 
-constexpr i32 kReach = 128;  ///< bytes of a group at most: few groups lie in two pages
+constexpr i32 kReach = 240;  ///< bytes of a group at most: few groups lie in two pages
 static_assert(kReach < static_cast<i32>(SystemOp::Swapgs), "sizes from there on mean something else to a fill");
 
 constexpr u32 bit(u8 reg) { return reg < 16 ? 1u << reg : 0; }
@@ -132,7 +132,7 @@ bool BlockBuilder::written_registers(const DecodedInsn& i, u32* out) {
       break;
     case Op::HostVec:
       every = true;
-      w |= bit(RCX);  // PCMPESTRI
+      if (i.opcode >= 0x60 && i.opcode <= 0x63) w |= bit(RCX);  // PCMPESTRI, PCMPISTRI in map 3
       break;
     case Op::Push:
       w |= bit(RSP);
@@ -276,7 +276,7 @@ void BlockBuilder::start_groups(bool on) {
   grouping_ = on;
   for (unsigned n = 0; n < kGroups; n++) {
     groups_[n] = Group{};
-    groups_[n].slot = frame::kScratch + 24 + 8 * n;
+    groups_[n].slot = frame::kGroups + 8 * n;
   }
 }
 
