@@ -591,6 +591,124 @@ TEST(TranslatedCode, LoopsDoAsInterpreted) {
   EXPECT_GT(faulted, count / 8);
 }
 
+/// docs/confinement.md: every addressing form, led to where nothing of the guest's is, past the ends of what is, and to
+/// the host's own memory, with the TLB warm for a page whose address differs in a bit.
+TEST(TranslatedCode, AddressesReachGuestMemoryOnly) {
+  Pair pair(64);
+  Random memory(9);
+  pair.randomise_memory(memory);
+  // Opcode bytes and ModRM.reg; the register operand is rDX or xmm2.
+  struct Form {
+    Bytes opcode;
+    u8 reg;
+  };
+  static const Form kForms[] = {
+      {{0x8a}, 2},       {{0x48, 0x8b}, 2},       {{0x48, 0x89}, 2},       {{0x48, 0x01}, 2},       {{0xf0, 0x48, 0x0f, 0xc1}, 2},
+      {{0x0f, 0x10}, 2}, {{0x0f, 0x11}, 2},       {{0x0f, 0x28}, 2},       {{0xc5, 0xfc, 0x11}, 2}, {{0xc5, 0xfc, 0x10}, 2},
+      {{0xff}, 6},       {{0x48, 0x0f, 0xa3}, 2}, {{0x48, 0x0f, 0xab}, 2}, {{0x48, 0x0f, 0xc7}, 1}, {{0x66, 0x0f, 0xa3}, 2}};
+  static u64 own = 0x1234;
+  unsigned failures = 0, halted = 0;
+  const unsigned count = rounds(6000);
+  for (unsigned n = 0; n < count && failures < 20; n++) {
+    Random rng(first_seed() * 13000027 + n);
+    const u64 warm = kLow + 0x1000 * (1 + rng.below(16)) + rng.below(0x1000);
+    const auto hostile = [&]() -> u64 {
+      switch (rng.below(8)) {
+        case 0:
+          return warm ^ 1ull << (12 + rng.below(52));
+        case 1:
+          return (1ull << (63 - rng.below(17))) - rng.below(96);
+        case 2:
+          return 0 - (1ull << (47 + rng.below(17))) - rng.below(96);
+        case 3:
+          return 0 - rng.below(96);
+        case 4:
+          return (warm | 0xfff) + 1 - rng.below(70);
+        case 5:
+          return reinterpret_cast<u64>(rng.below(2) ? static_cast<void*>(&own) : static_cast<void*>(&pair));
+        case 6:
+          return reinterpret_cast<u64>(pair.translated().m.ram(warm));
+        default:
+          return kHigh - 0x40 + rng.below(0x200);
+      }
+    };
+    Bytes code;
+    const auto word = [&](u64 value, unsigned size) {
+      for (unsigned i = 0; i < size; i++) code.push_back(static_cast<u8>(value >> (8 * i)));
+    };
+    const auto set = [&](u8 reg, u64 value) {
+      code.insert(code.end(), {0x48, static_cast<u8>(0xb8 | reg)});
+      word(value, 8);
+    };
+    set(3, warm);
+    code.insert(code.end(), {0x8a, 0x03, 0x88, 0x03});  // mov al, [rbx]; mov [rbx], al
+    u64 target = hostile();
+    const u64 kind = rng.below(10);
+    if (kind == 0) {  // the stack
+      static const Bytes kStack[] = {{0x52}, {0x5a}, {0x52, 0x51, 0x50}, {0x5a, 0x59, 0x58}, {0xe8, 0, 0, 0, 0}, {0x9c}, {0xc3}};
+      set(RSP, target);
+      const Bytes& bytes = kStack[rng.below(7)];
+      code.insert(code.end(), bytes.begin(), bytes.end());
+    } else if (kind == 1) {
+      set(RBP, target);
+      code.push_back(0xc9);  // leave
+    } else if (kind == 2) {  // strings
+      static constexpr u8 kStrings[] = {0xa4, 0xaa, 0xac, 0xae, 0xa6};
+      set(RSI, rng.below(2) ? target : warm);
+      set(RDI, rng.below(2) ? hostile() : target);
+      set(RCX, rng.below(rng.below(2) ? 20 : 9000));
+      code.push_back(0xfc);
+      if (rng.below(2)) code.push_back(0xf3);
+      if (rng.below(2)) code.push_back(0x48);
+      code.push_back(static_cast<u8>(kStrings[rng.below(5)] | rng.below(2)));
+    } else {
+      const Form& form = kForms[rng.below(std::size(kForms))];
+      const u64 index = rng.next(), scale = rng.below(4), disp = static_cast<u64>(static_cast<i64>(static_cast<i32>(rng.next())));
+      const bool indexed = rng.below(2) != 0, again = rng.one_in(3);
+      set(2, rng.below(3) ? rng.next() : rng.below(4096));
+      set(6, index);
+      set(3, target - disp - (indexed ? index << scale : 0));
+      const u64 prefix = rng.below(6);
+      const u64 absolute = kind == 3 ? rng.below(2) : 2;
+      for (unsigned time = 0; time < (again ? 2u : 1u); time++) {
+        if (form.opcode[0] != 0xc5 && prefix == 0) code.push_back(0x67);
+        if (form.opcode[0] != 0xc5 && prefix == 1) code.push_back(rng.below(2) ? 0x64 : 0x65);
+        code.insert(code.end(), form.opcode.begin(), form.opcode.end());
+        if (absolute == 0) {
+          code.push_back(static_cast<u8>(0x05 | form.reg << 3));  // rip
+        } else if (absolute == 1) {
+          code.insert(code.end(), {static_cast<u8>(0x04 | form.reg << 3), 0x25});
+        } else if (indexed) {
+          code.insert(code.end(), {static_cast<u8>(0x84 | form.reg << 3), static_cast<u8>(scale << 6 | 6 << 3 | 3)});
+        } else {
+          code.push_back(static_cast<u8>(0x83 | form.reg << 3));
+        }
+        word(disp + time * (8 + rng.below(100)), 4);
+      }
+    }
+    code.push_back(0xf4);
+    pair.load(code);
+    for (unsigned time = 0; time < 2; time++) {
+      DecodedInsn none;
+      pair.randomise(rng, none, TestMachine::kCode);
+      const u64 fs = rng.below(2) ? hostile() : 0 - target + warm;
+      pair.interpreted().m.s.seg[FS].base = pair.translated().m.s.seg[FS].base = fs;
+      pair.interpreted().m.s.seg[GS].base = pair.translated().m.s.seg[GS].base = 0 - fs;
+      pair.run(20000);
+      const bool whole = !pair.interpreted().has_event;
+      halted += whole;
+      const std::string d = pair.difference(0);
+      if (!d.empty() || own != 0x1234) {
+        ADD_FAILURE() << "case " << n << ": " << d;
+        pair.heal();
+        failures++;
+        break;
+      }
+    }
+  }
+  EXPECT_GT(halted, count / 8);
+}
+
 /// Blocks whose accesses go off few registers, near page ends, with pages absent and page tables' dirty flags
 /// fresh: what one check stands for (groups.cpp), and its misses.
 TEST(TranslatedCode, GroupedAccessesDoAsInterpreted) {
