@@ -29,7 +29,7 @@ constexpr auto kValueOptions = std::to_array<ValueOption>({
     {nullptr, "--cpu"}, {nullptr, "--kernel"}, {nullptr, "--initrd"}, {nullptr, "--append"},
     {nullptr, "--console"}, {nullptr, "--log"}, {nullptr, "--engine-option"},
     {nullptr, "--stop-timeout"}, {nullptr, "--disk"}, {nullptr, "--net"}, {nullptr, "--vsock"},
-    {nullptr, "--share"},
+    {nullptr, "--share"}, {nullptr, "--cloud-init"}, {nullptr, "--ssh-key"}, {nullptr, "--rootfs"},
 });
 
 /// Ties each value to its option, so that one that begins with a dash or is empty is still the value:
@@ -64,7 +64,8 @@ std::string one_line(std::string text) {
 struct RunText {
   std::string name = "ring3", memory = "1G", cpus = "1", engine = "auto", cpu = "default", kernel, initrd, append;
   std::string console = "stdio", log = "warn", stop_timeout = "30";
-  std::vector<std::string> engine_options, disks, nets, shares;
+  std::vector<std::string> engine_options, disks, nets, shares, ssh_keys;
+  std::string cloud_init, rootfs;
   std::string vsock;
 };
 
@@ -83,7 +84,8 @@ constexpr const char* kRunExamples =
     "  ring3 run --kernel vmlinuz --append \"console=ttyS0 panic=1\" --no-reboot --console file:boot.log\n"
     "  ring3 run --kernel vmlinuz --initrd initrd.img --disk disk.qcow2 --append \"console=ttyS0 root=/dev/vda1\"\n"
     "  ring3 run --kernel test.elf --test-device; echo $?\n"
-    "  ring3 run --kernel vmlinuz --initrd initramfs.gz --detach --name build; ring3 console build";
+    "  ring3 run --kernel vmlinuz --initrd initramfs.gz --detach --name build; ring3 console build\n"
+    "  ring3 run --rootfs debian -- sh -c 'uname -r; make check'";
 constexpr const char* kDoctorExamples =
     "Exit status: 0 an engine works here, 2 none does.\n\n"
     "Examples:\n"
@@ -154,7 +156,20 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
   run.cpu = real_value(text.cpu);
   if (run.cpu.empty()) return Error::of(EINVAL, "--cpu wants the name of a model");
   run.kernel = real_value(text.kernel);
-  if (run.kernel.empty()) return Error::of(EINVAL, "nothing to boot: give --kernel FILE (see ring3 run --help)");
+  if (!text.rootfs.empty()) {
+    run.rootfs = real_value(text.rootfs);
+    for (const auto& [ending, read_only] : {std::pair{",ro", true}, {",readonly", true}, {",rw", false}}) {
+      const std::string_view e(ending);
+      if (run.rootfs.size() <= e.size() || run.rootfs.substr(run.rootfs.size() - e.size()) != e) continue;
+      run.rootfs.resize(run.rootfs.size() - e.size());
+      run.rootfs_read_only = read_only;
+      break;
+    }
+    if (run.rootfs.empty()) return Error::of(EINVAL, "--rootfs wants a directory, such as --rootfs debian -- uname -a");
+    if (!text.initrd.empty()) return Error::of(EINVAL, "--initrd does not go with --rootfs, which makes its own");
+    if (flags.detach) return Error::of(EINVAL, "--detach does not go with --rootfs, whose command is waited for");
+  }
+  if (run.kernel.empty() && run.rootfs.empty()) return Error::of(EINVAL, "nothing to boot: give --kernel FILE (see ring3 run --help)");
   run.initrd = real_value(text.initrd);
   if (run.initrd.empty() && !text.initrd.empty()) return Error::of(EINVAL, "--initrd wants the name of a file");
   if (flags.append) run.append = real_value(text.append);
@@ -179,6 +194,10 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
     if (!share) return share.error();
     run.shares.push_back(std::move(*share));
   }
+  if (!text.cloud_init.empty()) {
+    if (auto status = parse_cloud_init(real_value(text.cloud_init), run.seed); !status) return status.error();
+  }
+  for (const std::string& key : text.ssh_keys) run.seed.ssh_keys.push_back(real_value(key));
   run.console = real_value(text.console);
   const bool to_file = run.console.rfind("file:", 0) == 0;
   if (!to_file && run.console != "stdio" && run.console != "pty" && run.console != "none") {
@@ -268,6 +287,19 @@ const char* version() { return RING3_VERSION; }
 
 Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   if (!arguments.empty() && arguments[0] == "with") return parse_with(arguments);
+  if (!arguments.empty() && arguments[0] == "run") {
+    // What follows "--" is the guest's command, dashes and all.
+    const auto dashes = std::find(arguments.begin(), arguments.end(), "--");
+    if (dashes != arguments.end()) {
+      auto parsed = parse_command_line({arguments.begin(), dashes});
+      auto* options = parsed ? std::get_if<RunOptions>(&*parsed) : nullptr;
+      if (options == nullptr) return parsed;
+      if (options->rootfs.empty()) return Error::of(EINVAL, "a command after -- wants --rootfs DIR, the guest's root");
+      options->command.assign(dashes + 1, arguments.end());
+      if (options->command.empty() || options->command[0].empty()) return Error::of(EINVAL, "nothing to run after --; see ring3 run --help");
+      return parsed;
+    }
+  }
   CLI::App app{"ring3 runs x86-64 operating systems as ordinary Linux processes.", "ring3"};
   app.set_help_flag("-h,--help", "show this help");
   app.footer(kTopExamples);
@@ -307,6 +339,13 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->delimiter('\0');
+  run->add_option("--cloud-init", text.cloud_init, "a NoCloud seed disk for cloud-init: USER-DATA[,META-DATA[,NETWORK-CONFIG]]")->type_name("FILE");
+  run->add_option("--ssh-key", text.ssh_keys, "a public key for the cloud image's user, in the seed; repeatable")
+      ->type_name("FILE")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->delimiter('\0');
+  run->add_option("--rootfs", text.rootfs, "run a command (after --) with this directory as the guest's root: DIR[,ro|rw]")->type_name("DIR");
   run->add_flag("--no-reboot", flags.no_reboot, "end, with status 0, when the guest reboots")->disable_flag_override();
   run->add_flag("--test-device", flags.test_device, "add the device of test guests (exit port 0xf4, ...)")->disable_flag_override();
   run->add_flag("-d,--detach", flags.detach, "run in the background: see ring3 ps, stop, console, logs")->disable_flag_override();

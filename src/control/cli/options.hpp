@@ -9,6 +9,7 @@
 #include "control/cli/disk_option.hpp"
 #include "control/cli/engines.hpp"
 #include "control/cli/networks.hpp"
+#include "control/cli/seed.hpp"
 #include "control/cli/share_option.hpp"
 
 /// The command line of `ring3`, taken apart and checked as far as it can be without touching the host.
@@ -28,6 +29,10 @@ struct RunOptions {
   std::vector<net::NetSpec> nets;
   std::optional<VsockOption> vsock;
   std::vector<ShareOption> shares;
+  SeedOptions seed;
+  std::string rootfs;                ///< a directory; empty: none
+  std::optional<bool> rootfs_read_only;  ///< nothing: only when it is the host's own root
+  std::vector<std::string> command;  ///< what runs in it
   bool named = false;                ///< --name was given
   bool detach = false;
   u32 stop_timeout = 30;             ///< seconds that a guest gets to power off when it is asked to

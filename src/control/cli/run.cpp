@@ -17,6 +17,7 @@
 #include "control/cli/detach.hpp"
 #include "control/cli/host.hpp"
 #include "control/cli/progress.hpp"
+#include "control/cli/rootfs_run.hpp"
 #include "control/cli/shares.hpp"
 #include "control/cli/signals.hpp"
 #include "control/cli/stream_console.hpp"
@@ -192,7 +193,22 @@ std::string in_words(const vmm::Outcome& outcome, Ending& ending) {
   return outcome.message.empty() ? to_string(outcome.kind) : outcome.message;
 }
 
-int run_vm(const RunOptions& options, Background* background) {
+/// What a VM was made for: its command's exit status, or why there is none.
+int report_command(const vmm::Outcome& outcome, Ending& ending, rootfs::Session& session, const rootfs::Tail* tail) {
+  const auto command = session.finish();
+  if (ending.status() || outcome.kind == vmm::Outcome::Kind::kHostError) return report(outcome, ending);
+  if (command && outcome.kind == vmm::Outcome::Kind::kPoweredOff) return *command;
+  if (const std::string why = session.complaint(); !why.empty()) return fail("in the guest: " + printable(why));
+  if (tail != nullptr) {
+    const std::string text = tail->text();
+    std::fwrite(text.data(), 1, text.size(), stderr);
+  }
+  const int status = outcome.kind == vmm::Outcome::Kind::kPoweredOff ? kFailure : kGuestFailure;
+  fail(std::string("the guest ended before its command did: ") + (outcome.message.empty() ? to_string(outcome.kind) : outcome.message));
+  return status;
+}
+
+int run_vm(const RunOptions& options, Background* background, RootfsRun* command = nullptr) {
   set_up_log(options.log);
   if (auto status = check_file("--kernel", options.kernel); !status) return fail(status.error().message);
   if (!options.initrd.empty()) {
@@ -205,6 +221,12 @@ int run_vm(const RunOptions& options, Background* background) {
   auto disks = Disks::open(options.disks);
   if (!disks) return fail(disks.error().message);
 
+  std::vector<u8> seed;
+  if (options.seed.any()) {
+    auto made = make_seed(options.seed, options.name);
+    if (!made) return fail(made.error().message);
+    seed = std::move(*made);
+  }
   auto shares = Shares::start(options.shares);
   if (!shares) return fail(shares.error().message);
 
@@ -239,15 +261,25 @@ int run_vm(const RunOptions& options, Background* background) {
     watcher.begin_stop(kFailure);
   };
   std::string console_place;
-  auto console = make_console(options.console, background, std::move(callbacks), console_place);
+  rootfs::Tail* tail = nullptr;
+  // A command whose output comes another way leaves the console to the kernel.
+  const bool hidden = command != nullptr && !command->terminal && options.console == "stdio";
+  const auto hide = [&]() -> Result<std::unique_ptr<vmm::Console>> {
+    auto made = std::make_unique<rootfs::Tail>();
+    tail = made.get();
+    return std::unique_ptr<vmm::Console>(std::move(made));
+  };
+  const auto output_lost = callbacks.on_output_lost;
+  auto console = hidden ? hide() : make_console(options.console, background, std::move(callbacks), console_place);
   if (!console) return fail(console.error().message);
   EngineKind kind = EngineKind::kSoft;
   auto system = make_engine(options, kind);
   if (!system) return fail(system.error().message);
-  const bool on_this_terminal = background == nullptr && options.console == "stdio";
-  BootProgress progress(**console, background == nullptr ? STDERR_FILENO : -1, on_this_terminal);
+  const bool on_this_terminal = background == nullptr && !hidden && options.console == "stdio";
+  BootProgress progress(**console, background == nullptr && !hidden ? STDERR_FILENO : -1, on_this_terminal);
   vmm::MachineConfig config = machine_config(options);
   disks->add_to(config);
+  if (!seed.empty()) add_seed(std::move(seed), config);
   shares->add_to(config);
   networks->add_to(config);
   if (options.vsock) {
@@ -265,6 +297,7 @@ int run_vm(const RunOptions& options, Background* background) {
     info.console = console_place;
     if (auto status = background->ready(std::move(info)); !status) return fail(status.error().message);
   }
+  if (command != nullptr) command->session->start(output_lost);
   vmm::Outcome outcome;
   {
     Result<RawTerminal> terminal =
@@ -277,7 +310,9 @@ int run_vm(const RunOptions& options, Background* background) {
   }
   machine->reset();  // no device uses the disks any more
   const Status closed = disks->close();
-  const int status = closed ? report(outcome, ending) : fail(closed.error().message);
+  const int status = !closed              ? fail(closed.error().message)
+                     : command != nullptr ? report_command(outcome, ending, *command->session, tail)
+                                          : report(outcome, ending);
   if (background != nullptr) background->finish(status, in_words(outcome, ending));
   return status;
 }
@@ -285,6 +320,11 @@ int run_vm(const RunOptions& options, Background* background) {
 }  // namespace
 
 int run(const RunOptions& options) {
+  if (!options.rootfs.empty()) {
+    auto command = prepare_rootfs(options);
+    if (!command) return fail(command.error().message);
+    return run_vm(command->options, nullptr, &*command);
+  }
   if (!options.detach) return run_vm(options, nullptr);
   return detach(options, [&](Background& background) {
     RunOptions named = options;

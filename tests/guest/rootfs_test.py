@@ -1,0 +1,114 @@
+"""`ring3 run --rootfs`: commands in a guest whose root is a directory of the host.
+
+usage: rootfs_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
+"""
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cli"))
+import support  # noqa: E402
+from support import Terminal  # noqa: E402
+
+FILES = None
+ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
+OPTIONS = ["--engine-option", "engine=translator"] if ENGINE == "soft" else []
+
+
+class Rootfs(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory(prefix="ring3-rootfs-")
+        self.addCleanup(directory.cleanup)
+        self.root = os.path.join(directory.name, "root")
+        self.temporary = os.path.join(directory.name, "tmp")
+        os.mkdir(self.temporary)
+        for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "work/below"):
+            os.makedirs(os.path.join(self.root, name))
+        shutil.copy(shutil.which("busybox"), os.path.join(self.root, "bin/busybox"))
+        for applet in ("sh", "cat", "dd", "md5sum", "id", "uname", "stty", "tty", "ls", "sleep", "seq", "kill"):
+            os.symlink("busybox", os.path.join(self.root, "bin", applet))
+
+    def arguments(self, *words):
+        return ["run", "--engine", ENGINE, *OPTIONS, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "-m", "512M", *words]
+
+    def command(self, *words, options=(), cwd="/", root=None, stdin=subprocess.DEVNULL, **keywords):
+        environment = dict(os.environ, TMPDIR=self.temporary)
+        result = subprocess.run([support.RING3, *self.arguments(*options, "--rootfs", root or self.root, "--", *words)], cwd=cwd, env=environment,
+                                capture_output=True, timeout=300, **({} if "input" in keywords else {"stdin": stdin}), **keywords)
+        self.assertEqual(os.listdir(self.temporary), [])  # nothing is left over
+        return result
+
+    def test_output_status_and_directory(self):
+        script = 'echo out; echo err >&2; pwd; uname -s; id -u; echo "$1" | cat -; exit 42'
+        result = self.command("sh", "-c", script, "sh", "two  words\t\\ 'and' \"quotes\"", cwd=os.path.join(self.root, "work/below"))
+        self.assertEqual(result.returncode, 42, result)
+        self.assertEqual(result.stdout.decode(), "out\n/work/below\nLinux\n0\ntwo  words\t\\ 'and' \"quotes\"\n")
+        self.assertEqual(result.stderr, b"err\n")
+
+    def test_bytes_pass_both_ways_unchanged(self):
+        data = os.urandom(5 << 20)
+        result = self.command("cat", input=data)
+        self.assertEqual((result.returncode, hashlib.md5(result.stdout).hexdigest()), (0, hashlib.md5(data).hexdigest()))
+
+    def test_ways_for_a_command_to_end(self):
+        self.assertEqual(self.command("sh", "-c", "kill -9 $$").returncode, 137)
+        result = self.command("no-such-program")
+        self.assertEqual(result.returncode, 127)
+        self.assertIn(b"no-such-program", result.stderr)
+
+    def test_what_it_writes_is_on_the_host(self):
+        result = self.command("sh", "-c", "echo made > /work/file")
+        self.assertEqual(result.returncode, 0, result)
+        with open(os.path.join(self.root, "work/file")) as f:
+            self.assertEqual(f.read(), "made\n")
+        result = self.command("sh", "-c", "echo again > /work/file", root=self.root + ",ro")
+        self.assertNotEqual(result.returncode, 0)
+        with open(os.path.join(self.root, "work/file")) as f:
+            self.assertEqual(f.read(), "made\n")
+
+    def test_the_hosts_own_root_is_only_read(self):
+        result = self.command("/bin/sh", "-c", "cat /etc/os-release; pwd; echo x > /ring3-was-here; true", root="/", cwd="/usr")
+        self.assertEqual(result.returncode, 0, result)
+        with open("/etc/os-release", "rb") as f:
+            self.assertEqual(result.stdout, f.read() + b"/usr\n")
+        self.assertFalse(os.path.exists("/ring3-was-here"))
+
+    def test_a_terminal(self):
+        with Terminal(*self.arguments("--rootfs", self.root, "--", "sh", "-c", "tty; stty size; read line; echo \"got $line\"; exit 5")) as terminal:
+            at = terminal.expect(rb"/dev/ttyS0\r*\n24 80\r*\n", 120)
+            self.assertIsNotNone(at, terminal.output)
+            terminal.type(b"hello\r")
+            self.assertIsNotNone(terminal.expect(rb"got hello", since=at), terminal.output)
+            self.assertEqual(terminal.wait(60), 5, terminal.output)
+            self.assertEqual(terminal.mode(), terminal.before)
+
+    def test_a_guest_that_dies_before_its_command(self):
+        result = self.command("cat", options=("--append", "rdinit=/nothing init=/nothing"))
+        self.assertIn(result.returncode, (2, 3), result)
+        self.assertIn(b"ended before its command did", result.stderr)
+
+    def test_mistakes_are_named(self):
+        for words, part in [((), b"nothing to run after --"), (("x",), None)]:
+            if part is not None:
+                result = subprocess.run([support.RING3, *self.arguments("--rootfs", self.root, "--", *words)], capture_output=True, timeout=60)
+                self.assertEqual(result.returncode, 2)
+                self.assertIn(part, result.stderr)
+        for arguments, part in [(["--rootfs", "/nowhere", "--", "x"], b"No such file"), (["--", "x"], b"--rootfs DIR"),
+                                (["--rootfs", os.path.join(self.root, "bin/busybox"), "--", "x"], b"not a directory"),
+                                (["--rootfs", self.root, "--detach", "--", "x"], b"--detach does not go with --rootfs")]:
+            result = subprocess.run([support.RING3, *self.arguments(*arguments)], capture_output=True, timeout=60)
+            self.assertEqual(result.returncode, 2, result)
+            self.assertEqual(len(result.stderr.splitlines()), 1, result)
+            self.assertIn(part, result.stderr)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    support.RING3 = os.path.abspath(sys.argv.pop(1))
+    FILES = os.path.abspath(sys.argv.pop(1))
+    unittest.main()
