@@ -179,6 +179,8 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
     if (!net) return Error::of(EINVAL, printable(net.error().message));
     run.nets.push_back(std::move(*net));
   }
+  // A test guest gets the devices it asks for and no others.
+  if (run.nets.empty() && !flags.test_device) run.nets.emplace_back();
   if (!text.vsock.empty()) {
     auto vsock = parse_vsock_option(real_value(text.vsock));
     if (!vsock) return vsock.error();
@@ -323,7 +325,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none")->type_name("WHERE")->capture_default_str();
   run->add_option("--net", text.nets,
                   "a network card: user[,hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT][,restrict=on], tap,ifname=NAME, or none; with\n"
-                  "[,pcap=FILE][,mac=ADDR][,queues=N][,mtu=N]; repeatable")
+                  "[,pcap=FILE][,mac=ADDR][,queues=N][,mtu=N]; repeatable [user; none with --test-device]")
       ->type_name("NET")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
