@@ -15,7 +15,7 @@ class Usage(Case):
             ([], "ring3 run"), ([""], "verb"), (["frob"], "frob"), (["--frob"], "--frob"),
             (["run"], "--kernel"), (["run", "--kernel"], "--kernel"), (["run", "--kernel", ""], "--kernel"),
             (["run", "--kernel", k, "extra"], "extra"), (["run", "--kernel", k, "--disk", "d.raw,x=1"], "x=1"),
-            (["run", "--kernel", k, "--net", "none"], "--net"), (["run", "--kernel", k, "--firmware", "ovmf"], "--firmware"),
+            (["run", "--kernel", k, "--net", "bridge"], "bridge"), (["run", "--kernel", k, "--firmware", "ovmf"], "--firmware"),
             (["doctor", "--frob"], "--frob"), (["version", "extra"], "extra"),
             (["run", "--kernel", k, "--engine", "tcg"], "tcg"), (["run", "--kernel", k, "--cpu", "pentium-9"], "pentium-9"),
             (["run", "--kernel", k, "--cpu", ""], "--cpu"),

@@ -37,10 +37,10 @@ u64 now_ms() {
   return static_cast<u64>(t.tv_sec) * 1000 + static_cast<u64>(t.tv_nsec) / 1'000'000;
 }
 
-/// One line for the person in front of the terminal; the child has no logger.
-void say(const std::string& text) {
-  const std::string line = "ring3: network: " + text + "\n";
-  [[maybe_unused]] const ssize_t n = ::write(STDERR_FILENO, line.data(), line.size());
+/// The child's first message on its first link: whether it is jailed and ready, or why not.
+void tell_ready(int link, const std::string& error) {
+  const std::string message = (error.empty() ? "+" : "-") + error;
+  [[maybe_unused]] const ssize_t n = ::send(link, message.data(), message.size(), MSG_NOSIGNAL);
 }
 
 class LinkSink final : public FrameSink {
@@ -161,14 +161,25 @@ Result<std::unique_ptr<NatLink>> NatLink::start(NatConfig config, u32 queues) {
     for (UniqueFd& fd : ours) fd.release();  // closed below with the rest
     sandbox::close_all_but(keep);
     const int null = ::open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (null >= 0) {
-      ::dup2(null, STDIN_FILENO);
-      ::dup2(null, STDOUT_FILENO);
-      ::close(null);
+    if (null >= 0) {  // standard error too: whoever reads it waits for its end, which is not to hang on this process
+      for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) ::dup2(null, fd);
+      if (null > STDERR_FILENO) ::close(null);
     }
     ::_exit(serve_nat(std::move(config), std::move(theirs), std::move(*listeners), true));
   }
-  return std::unique_ptr<NatLink>(new NatLink(std::move(ours), child));
+  theirs.clear();
+  std::unique_ptr<NatLink> link(new NatLink(std::move(ours), child));
+  char ready[512];
+  ssize_t n = 0;
+  for (int i = 0; i < 3; i++) {
+    pollfd p{link->fd(0), POLLIN, 0};
+    if (::poll(&p, 1, 10'000) < 0 && errno == EINTR) continue;
+    n = ::recv(link->fd(0), ready, sizeof ready, MSG_DONTWAIT);
+    break;
+  }
+  if (n < 1) return Error::of(ECHILD, "the network's process did not start");
+  if (ready[0] != '+') return Error::of(EPERM, "the network's process: " + std::string(ready + 1, static_cast<std::size_t>(n - 1)));
+  return link;
 }
 
 NatLink::~NatLink() {
@@ -245,10 +256,8 @@ int serve_nat(NatConfig config, std::vector<UniqueFd> links, std::vector<Listene
 
   if (jailed) {
     auto report = sandbox::enter_jail(policy(files.rlim_cur));
-    if (!report) {
-      say(report.error().message);
-      return 1;
-    }
+    tell_ready(links[0].get(), report ? "" : report.error().message);
+    if (!report) return 1;
   }
 
   for (;;) {

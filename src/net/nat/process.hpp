@@ -12,13 +12,13 @@ namespace ring3::net {
 /// The user-mode network in a process of its own, jailed (docs/network.md), as a Link.
 ///
 /// start() forks: call it before guest memory is mapped and, best, before there are threads, so that the child has
-/// nothing of value. The child holds its ends of the link, the forwarded ports and standard error, nothing else, and
-/// ends when the link does; the destructor closes it and waits.
+/// nothing of value. The child holds its ends of the link and the forwarded ports, nothing else, and ends when the
+/// link does; the destructor closes it and waits.
 /// Should the child die (its jail kills it when it is taken over), receive() reports the link's end.
 class NatLink final : public Link {
  public:
   /// Binds the forwards' ports, reads the host's resolvers unless config.resolvers has some, forks.
-  /// Errors: EADDRINUSE and the like, with the port in the message.
+  /// Returns when the child is jailed. Errors: EADDRINUSE and the like, with the port in the message; what the jail met.
   static Result<std::unique_ptr<NatLink>> start(NatConfig config, u32 queues);
   ~NatLink() override;
 
