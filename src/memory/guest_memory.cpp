@@ -56,15 +56,16 @@ bool for_each_piece(const SlotTable& table, Gpa start, u64 size, Visit visit) {
 
 bool Slot::readonly() const { return (flags & KVM_MEM_READONLY) != 0; }
 
-void Slot::mark_dirty(Gpa a) const {
-  if (dirty == nullptr) return;
+bool Slot::mark_dirty(Gpa a) const {
+  if (dirty == nullptr) return false;
   const u64 page = (a - gpa) >> kPageShift;
   std::atomic<u64>& word = (*dirty)[page / 64];
   const u64 bit = 1ull << (page % 64);
   // The load avoids bouncing the line between writers of pages that are dirty already. It orders
   // nothing: who clears the bit also makes every vCPU drop its writable translations and waits for
   // that, so a store that relied on the set bit is finished before the log is handed out.
-  if ((word.load(std::memory_order_seq_cst) & bit) == 0) word.fetch_or(bit, std::memory_order_seq_cst);
+  if ((word.load(std::memory_order_seq_cst) & bit) != 0) return false;
+  return (word.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0;
 }
 
 const Slot* SlotTable::find(Gpa a) const {
@@ -123,7 +124,11 @@ int GuestMemory::set_region(u32 slot, u32 flags, Gpa gpa, u64 size, Hva hva) {
     for (const Slot& s : slots) {
       if (s.id != slot) next->slots.push_back(s);
     }
+    next->has_aliases = old_table->has_aliases;
     if (size != 0) {
+      for (const Slot& s : next->slots) {
+        if (overlap(hva.value, size, s.hva.value, s.size)) next->has_aliases = true;
+      }
       Slot s;
       s.id = slot;
       s.flags = flags;
@@ -133,15 +138,19 @@ int GuestMemory::set_region(u32 slot, u32 flags, Gpa gpa, u64 size, Hva hva) {
       if (flags & KVM_MEM_LOG_DIRTY_PAGES) {
         s.dirty = exists && old->dirty != nullptr ? old->dirty : make_bitmap(s, initially_set_);
       }
-      next->slots.push_back(std::move(s));
-      std::sort(next->slots.begin(), next->slots.end(),
-                [](const Slot& a, const Slot& b) { return a.gpa < b.gpa; });
+      const auto at = std::upper_bound(next->slots.begin(), next->slots.end(), gpa,
+                                       [](Gpa a, const Slot& b) { return a < b.gpa; });
+      next->slots.insert(at, std::move(s));
     }
-    std::vector<std::pair<u64, u64>> host;
-    for (const Slot& s : next->slots) host.emplace_back(s.hva.value, s.size);
-    std::sort(host.begin(), host.end());
-    for (std::size_t i = 1; i < host.size(); i++) {
-      if (host[i].first - host[i - 1].first < host[i - 1].second) next->has_aliases = true;
+    // Only an alias that was there can have gone: who adds thousands of slots does not sort them all each time.
+    if (exists && old_table->has_aliases) {
+      next->has_aliases = false;
+      std::vector<std::pair<u64, u64>> host;
+      for (const Slot& s : next->slots) host.emplace_back(s.hva.value, s.size);
+      std::sort(host.begin(), host.end());
+      for (std::size_t i = 1; i < host.size(); i++) {
+        if (host[i].first - host[i - 1].first < host[i - 1].second) next->has_aliases = true;
+      }
     }
     next->generation = generation_.load(std::memory_order_relaxed) + 1;
     const u64 generation = next->generation;

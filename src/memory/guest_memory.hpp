@@ -35,8 +35,8 @@ struct Slot {
   bool contains(Gpa a) const { return a >= gpa && a - gpa < size; }
   /// SAFETY: only for a with contains(a); the result is valid to the end of the slot.
   u8* host(Gpa a) const { return reinterpret_cast<u8*>(hva.value + (a - gpa)); }
-  /// Marks the page of a dirty when logging is on. Any thread.
-  void mark_dirty(Gpa a) const;
+  /// Marks the page of a dirty when logging is on; whether it was clean. Any thread.
+  bool mark_dirty(Gpa a) const;
 };
 
 /// An immutable set of slots sorted by gpa.

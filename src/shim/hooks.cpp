@@ -13,6 +13,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "shim/cancel.hpp"
 #include "shim/engine.hpp"
 #include "shim/exec.hpp"
 #include "shim/kvm.hpp"
@@ -102,7 +103,9 @@ HOOK int ioctl(int fd, unsigned long request, ...) {
   if (is_kvm_request(request)) {
     if (File* file = find(fd)) {
       // The kernel takes 32 bits; programs that keep requests in an int pass them sign-extended.
+      CancelScope scope(static_cast<unsigned>(request) == KVM_RUN ? file : nullptr);
       const long result = ioctl_on(file, static_cast<unsigned>(request), arg);
+      scope.over();
       release(file);
       return answer<int>(result);
     }
@@ -115,6 +118,12 @@ HOOK void* mmap(void* address, size_t length, int protection, int flags, int fd,
 }
 HOOK void* mmap64(void* address, size_t length, int protection, int flags, int fd, off64_t offset) {
   return map(address, length, protection, flags, fd, offset);
+}
+
+HOOK int pthread_cancel(pthread_t thread) {
+  const int error = real::pthread_cancel(thread);
+  if (error == 0 && any_files()) cancelled(thread);
+  return error;
 }
 
 // ---- open ----

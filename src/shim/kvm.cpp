@@ -96,6 +96,15 @@ long mmap_of(File* file, void* address, size_t length, int protection, int flags
   if (file->kind != Kind::Vcpu) return -ENODEV;
   if (length == 0 || (offset & static_cast<off_t>(kPage - 1)) != 0) return -EINVAL;
   length = (length + kPage - 1) & ~(kPage - 1);
+  // As the kernel: the dirty ring is shared data.
+  if (!(flags & MAP_SHARED) || (protection & PROT_EXEC)) {
+    const uint64_t ring = KVM_DIRTY_LOG_PAGE_OFFSET * kPage, begin = static_cast<uint64_t>(offset);
+    const uint64_t ends[] = {begin, begin + length - kPage};
+    for (const uint64_t at : ends) {
+      size_t size = 0;
+      if (at >= ring && engine().mapping(file->object, at, &size) != nullptr) return -EINVAL;
+    }
+  }
   // What lies behind the area stays without access, where the kernel's would raise SIGBUS.
   char* at = static_cast<char*>(real::mmap(address, length, PROT_NONE,
                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |

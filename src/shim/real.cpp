@@ -28,6 +28,7 @@ RING3_REAL(open);
 RING3_REAL(openat);
 RING3_REAL(fopen);
 RING3_REAL(close);
+RING3_REAL(pthread_cancel);
 RING3_REAL(close_range);
 RING3_REAL(dup);
 RING3_REAL(dup2);

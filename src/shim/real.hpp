@@ -1,5 +1,6 @@
 #pragma once
 #include <dirent.h>
+#include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -42,6 +43,7 @@ extern Real<int(const char*, int, unsigned)> open;
 extern Real<int(int, const char*, int, unsigned)> openat;
 extern Real<FILE*(const char*, const char*)> fopen;
 extern Real<int(int)> close;
+extern Real<int(pthread_t)> pthread_cancel;
 extern Real<int(unsigned, unsigned, int)> close_range;
 extern Real<int(int)> dup;
 extern Real<int(int, int)> dup2;

@@ -408,7 +408,10 @@ TEST_P(State, Cpuid) {
   ASSERT_TRUE(out.ok());
   if (soft()) {
     ASSERT_EQ(out->size(), offered->size());
-    for (std::size_t i = 0; i < out->size(); i++) expect_same((*out)[i], (*offered)[i], "kvm_cpuid_entry2");
+    for (std::size_t i = 0; i < out->size(); i++) {
+      if ((*out)[i].function == 0xd && (*out)[i].index <= 1) (*out)[i].ebx = (*offered)[i].ebx;  // the size for XCR0 of now
+      expect_same((*out)[i], (*offered)[i], "kvm_cpuid_entry2");
+    }
   }
   // What the guest's features rest on.
   std::map<u32, kvm_cpuid_entry2> leaf;
@@ -544,10 +547,10 @@ TEST_P(State, Errors) {
   auto& vm = m.vm().endpoint();
   auto& vcpu = m.vcpu().endpoint();
   EXPECT_EQ(sys.ioctl(KVM_GET_API_VERSION, 0), 12);
-  EXPECT_EQ(sys.ioctl(0xdead, 0), -ENOTTY);
+  EXPECT_EQ(sys.ioctl(0xdead, 0), -EINVAL);
   EXPECT_EQ(vm.ioctl(0xdead, 0), -ENOTTY);
-  EXPECT_EQ(vcpu.ioctl(0xdead, 0), -ENOTTY);
-  EXPECT_EQ(sys.ioctl(KVM_RUN, 0), -ENOTTY);
+  EXPECT_EQ(vcpu.ioctl(0xdead, 0), -EINVAL);
+  EXPECT_EQ(sys.ioctl(KVM_RUN, 0), -EINVAL);
   EXPECT_EQ(vcpu.ioctl(KVM_RUN, 1), -EINVAL);
   EXPECT_EQ(sys.create(KVM_CREATE_VM, 7).error().code, EINVAL);
   EXPECT_EQ(sys.create(KVM_CREATE_VCPU, 0).error().code, ENOTTY);
@@ -578,7 +581,7 @@ TEST_P(State, Errors) {
   kvm_interrupt irq{256};
   EXPECT_EQ(vcpu.ioctl(KVM_INTERRUPT, arg(irq)), -EINVAL);
   // Nothing is offered that does not work.
-  for (int cap : {KVM_CAP_X86_SMM, KVM_CAP_NESTED_STATE, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV, KVM_CAP_XEN_HVM, 9999}) {
+  for (int cap : {KVM_CAP_X86_SMM, KVM_CAP_NESTED_STATE, KVM_CAP_HYPERV, KVM_CAP_XEN_HVM, 9999}) {
     EXPECT_EQ(system().check_extension(cap), 0) << cap;
   }
   // Pointers to what is not there, or may not be written.

@@ -1,36 +1,137 @@
-"""Stock QEMU on ring3's KVM: SeaBIOS or the machine's own entry, a Debian kernel, user space, power-off.
+"""Stock QEMU on ring3's KVM: SeaBIOS, OVMF or the machine's own entry, a Debian kernel, user space, power-off; snapshots,
+migration, and the debugger.
 
 usage: qemu_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
 """
+import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import unittest
 
 RING3 = FILES = None
 QEMU = "qemu-system-x86_64"
+HERE = os.path.dirname(os.path.abspath(__file__))
 SKIPPED = 77
+COUNT = 'i=0; while [ $i -lt 2000 ]; do echo tick $i; i=$((i+1)); usleep 100000; done'
 
 
-class Boots(unittest.TestCase):
-    def boot(self, cpus, *options):
-        result = subprocess.run(
-            [RING3, "with", "--", QEMU, "-accel", "kvm", "-m", "512", "-display", "none", "-serial", "stdio", "-monitor", "none",
-             "-no-reboot", "-smp", str(cpus), "-kernel", os.path.join(FILES, "vmlinuz-cloud"),
-             "-initrd", os.path.join(FILES, "initramfs.gz"),
-             "-append", 'console=ttyS0 quiet ring3.test="nproc; echo $((6 * 7))"', *options],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
-        text = result.stdout.decode(errors="replace").replace("\r", "")
-        self.assertEqual(result.returncode, 0, text[-3000:])
-        self.assertRegex(text, r"(?m)^%d$" % cpus, text[-3000:])
-        self.assertRegex(text, r"(?m)^42$", text[-3000:])
+class Machine:
+    """One QEMU under `ring3 with`; its serial port is read into text."""
+
+    def __init__(self, *options):
+        self.work = tempfile.TemporaryDirectory(prefix="ring3-qemu-")
+        self.monitor_path = os.path.join(self.work.name, "qmp")
+        self.process = subprocess.Popen(
+            [RING3, "with", "--engine-option", "engine=translator", "--", QEMU, "-accel", "kvm", "-m", "512", "-display", "none",
+             "-serial", "stdio", "-monitor", "none", "-no-reboot", "-qmp", f"unix:{self.monitor_path},server=on,wait=off", *options],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.data = bytearray()
+        self.changed = threading.Condition()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        self.qmp = None
+
+    def _read(self):
+        while chunk := os.read(self.process.stdout.fileno(), 65536):
+            with self.changed:
+                self.data += chunk
+                self.changed.notify_all()
+        with self.changed:
+            self.data += b"\n(end of output)\n"
+            self.changed.notify_all()
+
+    @property
+    def text(self):
+        with self.changed:
+            return self.data.decode(errors="replace").replace("\r", "")
+
+    def wait_for(self, pattern, start=0, limit=240):
+        """The match of pattern in the output from character start on."""
+        end = time.monotonic() + limit
+        while True:
+            text = self.text
+            if found := re.compile(pattern, re.M).search(text, start):
+                return found
+            left = end - time.monotonic()
+            if left <= 0 or "(end of output)" in text:
+                raise AssertionError(f"no {pattern!r} in:\n{text[-3000:]}")
+            with self.changed:
+                self.changed.wait(min(left, 0.2))
+
+    def wait_end(self, limit=240):
+        status = self.process.wait(limit)
+        self.reader.join(10)
+        return status
+
+    def command(self, name, **arguments):
+        if self.qmp is None:
+            for _ in range(600):
+                self.qmp = socket.socket(socket.AF_UNIX)
+                try:
+                    self.qmp.connect(self.monitor_path)
+                    break
+                except OSError:
+                    self.qmp.close()
+                    self.qmp = None
+                    time.sleep(0.1)
+            self.stream = self.qmp.makefile("r", encoding="utf-8")
+            self.stream.readline()
+            self.command("qmp_capabilities")
+        message = {"execute": name}
+        if arguments:
+            message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self.qmp.sendall(json.dumps(message).encode() + b"\n")
+        while True:
+            answer = json.loads(self.stream.readline())
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise AssertionError(f"{name}: {answer['error']}")
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.reader.join(10)
+        self.process.stdout.close()
+        if self.qmp is not None:
+            self.stream.close()
+            self.qmp.close()
+        self.work.cleanup()
+
+
+class QemuTest(unittest.TestCase):
+    def machine(self, *options):
+        machine = Machine(*options)
+        self.addCleanup(machine.close)
+        return machine
+
+    def linux(self, test, *options):
+        return self.machine("-kernel", os.path.join(FILES, "vmlinuz-cloud"), "-initrd", os.path.join(FILES, "initramfs.gz"),
+                            "-append", f'console=ttyS0 quiet ring3.test="{test}"', *options)
+
+    def expect_end(self, machine, limit=240):
+        self.assertEqual(machine.wait_end(limit), 0, machine.text[-3000:])
+        text = machine.text
         self.assertRegex(text, r"(?m)^ring3-test: status 0$", text[-3000:])
         for trouble in ("BUG:", "Oops", "soft lockup", "Call Trace"):
             self.assertNotIn(trouble, text, text[-3000:])
+        return text
+
+    def boot(self, cpus, *options):
+        text = self.expect_end(self.linux("nproc; echo $((6 * 7))", "-smp", str(cpus), *options))
+        self.assertRegex(text, r"(?m)^%d$" % cpus, text[-3000:])
+        self.assertRegex(text, r"(?m)^42$", text[-3000:])
 
 
-class Pc(Boots):
+class Pc(QemuTest):
     def test_host_cpu(self):
         self.boot(1, "-M", "pc", "-cpu", "host")
 
@@ -38,14 +139,150 @@ class Pc(Boots):
         self.boot(4, "-M", "pc")
 
 
-class Q35(Boots):
+class Q35(QemuTest):
     def test_two_vcpus(self):
         self.boot(2, "-M", "q35", "-cpu", "host")
 
 
-class Microvm(Boots):
+class Microvm(QemuTest):
     def test_boots(self):
         self.boot(1, "-M", "microvm,pit=on,pic=on,rtc=on", "-cpu", "host")
+
+
+class Disks(QemuTest):
+    """From the disk's boot sector on."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.work = tempfile.TemporaryDirectory(prefix="ring3-disk-")
+        cls.addClassCleanup(cls.work.cleanup)
+        cls.disk = os.path.join(cls.work.name, "disk")
+        made = subprocess.run([os.path.join(HERE, "make_disk.sh"), FILES, cls.disk], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=False)
+        if made.returncode == SKIPPED:
+            raise unittest.SkipTest(made.stdout.decode())
+        if made.returncode != 0:
+            raise AssertionError(made.stdout.decode())
+
+    def test_seabios_ide(self):
+        machine = self.machine("-M", "pc", "-cpu", "host", "-drive", f"file={self.disk},format=raw,if=ide,snapshot=on")
+        self.assertIn("from the disk\n", self.expect_end(machine))
+
+    def test_seabios_virtio(self):
+        machine = self.machine("-M", "q35", "-drive", f"file={self.disk},format=raw,if=virtio,snapshot=on", "-smp", "2")
+        self.assertIn("from the disk\n", self.expect_end(machine))
+
+    def test_ovmf(self):
+        code, variables = "/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"
+        if not os.path.exists(code):
+            self.skipTest("ovmf is not installed")
+        machine = self.machine("-M", "q35", "-cpu", "host", "-net", "none",
+                               "-drive", f"if=pflash,format=raw,readonly=on,file={code}",
+                               "-drive", f"if=pflash,format=raw,snapshot=on,file={variables}",
+                               "-drive", f"file={self.disk},format=raw,if=virtio,snapshot=on")
+        self.expect_end(machine, 1500)
+
+
+class Snapshots(QemuTest):
+    def ticks(self, text):
+        return [int(n) for n in re.findall(r"(?m)^tick (\d+)$", text)]
+
+    def test_savevm_and_loadvm(self):
+        with tempfile.TemporaryDirectory(prefix="ring3-savevm-") as work:
+            image = os.path.join(work, "state.qcow2")
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
+            machine = self.linux(COUNT, "-M", "pc", "-cpu", "host", "-smp", "2", "-drive", f"file={image},if=virtio")
+            machine.wait_for(r"^tick 5$")
+            self.assertEqual(machine.command("human-monitor-command", command_line="savevm here"), "")
+            machine.wait_for(r"^tick 25$")
+            before = len(machine.text)
+            self.assertEqual(machine.command("human-monitor-command", command_line="loadvm here"), "")
+            again = int(machine.wait_for(r"^tick (\d+)$", before + 8)[1])
+            self.assertLess(again, 25)
+            machine.wait_for(r"^tick 30$", before)
+            seen = self.ticks(machine.text[before + 8:])
+            self.assertEqual(seen, list(range(seen[0], seen[0] + len(seen))))
+
+    def test_migration(self):
+        with tempfile.TemporaryDirectory(prefix="ring3-migrate-") as work:
+            path = os.path.join(work, "channel")
+            options = ("-M", "q35", "-cpu", "host", "-smp", "2")
+            source = self.linux(COUNT, *options)
+            target = self.linux(COUNT, *options, "-incoming", f"unix:{path}")
+            source.wait_for(r"^tick 5$")
+            target.command("query-status")
+            source.command("migrate-set-parameters", max_bandwidth=1 << 30)
+            source.command("migrate", uri=f"unix:{path}")
+            end = time.monotonic() + 120
+            while (state := source.command("query-migrate"))["status"] != "completed":
+                self.assertNotIn(state["status"], ("failed", "cancelled"), state)
+                self.assertLess(time.monotonic(), end, state)
+                time.sleep(0.1)
+            last = self.ticks(source.text)[-1]
+            target.wait_for(r"^tick %d$" % (last + 20))
+            seen = self.ticks(source.text) + self.ticks(target.text)
+            self.assertEqual(seen, list(range(len(seen))))
+            self.assertEqual(target.command("query-status")["status"], "running")
+
+
+class Gdb(QemuTest):
+    """The remote protocol of QEMU's gdbstub, which is KVM_SET_GUEST_DEBUG underneath."""
+    ENTRY = 0x100000  # of the kernel's 32-bit code
+
+    def packet(self, body):
+        data = body.encode()
+        self.link.sendall(b"$" + data + b"#%02x" % (sum(data) & 0xff))
+        while True:
+            c = self.link.recv(1)
+            if c == b"$":
+                break
+            self.assertNotEqual(c, b"", "gdbstub closed the connection")
+        answer = b""
+        while (c := self.link.recv(1)) != b"#":
+            answer += c
+        self.link.recv(2)
+        self.link.sendall(b"+")
+        return answer.decode()
+
+    def rip(self):
+        registers = bytes.fromhex(self.packet("g"))
+        return int.from_bytes(registers[16 * 8:17 * 8], "little")
+
+    def test_breakpoints_and_single_step(self):
+        with tempfile.TemporaryDirectory(prefix="ring3-gdb-") as work:
+            path = os.path.join(work, "gdb")
+            machine = self.linux("echo debugged", "-M", "pc", "-cpu", "host", "-S", "-gdb", f"unix:{path},server=on,wait=off")
+            self.link = socket.socket(socket.AF_UNIX)
+            self.addCleanup(self.link.close)
+            for _ in range(300):
+                try:
+                    self.link.connect(path)
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            self.link.settimeout(240)
+            self.packet("qXfer:features:read:target.xml:0,ffb")  # without it, no register is written alone
+            self.packet("?")
+            self.assertEqual(self.rip(), 0xfff0)
+            # A hardware breakpoint where the kernel will be, single steps from there.
+            self.assertEqual(self.packet(f"Z1,{self.ENTRY:x},1"), "OK")
+            self.assertRegex(self.packet("c"), "^[ST]05")
+            self.assertEqual(self.rip(), self.ENTRY)
+            self.assertEqual(self.packet(f"z1,{self.ENTRY:x},1"), "OK")
+            steps = []
+            for _ in range(4):
+                self.assertRegex(self.packet("s"), "^[ST]05")
+                steps.append(self.rip())
+            self.assertEqual(len(set(steps)), 4, steps)
+            self.assertTrue(all(self.ENTRY < at < self.ENTRY + 0x1000 for at in steps), steps)
+            # Back, and to the third of them by a software breakpoint.
+            self.assertEqual(self.packet("P10=" + self.ENTRY.to_bytes(8, "little").hex()), "OK")
+            self.assertEqual(self.packet(f"Z0,{steps[2]:x},1"), "OK")
+            self.assertRegex(self.packet("c"), "^[ST]05")
+            self.assertEqual(self.rip(), steps[2])
+            self.assertEqual(self.packet(f"z0,{steps[2]:x},1"), "OK")
+            self.packet("D")
+            self.assertIn("debugged\n", self.expect_end(machine))
 
 
 if __name__ == "__main__":

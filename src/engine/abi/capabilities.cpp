@@ -1,5 +1,6 @@
 #include <thread>
 
+#include "engine/abi/dirty_ring.hpp"
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
 
@@ -68,6 +69,11 @@ int check_extension(u64 capability) {
     case KVM_CAP_VCPU_ATTRIBUTES:
     case KVM_CAP_SYS_ATTRIBUTES:
       return 1;
+    case KVM_CAP_DISABLE_QUIRKS2:
+      return static_cast<int>(kQuirks);
+    case KVM_CAP_DIRTY_LOG_RING:
+    case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
+      return static_cast<int>(DirtyRing::kMaxEntries * sizeof(kvm_dirty_gfn));
     case KVM_CAP_COALESCED_MMIO:
       return KVM_COALESCED_MMIO_PAGE_OFFSET;
     case KVM_CAP_NR_VCPUS: {

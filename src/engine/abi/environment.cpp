@@ -45,7 +45,8 @@ void VcpuEnvironment::ask(Kind kind, u64 address, unsigned size, u64 data, u32 r
     run.io.direction = kind == Kind::PortIn ? KVM_EXIT_IO_IN : KVM_EXIT_IO_OUT;
     run.io.size = static_cast<u8>(size);
     run.io.port = static_cast<u16>(address);
-    run.io.count = 1;
+    asked_count_ = kind == Kind::PortIn ? std::clamp(string_elements, 1u, static_cast<unsigned>(kPageSize) / size) : 1;
+    run.io.count = asked_count_;
     run.io.data_offset = KVM_PIO_PAGE_OFFSET * kPageSize;
     u8* page = reinterpret_cast<u8*>(&run) + KVM_PIO_PAGE_OFFSET * kPageSize;
     if (kind == Kind::PortOut) std::memcpy(page, &data, size);
@@ -73,7 +74,14 @@ void VcpuEnvironment::complete() {
   const kvm_run& run = *vcpu_.run_page();
   if (asked_.kind == Kind::PortIn) {
     asked_.data = 0;
-    std::memcpy(&asked_.data, reinterpret_cast<const u8*>(&run) + KVM_PIO_PAGE_OFFSET * kPageSize, asked_.size);
+    const u8* page = reinterpret_cast<const u8*>(&run) + KVM_PIO_PAGE_OFFSET * kPageSize;
+    std::memcpy(&asked_.data, page, asked_.size);
+    drop_batch();
+    if (asked_count_ > 1) {
+      batch_.assign(page + asked_.size, page + std::size_t{asked_count_} * asked_.size);
+      batch_port_ = asked_.address | u64{asked_.size} << 16;
+      string_ready = asked_count_ - 1;
+    }
   } else if (asked_.kind == Kind::MmioRead) {
     asked_.data = 0;
     std::memcpy(&asked_.data, run.mmio.data, asked_.size);
@@ -85,7 +93,14 @@ void VcpuEnvironment::complete() {
   next_ = 0;
 }
 
+void VcpuEnvironment::drop_batch() {
+  batch_.clear();
+  batch_at_ = 0;
+  string_ready = 0;
+}
+
 void VcpuEnvironment::drop() {
+  drop_batch();
   log_.clear();
   next_ = 0;
   exit_pending_ = false;
@@ -109,6 +124,16 @@ VcpuEnvironment::Answer VcpuEnvironment::port_in(u16 port, unsigned size, u32* v
   if (const Access* a = replay(Kind::PortIn, port, size)) {
     *value = static_cast<u32>(a->data) & size_mask(size);
     return Answer::Done;
+  }
+  if (string_ready != 0) [[unlikely]] {
+    if (batch_port_ == (port | u64{size} << 16)) {
+      *value = 0;
+      std::memcpy(value, batch_.data() + batch_at_, size);
+      batch_at_ += size;
+      string_ready--;
+      return Answer::Done;
+    }
+    drop_batch();  // another instruction: the rest of that one is void
   }
   IrqChip* chip = vm_.irqchip();
   Pit* pit = vm_.pit();
@@ -250,7 +275,12 @@ VcpuEnvironment::Answer VcpuEnvironment::msr_to_vmm(u32 index, bool write, u64* 
   ask(kind, index, 8, write ? *value : 0, reason);
   return exit_pending_ ? Answer::Exit : Answer::Fault;
 }
-void VcpuEnvironment::cpuid(u32 leaf, u32 subleaf, u32 out[4]) { vcpu_.cpuid().lookup(leaf, subleaf, out); }
+void VcpuEnvironment::cpuid(u32 leaf, u32 subleaf, u32 out[4]) {
+  vcpu_.cpuid().lookup(leaf, subleaf, out);
+  if (leaf == 1 && mwait_by_misc_enable) {
+    out[2] = (out[2] & ~8u) | static_cast<u32>(vcpu_.state().msr.misc_enable >> 18 & 1) << 3;
+  }
+}
 u64 VcpuEnvironment::rdtsc() { return vcpu_.tsc().read(); }
 u64 VcpuEnvironment::get_cr8() { return vcpu_.cr8(); }
 void VcpuEnvironment::set_cr8(u64 value) {

@@ -62,6 +62,7 @@ class VcpuEnvironment final : public Environment {
   /// The VMM's answer to an MSR access that failed for `reason`, from the log or by an exit; #GP where it does not want to
   /// be asked.
   Answer msr_to_vmm(u32 index, bool write, u64* value, u32 reason);
+  void drop_batch();
   bool mmio_read_part(u64 address, u8* data, unsigned size);
   bool mmio_write_part(u64 address, const u8* data, unsigned size);
 
@@ -71,6 +72,11 @@ class VcpuEnvironment final : public Environment {
   std::vector<Access> log_;
   std::size_t next_ = 0;  // the access that comes next in this execution
   Access asked_{};
+  // Elements of a REP INS beyond the first that one exit brought.
+  std::vector<u8> batch_;
+  std::size_t batch_at_ = 0;
+  u64 batch_port_ = 0;
+  unsigned asked_count_ = 1;  // elements that the exit in the run page asks for
   bool exit_pending_ = false;
   friend class Vcpu;
 };

@@ -103,7 +103,7 @@ class SystemEndpoint final : public kvm::Endpoint {
       case KVM_X86_GET_MCE_CAP_SUPPORTED:
         return copy_out(arg, mce_cap_supported()) ? 0 : -EFAULT;
       default:
-        return -ENOTTY;
+        return -EINVAL;  // not ENOTTY: the kernel's own answer on /dev/kvm
     }
   }
   Result<std::unique_ptr<Endpoint>> create(unsigned long request, u64 arg) override {

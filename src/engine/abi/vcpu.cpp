@@ -15,6 +15,7 @@
 #include "engine/abi/vm.hpp"
 #include "engine/interp/features.hpp"
 #include "engine/interp/msr.hpp"
+#include "engine/interp/system.hpp"
 
 namespace ring3::engine::abi {
 
@@ -25,8 +26,8 @@ Vcpu::Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz)
       all_features_(make_features(supported_cpuid())),
       tsc_(*vm.config().clock, vm.tsc_sync(), tsc_khz),
       pvclock_(vm.clock(), vm.tsc_sync(), tsc_,
-               [&vm](Gpa to, const void* from, std::size_t n) { return vm.write_memory(to, from, n); }, id == vm.boot_vcpu()),
-      steal_([&vm](Gpa to, const void* from, std::size_t n) { return vm.write_memory(to, from, n); }),
+               [this](Gpa to, const void* from, std::size_t n) { return vm_.write_memory(to, from, n, this); }, id == vm.boot_vcpu()),
+      steal_([this](Gpa to, const void* from, std::size_t n) { return vm_.write_memory(to, from, n, this); }),
       env_(*this),
       mmu_(state_, vm.memory(), vm.tracker(), index),
       apic_base_(Lapic::kDefaultBase | Lapic::kBaseEnable | (id == vm.boot_vcpu() ? Lapic::kBaseBsp : 0)),
@@ -41,6 +42,12 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   if (!run) return run.error();
   v->run_ = std::move(*run);
   if (auto s = vm.coalesced().map_at(v->run_.data() + KVM_COALESCED_MMIO_PAGE_OFFSET * kPageSize); !s) return s.error();
+
+  if (const u32 entries = vm.dirty_ring_entries(); entries != 0) {
+    v->ring_ = std::make_unique<DirtyRing>();
+    if (auto s = v->ring_->create(entries); !s) return s.error();
+    v->mmu_.set_dirty_sink(v.get());
+  }
 
   char name[32];
   std::snprintf(name, sizeof name, "kvm-%d/vcpu-%u", static_cast<int>(::getpid()), id);
@@ -109,7 +116,26 @@ void Vcpu::signal_came() {
   raise(kAttendKick);
 }
 
+void Vcpu::page_dirtied(u32 slot, u64 offset) {
+  if (!ring_) return;
+  ring_->push(slot, offset);
+  if (ring_->nearly_full()) raise(kAttendExit);
+}
+
+void Vcpu::apply_quirks() {
+  const u64 off = vm_.disabled_quirks();
+  env_.other_hypercall = off & KVM_X86_QUIRK_FIX_HYPERCALL_INSN ? Environment::OtherHypercall::Faults
+                                                               : Environment::OtherHypercall::IsPatched;
+  env_.mwait_without_feature = !(off & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS);
+  env_.mwait_by_misc_enable = off & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
+}
+
 std::span<u8> Vcpu::mappable(u64 offset) const {
+  if (ring_ && offset >= DirtyRing::kMmapPage * kPageSize) {
+    const std::span<u8> all = ring_->memory();
+    const u64 at = offset - DirtyRing::kMmapPage * kPageSize;
+    return at < all.size() ? all.subspan(at) : std::span<u8>();
+  }
   if (offset >= run_.size()) return {};
   return {run_.data() + offset, run_.size() - static_cast<std::size_t>(offset)};
 }
@@ -178,6 +204,20 @@ void Vcpu::reset(bool init) {
   state_changed();
 }
 
+std::vector<kvm_cpuid_entry2> Vcpu::live_cpuid() {
+  std::vector<kvm_cpuid_entry2> live = cpuid_.entries();
+  for (kvm_cpuid_entry2& e : live) {
+    if (e.function != 1 && e.function != 7 && e.function != 0xd) continue;
+    u32 r[4];
+    guest_cpuid(interp_->context(), e.function, e.index, r);
+    e.eax = r[0];
+    e.ebx = r[1];
+    e.ecx = r[2];
+    e.edx = r[3];
+  }
+  return live;
+}
+
 long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
   kvm_cpuid2 head;
   if (!copy_in(arg, &head)) return -EFAULT;
@@ -187,7 +227,7 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
     if (head.nent < have) return -E2BIG;
     head.nent = have;
     if (!copy_out(arg, head)) return -EFAULT;
-    return copy_bytes_out(at, cpuid_.entries().data(), have * sizeof(kvm_cpuid_entry2)) ? 0 : -EFAULT;
+    return copy_bytes_out(at, live_cpuid().data(), have * sizeof(kvm_cpuid_entry2)) ? 0 : -EFAULT;
   }
   if (head.nent > kMaxCpuidEntries) return -E2BIG;
   std::vector<kvm_cpuid_entry2> entries(head.nent);
@@ -202,13 +242,18 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
     if (!copy_bytes_in(at, entries.data(), head.nent * sizeof(kvm_cpuid_entry2))) return -EFAULT;
   }
   if (has_run_) {
-    // The kernel's rule: after the first KVM_RUN the table may only be set to what it is.
+    // The kernel's rule: after the first KVM_RUN the table may only be set to what it is, as it was set or as it shows.
     const auto same = [](const kvm_cpuid_entry2& a, const kvm_cpuid_entry2& b) {
       return a.function == b.function && a.index == b.index && a.flags == b.flags && a.eax == b.eax && a.ebx == b.ebx &&
              a.ecx == b.ecx && a.edx == b.edx;
     };
     const auto& now = cpuid_.entries();
-    return std::equal(entries.begin(), entries.end(), now.begin(), now.end(), same) ? 0 : -EINVAL;
+    const auto live = live_cpuid();
+    if (entries.size() != now.size()) return -EINVAL;
+    for (std::size_t i = 0; i < now.size(); i++) {
+      if (!same(entries[i], now[i]) && !same(entries[i], live[i])) return -EINVAL;
+    }
+    return 0;
   }
   if (const int error = cpuid_.set(entries); error != 0) return error;
   GuestFeatures features = all_features_;
@@ -325,7 +370,7 @@ long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
   if (!copy_in(arg, &mce)) return -EFAULT;
   constexpr u64 kValid = 1ull << 63, kOverflow = 1ull << 62, kUncorrected = 1ull << 61;
   constexpr u64 kMcip = 1u << 2;
-  if (mce.bank >= (m.mcg_cap & 0xff) || !(mce.status & kValid)) return -EINVAL;
+  if (mce.bank >= std::min<u64>(m.mcg_cap & 0xff, 32) || !(mce.status & kValid)) return -EINVAL;
   u64* bank = &m.mc_banks[static_cast<std::size_t>(mce.bank) * 4];
   // Uncorrected errors are reported only where the guest enabled them.
   if ((mce.status & kUncorrected) && (m.mcg_cap & (1u << 8)) && m.mcg_ctl != ~0ull) return 0;
@@ -394,10 +439,24 @@ long Vcpu::device_attr(unsigned long request, u64 arg) {
   return 0;
 }
 
+/// In a signal handler: what it takes may not be held by code that touches guest memory.
+bool Vcpu::is_guest_memory(void* vcpu, u64 host) {
+  const auto table = static_cast<Vcpu*>(vcpu)->vm_.memory().table();
+  for (const memory::Slot& s : table->slots) {
+    if (host >= s.hva.value && host - s.hva.value < s.size) return true;
+  }
+  return false;
+}
+
 long Vcpu::ioctl(unsigned long request, u64 arg) {
   std::lock_guard lock(mutex_);
+  if (request == KVM_RUN) return arg == 0 ? run() : -EINVAL;
+  long result = 0;
+  return trap_.run([&] { result = ioctl_locked(request, arg); }) ? result : -EFAULT;
+}
+
+long Vcpu::ioctl_locked(unsigned long request, u64 arg) {
   switch (request) {
-    case KVM_RUN: return arg == 0 ? run() : -EINVAL;
     case KVM_SET_CPUID:
     case KVM_SET_CPUID2:
     case KVM_GET_CPUID2: return cpuid_ioctl(request, arg);

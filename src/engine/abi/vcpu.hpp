@@ -13,8 +13,10 @@
 #include "base/result.hpp"
 #include "base/unique_fd.hpp"
 #include "engine/abi/cpuid.hpp"
+#include "engine/abi/dirty_ring.hpp"
 #include "engine/abi/environment.hpp"
 #include "engine/abi/stats.hpp"
+#include "engine/interp/host_fault.hpp"
 #include "engine/interp/interpreter.hpp"
 #include "engine/translate/translator_vcpu.hpp"
 #include "engine/irq/lapic.hpp"
@@ -43,13 +45,13 @@ enum AttentionBit : u32 {
 /// Spec:      virt/kvm/api, "vcpu ioctl" entries.
 /// Threading: ioctl() from any thread, serialised by mutex_; KVM_RUN holds it, and the guest runs on its caller's thread.
 ///            raise() and what stands beside it: any thread, at any time.
-class Vcpu {
+class Vcpu final : private DirtySink {
  public:
   static constexpr std::size_t kRunSize = 3 * kPageSize;
 
   static Result<std::unique_ptr<Vcpu>> create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes,
                                               std::size_t code_bytes);
-  ~Vcpu();
+  ~Vcpu() override;
 
   long ioctl(unsigned long request, u64 arg);
   kvm_run* run_page() const { return reinterpret_cast<kvm_run*>(run_.data()); }
@@ -57,6 +59,8 @@ class Vcpu {
   /// Endpoint::signal_came(), Endpoint::mappable().
   void signal_came();
   std::span<u8> mappable(u64 offset) const;
+  /// Null without KVM_CAP_DIRTY_LOG_RING.
+  DirtyRing* dirty_ring() const { return ring_.get(); }
 
   // --- any thread ---------------------------------------------------------------------------------
 
@@ -93,7 +97,12 @@ class Vcpu {
   friend class VcpuEnvironment;
   Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz);
 
+  void page_dirtied(u32 slot, u64 offset) override;
+  void apply_quirks();
+
   // vcpu.cpp
+  long ioctl_locked(unsigned long request, u64 arg);
+  static bool is_guest_memory(void* vcpu, u64 host);
   void reset(bool init);
   void use_features(const GuestFeatures& features);
   void state_changed();
@@ -103,6 +112,8 @@ class Vcpu {
   long translate(u64 arg);
   long mce_ioctl(unsigned long request, u64 arg);
   long tpr_ioctl(unsigned long request, u64 arg);
+  /// The table with the bits that follow live state, as KVM_GET_CPUID2 shows it.
+  std::vector<kvm_cpuid_entry2> live_cpuid();
   long cpuid_ioctl(unsigned long request, u64 arg);
   long enable_cap(u64 arg);
   long device_attr(unsigned long request, u64 arg);
@@ -111,6 +122,7 @@ class Vcpu {
   long run();
   long run_loop();
   long interrupted();
+  long memory_gone();
   long run_uninitialised();
   enum class Step { Again, Exit, Run };
   Step prepare(long* result);
@@ -159,6 +171,7 @@ class Vcpu {
   Vm& vm_;
   const unsigned id_, index_;
   std::mutex mutex_;
+  GuestMemoryTrap trap_{is_guest_memory, this};  // around whatever touches guest memory
   Mapping run_;
   Stats stats_;
 
@@ -169,6 +182,7 @@ class Vcpu {
   PvClock pvclock_;
   StealTime steal_;
   std::unique_ptr<Lapic> lapic_;
+  std::unique_ptr<DirtyRing> ring_;
   VcpuEnvironment env_;
   Mmu mmu_;
   std::unique_ptr<Interpreter> interp_;

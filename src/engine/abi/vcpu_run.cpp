@@ -242,6 +242,17 @@ long Vcpu::interrupted() {
   return -EINTR;
 }
 
+/// Guest memory was not there any more when it was touched (munmap, a file cut short).
+long Vcpu::memory_gone() {
+  if (translator_) {
+    translator_->rewind();
+  } else {
+    interp_->rewind();
+  }
+  run_page()->exit_reason = KVM_EXIT_UNKNOWN;
+  return -EFAULT;
+}
+
 long Vcpu::run_uninitialised() {
   for (;;) {
     interp_->context().attention.exchange(0, std::memory_order_seq_cst);
@@ -285,6 +296,11 @@ Vcpu::Step Vcpu::prepare(long* result) {
     return Step::Exit;
   }
   look_for_signals_ = false;
+  if (ring_ && ring_->settle()) [[unlikely]] {
+    run.exit_reason = KVM_EXIT_DIRTY_RING_FULL;
+    *result = 0;
+    return Step::Exit;
+  }
   accept_init_sipi();
   if (triple_fault_pending_) {
     triple_fault_pending_ = false;
@@ -347,7 +363,8 @@ long Vcpu::run_loop() {
         update_guest_time(false);
         break;
       case Interpreter::Result::Exit:
-        return env_.exit_pending() ? 0 : internal_error(KVM_INTERNAL_ERROR_EMULATION);
+        if (env_.exit_pending()) return 0;
+        return trap_.take_hit() ? memory_gone() : internal_error(KVM_INTERNAL_ERROR_EMULATION);
       case Interpreter::Result::Halted:
         if (!lapic_) {
           run.exit_reason = KVM_EXIT_HLT;
@@ -383,6 +400,7 @@ long Vcpu::run() {
   kvm_run& run = *run_page();
   SignalGuard guard(&thread_mask_, vm_.config().signals_announced);
   has_run_ = true;
+  apply_quirks();
   run.flags = 0;
   long result;
   if (mp_state_ == KVM_MP_STATE_UNINITIALIZED) {
@@ -428,7 +446,9 @@ long Vcpu::run() {
     vm_.tracker().enter_guest(index_);
     mmu_.expire_fetches();
     if (steal_.read_msr() & 1) update_guest_time(vm_.config().clock->monotonic_ns() - last_steal_ns_ >= kStealEntryNs);
-    result = run_loop();
+    static_cast<void>(trap_.take_hit());
+    result = 0;
+    if (!trap_.run([&] { result = run_loop(); })) result = memory_gone();
     vm_.tracker().leave_guest(index_);
     if (finish_only && result == -EINTR) run.exit_reason = reason;
   }

@@ -466,7 +466,7 @@ long Vcpu::registers_ioctl(unsigned long request, u64 arg) {
       kvm_lapic_state r;
       return copy_in(arg, &r) ? lapic_->set_state(r) : -EFAULT;
     }
-    default: return -ENOTTY;
+    default: return -EINVAL;  // the kernel's answer on vCPUs
   }
 }
 

@@ -32,8 +32,18 @@ Result<std::shared_ptr<Vm>> Vm::create(const Config& config) {
   return vm;
 }
 
-bool Vm::write_memory(Gpa to, const void* from, std::size_t size) {
-  if (!memory_.write(to, from, size)) return false;
+bool Vm::write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sink) {
+  const auto table = memory_.table();
+  for (std::size_t done = 0; done < size;) {
+    const Gpa at = to + done;
+    const std::size_t n = std::min<std::size_t>(size - done, kPageSize - at.page_offset());
+    const memory::Slot* slot = table->find(at);
+    if (slot == nullptr || slot->readonly()) return false;
+    // The VMM may have unmapped it.
+    if (!copy_bytes_out(reinterpret_cast<u64>(slot->host(at)), static_cast<const u8*>(from) + done, n)) return false;
+    if (slot->mark_dirty(at) && sink != nullptr) sink->page_dirtied(slot->id, (at - slot->gpa) >> kPageShift);
+    done += n;
+  }
   tracker_.host_wrote(to, size);
   return true;
 }
@@ -103,12 +113,14 @@ std::size_t Vm::dirty_words(u32 slot) const {
 
 long Vm::dirty_log(unsigned long request, u64 arg) {
   std::lock_guard lock(memory_mutex_);
+  if (dirty_ring_entries_ != 0) return -ENXIO;
   const bool manual = manual_dirty_log_.load(std::memory_order_relaxed) & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
   if (request == KVM_GET_DIRTY_LOG) {
     kvm_dirty_log log;
     if (!copy_in(arg, &log)) return -EFAULT;
-    if (!user_pointer(log.padding2)) return -EFAULT;
     std::vector<u64> bits(dirty_words(log.slot));
+    if (bits.empty()) return memory_.get_dirty_log(log.slot, nullptr, manual);  // which finds no such slot
+    if (!user_pointer(log.padding2)) return -EFAULT;
     if (!bits.empty() && !copy_bytes_out(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), bits.size() * 8)) return -EFAULT;
     const int result = memory_.get_dirty_log(log.slot, bits.data(), manual);
     if (result != 0) return result;
@@ -125,6 +137,35 @@ long Vm::dirty_log(unsigned long request, u64 arg) {
   const int result = memory_.clear_dirty_log(log.slot, log.first_page, log.num_pages, bits.data());
   if (result == 0) tracker_.dirty_log_changed();
   return result;
+}
+
+long Vm::enable_dirty_ring(u64 bytes) {
+  if (bytes == 0 || (bytes & (bytes - 1)) != 0 || bytes < kPageSize) return -EINVAL;
+  if (bytes > u64{DirtyRing::kMaxEntries} * sizeof(kvm_dirty_gfn)) return -E2BIG;
+  std::lock_guard lock(mutex_);
+  if (dirty_ring_entries_ != 0 || !vcpus_.empty()) return -EINVAL;
+  dirty_ring_entries_ = static_cast<u32>(bytes / sizeof(kvm_dirty_gfn));
+  memory_.set_dirty_initially_set(false);  // a set bit means: in a ring
+  return 0;
+}
+
+long Vm::reset_dirty_rings() {
+  if (dirty_ring_entries_ == 0) return -EINVAL;
+  long n = 0;
+  std::lock_guard memory_lock(memory_mutex_);
+  const auto table = memory_.table();
+  const auto clear = [&](u32 slot, u64 offset) {
+    for (const memory::Slot& s : table->slots) {
+      if (s.id != slot || s.dirty == nullptr || offset >= s.size >> kPageShift) continue;
+      (*s.dirty)[offset / 64].fetch_and(~(1ull << (offset % 64)), std::memory_order_seq_cst);
+    }
+  };
+  {
+    std::lock_guard lock(mutex_);
+    for (auto& v : vcpus_) n += v->dirty_ring()->reset(clear);
+  }
+  if (n != 0) tracker_.dirty_log_changed();
+  return n;
 }
 
 long Vm::enable_cap(u64 arg) {
@@ -147,12 +188,19 @@ long Vm::enable_cap(u64 arg) {
     case KVM_CAP_X86_TRIPLE_FAULT_EVENT:
       triple_fault_event_.store(value != 0, std::memory_order_relaxed);
       return 0;
+    case KVM_CAP_DISABLE_QUIRKS2:
+      if (value & ~kQuirks) return -EINVAL;
+      disabled_quirks_.store(value, std::memory_order_relaxed);
+      return 0;
+    case KVM_CAP_DIRTY_LOG_RING:
+    case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
+      return enable_dirty_ring(value);
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: {
       u64 allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
       if (value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE) allowed |= KVM_DIRTY_LOG_INITIALLY_SET;
       if (value & ~allowed) return -EINVAL;
       manual_dirty_log_.store(static_cast<u32>(value), std::memory_order_relaxed);
-      memory_.set_dirty_initially_set(value & KVM_DIRTY_LOG_INITIALLY_SET);
+      memory_.set_dirty_initially_set((value & KVM_DIRTY_LOG_INITIALLY_SET) && dirty_ring_entries_ == 0);
       return 0;
     }
     case KVM_CAP_X86_USER_SPACE_MSR:
@@ -311,6 +359,8 @@ long Vm::ioctl(unsigned long request, u64 arg) {
     case KVM_GET_DIRTY_LOG:
     case KVM_CLEAR_DIRTY_LOG:
       return dirty_log(request, arg);
+    case KVM_RESET_DIRTY_RINGS:
+      return reset_dirty_rings();
     case KVM_SET_TSS_ADDR:
       if (arg > static_cast<u32>(-3 * static_cast<int>(kPageSize))) return -EINVAL;
       tss_addr_ = arg;  // hardware without unrestricted guests needs those pages; here nothing does

@@ -32,6 +32,10 @@ inline constexpr unsigned kMaxVcpus = ApicBus::kMaxVcpus;
 /// KVM_CHECK_EXTENSION: 0 for what is not offered. The same on the system and on VMs.
 int check_extension(u64 capability);
 
+/// Quirks of KVM that can be switched off.
+inline constexpr u64 kQuirks =
+    KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT | KVM_X86_QUIRK_FIX_HYPERCALL_INSN | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+
 /// One VM: memory, interrupt controllers, timers, and its vCPUs.
 ///
 /// Spec:      virt/kvm/api, "vm ioctl" entries.
@@ -68,11 +72,15 @@ class Vm final : public VcpuSink {
   unsigned boot_vcpu() const { return boot_vcpu_; }
   bool exception_payload() const { return exception_payload_.load(std::memory_order_relaxed); }
   bool triple_fault_event() const { return triple_fault_event_.load(std::memory_order_relaxed); }
+  /// KVM_X86_QUIRK_* that the VMM has switched off.
+  u64 disabled_quirks() const { return disabled_quirks_.load(std::memory_order_relaxed); }
+  /// Entries of a vCPU's dirty ring; 0: the dirty log is bitmaps. Fixed before the first vCPU.
+  u32 dirty_ring_entries() const { return dirty_ring_entries_; }
   unsigned reserved_ioapic_pins() const { return split_pins_; }
 
   /// A store by the engine itself. False when it is not writable memory. Any thread; a vCPU's thread is outside
   /// guest code meanwhile.
-  bool write_memory(Gpa to, const void* from, std::size_t size);
+  bool write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sink);
 
   // VcpuSink
   void wake(unsigned vcpu, Attention why) override;
@@ -90,6 +98,8 @@ class Vm final : public VcpuSink {
   std::size_t dirty_words(u32 slot) const;
   long dirty_log(unsigned long request, u64 arg);
   long enable_cap(u64 arg);
+  long enable_dirty_ring(u64 bytes);
+  long reset_dirty_rings();
   long create_irqchip(IrqChip::Mode mode, unsigned pins);
   long create_pit(u32 flags);
   long irqchip_ioctl(unsigned long request, u64 arg);
@@ -118,6 +128,8 @@ class Vm final : public VcpuSink {
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
   std::atomic<u32> manual_dirty_log_{0};
+  std::atomic<u64> disabled_quirks_{0};
+  u32 dirty_ring_entries_ = 0;
 
   // Destroyed in reverse order: first the threads that raise interrupts, then the vCPUs with their LAPICs, then the chips.
   std::unique_ptr<IrqChip> irqchip_owner_;

@@ -34,8 +34,7 @@ constexpr std::size_t round_up(std::size_t n) { return (n + 15) & ~std::size_t{1
 BlockCache::BlockCache(std::size_t bytes, Mmu& mmu)
     : mmu_(mmu),
       arena_size_(std::max<std::size_t>(bytes, 256 * 1024)),
-      arena_(new u8[arena_size_]),  // untouched memory costs nothing
-      scratch_(new u8[sizeof(Block) + 2 * sizeof(CachedInsn)]) {}
+      arena_(new u8[arena_size_]) {}  // untouched memory costs nothing
 
 u64 BlockCache::chunk_hash(const u8* chunk) {
   u64 h = 0;
@@ -264,9 +263,8 @@ Block* BlockCache::build(Context& c, const Source& source, unsigned max_insns) {
     }
     if (!c.mmu.fetch(c.code64 ? next : static_cast<u32>(next), &second, &second_host)) return nullptr;
     if (second_host == nullptr) {
-      u8 mixed[kLongest];
-      const unsigned got = c.mmu.fetch_bytes(source.linear, mixed, kLongest);
-      return got <= room ? nullptr : scratch(c, mixed, got);
+      no_code(c);
+      return nullptr;
     }
     mmu_.add_code_page(second);
     std::memcpy(image + from, page_host + from, kPageSize - from);  // the fetch may have set accessed flags here
@@ -337,23 +335,12 @@ void BlockCache::track(Block* block, unsigned which, Gpa gpa, const u8* image, c
   page->blocks = block;
 }
 
-Block* BlockCache::scratch(Context& c, const u8* bytes, unsigned n) {
-  CachedInsn cached;
-  u8 padded[kLongest] = {};
-  std::memcpy(padded, bytes, std::min(n, kLongest));
-  const DecodeResult r = decode(padded, std::min(n, kLongest), c.code_mode, !c.protected_mode, c.features.amd, &cached.insn);
-  if (r == DecodeResult::Short) return nullptr;  // stop() holds the fetch's fault
-  cached.handler = r == DecodeResult::Ok ? select_handler(c.features, cached.insn) : too_long;
-  if (r != DecodeResult::Ok) {
-    cached.insn = DecodedInsn{};
-    cached.insn.length = kLongest;
+void no_code(Context& c) {
+  if (c.cpl == 3) {
+    c.ud();
+  } else {
+    c.exit();
   }
-  Block* block = new (scratch_.get()) Block{};
-  block->count = 1;
-  block->bytes = cached.insn.length;
-  new (block->insns()) CachedInsn(cached);
-  new (block->insns() + 1) CachedInsn{block_end, DecodedInsn{}};
-  return block;
 }
 
 }  // namespace ring3::engine

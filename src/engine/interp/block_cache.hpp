@@ -80,8 +80,6 @@ class BlockCache {
   };
   /// The block at source: an older one, or decoded now. null: c.stop() says why (the fetch of a second page).
   Block* get(Context& c, const Source& source, unsigned max_insns);
-  /// A block that is not kept: code outside RAM, n bytes of which were read to bytes.
-  Block* scratch(Context& c, const u8* bytes, unsigned n);
 
   void written(Gpa gpa, unsigned size);
   void validate(Gpa page, const u8* host);
@@ -148,11 +146,14 @@ class BlockCache {
   Stats stats_;
   Block* all_ = nullptr;
   Page* free_pages_ = nullptr;
-  std::unique_ptr<u8[]> scratch_;
   std::array<Jump, 1u << kJumpBits> jumps_{};
   std::array<Block*, 1u << kHashBits> hash_{};
   std::array<Page*, 1u << kPageBits> pages_{};
   std::array<CachedInsn, kMaxInsns> building_;
 };
+
+/// A fetch from where no memory is. As KVM, which cannot emulate an instruction that it cannot read: #UD at CPL 3, else an
+/// exit for which the environment has no access to show.
+void no_code(Context& c);
 
 }  // namespace ring3::engine

@@ -73,6 +73,7 @@ struct Context {
   bool fpu_ok = true;         ///< CR0.EM/TS clear
   u32 instruction_bytes = 0;  ///< unused by handlers; statistics
   u64 retired = 0;            ///< instructions retired
+  std::atomic_flag* split_lock = nullptr;  ///< SplitLock holds it: whoever cuts an instruction off gives it back
   u32 fetch_key = 0;          ///< mode bits that decoded code and its lookup depend on
 
   /// Tests and tracing: sees every event that an instruction raised before its delivery. true: it is

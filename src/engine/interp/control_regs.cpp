@@ -139,7 +139,8 @@ bool debug_register(Context& c, u8* dr) {
   }
   if (c.cpl != 0) return gp(c);
   if (*dr == 4 || *dr == 5) *dr += 2;
-  if (c.s.dr7 & (1u << 13)) {
+  // The VMM's debugger may ask for the same: the run loop tells it.
+  if ((c.guest_debug_hw_bp ? c.guest_dr7 : c.s.dr7) & (1u << 13)) {
     c.stop() = Stop::fault(vec::DB);
     c.stop().payload = 1u << 13;  // DR6.BD
     return false;

@@ -20,6 +20,21 @@ class Environment : public MmioPort {
   virtual Answer port_in(u16 port, unsigned size, u32* value) = 0;
   virtual Answer port_out(u16 port, unsigned size, u32 value) = 0;
 
+  /// What a hypercall instruction of the other vendor does: the same, is replaced by the right one in the guest's code
+  /// (KVM_X86_QUIRK_FIX_HYPERCALL_INSN), or #UD.
+  enum class OtherHypercall : u8 { Works, IsPatched, Faults };
+  OtherHypercall other_hypercall = OtherHypercall::Works;
+  /// MONITOR and MWAIT work without their feature (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
+  bool mwait_without_feature = false;
+  /// The feature is what MISC_ENABLE says (without KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT), not CPUID's table.
+  bool mwait_by_misc_enable = false;
+
+  /// Before port_in() for an element of REP INS: as many of these could follow at once (1: just this one). The environment
+  /// may then get several from the VMM with one exit.
+  unsigned string_elements = 1;
+  /// Elements that came that way and were not asked for yet: nothing may come between them.
+  unsigned string_ready = 0;
+
   /// MSRs that VcpuState does not hold, or that need checks by other rooms; and all unknown ones.
   virtual Answer rdmsr(u32 index, u64* value) = 0;
   virtual Answer wrmsr(u32 index, u64 value) = 0;

@@ -24,6 +24,9 @@ struct Node {
 std::atomic<Node*> g_nodes{nullptr};
 std::mutex g_mutex;  // registration and installation, not the handler
 
+/// The innermost trap. Initial-exec: the handler may be the first to look, and must not allocate.
+__thread GuestMemoryTrap* t_trap __attribute__((tls_model("initial-exec"))) = nullptr;
+
 constexpr int kSignals[] = {SIGFPE, SIGILL, SIGSEGV, SIGBUS};
 constexpr unsigned kSignalCount = sizeof kSignals / sizeof kSignals[0];
 struct sigaction g_previous[kSignalCount];
@@ -53,15 +56,28 @@ void chain(int sig, siginfo_t* info, void* context) {
   if (sent) ::syscall(SYS_tgkill, ::getpid(), ::syscall(SYS_gettid), sig);
 }
 
+}  // namespace
+
+struct GuestMemoryTrapAccess {
+  static bool owns(const GuestMemoryTrap& t, u64 address) { return t.owns_(t.context_, address); }
+  static void hit(GuestMemoryTrap& t) { t.hit_ = true; }
+  [[noreturn]] static void leave(GuestMemoryTrap& t) { siglongjmp(t.away_, 1); }
+};
+
+namespace {
+
 void handler(int sig, siginfo_t* info, void* context) {
   ucontext_t* uc = static_cast<ucontext_t*>(context);
   greg_t* regs = uc->uc_mcontext.gregs;
   const u64 rip = static_cast<u64>(regs[REG_RIP]);
   if (info->si_code > 0) {
+    GuestMemoryTrap* trap = sig == SIGSEGV || sig == SIGBUS ? t_trap : nullptr;
+    if (trap != nullptr && !GuestMemoryTrapAccess::owns(*trap, reinterpret_cast<u64>(info->si_addr))) trap = nullptr;
     for (Node* n = g_nodes.load(std::memory_order_acquire); n != nullptr; n = n->next) {
       const u64 end = n->end.load(std::memory_order_acquire);
       if (rip >= end || rip < n->begin.load(std::memory_order_relaxed)) continue;
       const bool fpe = sig == SIGFPE;
+      if (trap != nullptr) GuestMemoryTrapAccess::hit(*trap);
       if (n->keep.load(std::memory_order_relaxed)) {
         regs[REG_R14] = static_cast<greg_t>(rip);
         regs[REG_RIP] = static_cast<greg_t>(n->exit_other.load(std::memory_order_relaxed));
@@ -70,6 +86,10 @@ void handler(int sig, siginfo_t* info, void* context) {
       regs[REG_RAX] = static_cast<greg_t>(fpe ? HostFault::FloatingPoint : HostFault::Other);
       regs[REG_RIP] = static_cast<greg_t>((fpe ? n->exit_fpe : n->exit_other).load(std::memory_order_relaxed));
       return;
+    }
+    if (trap != nullptr) {
+      ::pthread_sigmask(SIG_SETMASK, &uc->uc_sigmask, nullptr);  // as a return from here would
+      GuestMemoryTrapAccess::leave(*trap);
     }
   }
   chain(sig, info, context);
@@ -120,6 +140,30 @@ void HostFaultRange::add(const u8* begin, const u8* end, const u8* exit_fpe, con
 }
 
 HostFaultRange::~HostFaultRange() { static_cast<Node*>(node_)->end.store(0, std::memory_order_release); }
+
+bool GuestMemoryTrap::run(void (*f)(void*), void* argument) {
+  outer_ = t_trap;
+  if (sigsetjmp(away_, 0) != 0) {
+    t_trap = outer_;
+    return false;
+  }
+  t_trap = this;
+  f(argument);
+  t_trap = outer_;
+  return true;
+}
+
+bool run_in_nested_trap(void (*f)(void*), void* argument) {
+  GuestMemoryTrap* const outer = t_trap;
+  if (outer == nullptr) {
+    f(argument);
+    return true;
+  }
+  GuestMemoryTrap inner([](void* at, u64 address) {
+    return GuestMemoryTrapAccess::owns(*static_cast<GuestMemoryTrap*>(at), address);
+  }, outer);
+  return inner.run([&] { f(argument); });
+}
 
 void arm_host_faults() {
   thread_local bool unblocked = false;

@@ -1,4 +1,8 @@
 #pragma once
+#include <setjmp.h>
+
+#include <type_traits>
+
 #include "base/types.hpp"
 
 /// Faults of instructions that run on the host for a guest.
@@ -35,5 +39,44 @@ class HostFaultRange {
 /// Before a stub runs with unmasked exceptions: SIGFPE is not blocked on this thread (a blocked one
 /// would end the process) and still comes to our handler (the embedding program may have replaced it).
 void arm_host_faults();
+
+/// Guest memory belongs to the VMM and may vanish under the engine (munmap, a truncated file: SIGSEGV, SIGBUS). Accesses to
+/// it are plain loads and stores all over the engine; while run() runs f, one that faults ends f at once, by a jump
+/// out of the signal handler that calls no destructors on its way: f holds no lock, and no half-changed structure, where it
+/// touches guest memory. In a registered range the fault goes to the range's exit as ever, and hit() tells.
+/// Nests: the innermost one of the thread counts.
+class GuestMemoryTrap {
+ public:
+  /// Whether a host address is guest memory. Called in the signal handler, on the thread that faulted.
+  using Owns = bool (*)(void* context, u64 address);
+  GuestMemoryTrap(Owns owns, void* context) : owns_(owns), context_(context) {}
+  GuestMemoryTrap(const GuestMemoryTrap&) = delete;
+  GuestMemoryTrap& operator=(const GuestMemoryTrap&) = delete;
+
+  /// False: f was cut off by a fault of guest memory.
+  template <class F>
+  bool run(F&& f) {
+    return run([](void* at) { (*static_cast<std::remove_reference_t<F>*>(at))(); }, &f);
+  }
+  /// A fault of guest memory in a registered range since the last call.
+  bool take_hit() {
+    const bool was = hit_;
+    hit_ = false;
+    return was;
+  }
+
+ private:
+  friend struct GuestMemoryTrapAccess;
+  bool run(void (*f)(void*), void* argument);
+
+  const Owns owns_;
+  void* const context_;
+  GuestMemoryTrap* outer_ = nullptr;
+  volatile bool hit_ = false;
+  sigjmp_buf away_;
+};
+/// As the innermost trap of this thread would have it, for code that must not be jumped out of: false when f was cut
+/// off. Without one f just runs.
+bool run_in_nested_trap(void (*f)(void*), void* argument);
 
 }  // namespace ring3::engine

@@ -24,11 +24,16 @@ struct Interpreter::Impl {
   u8 vector = 0;
   u64 held_db = 0;  ///< DR6 bits of data breakpoints that a MOV SS shadow holds back
   unsigned max_insns = BlockCache::kMaxInsns;
+  // For rewind(): the block that runs and where it began, or the single instruction.
+  Block* running = nullptr;
+  u64 running_rip = 0;
+  bool stepping = false, step_sti = false, step_mov_ss = false, step_rf = false;
 
   using Ended = std::optional<Result>;
 
   Result run(u64 budget);
   Ended step();
+  void rewind();
   Block* lookup(u64 linear, u64 key, bool single);
   Ended stopped(const DecodedInsn* insn, bool* retired);
   Ended raise(const Event& event);
@@ -48,6 +53,31 @@ struct Interpreter::Impl {
     return c.slow_step || s.sti_shadow || s.mov_ss_shadow || (s.rflags & rflags::RF) || c.env.replaying;
   }
 };
+
+/// The engine was cut off in the middle of an instruction (GuestMemoryTrap), which has changed nothing but RIP, or
+/// elements of a string: back to its beginning.
+void Interpreter::Impl::rewind() {
+  VcpuState& s = c.s;
+  if (c.split_lock != nullptr) std::exchange(c.split_lock, nullptr)->clear(std::memory_order_release);
+  if (stepping) {
+    s.rip = running_rip;
+    s.sti_shadow = step_sti;
+    s.mov_ss_shadow = step_mov_ss;
+    if (step_rf) s.rflags |= rflags::RF;
+  } else if (running != nullptr) {
+    u64 at = running_rip;
+    for (unsigned i = 0; i < running->count; i++) {
+      const u64 next = at + running->insns()[i].insn.length;
+      if (next == s.rip) {
+        s.rip = at;
+        break;
+      }
+      at = next;
+    }
+  }
+  stepping = false;
+  running = nullptr;
+}
 
 /// Enabled execute breakpoints at linear, as DR6 bits.
 u64 Interpreter::Impl::execute_hits(u64 linear) const {
@@ -73,9 +103,8 @@ Block* Interpreter::Impl::lookup(u64 linear, u64 key, bool single) {
   source.linear = linear;
   if (!c.mmu.fetch(linear, &source.gpa, &source.host)) return nullptr;
   if (source.host == nullptr) {
-    u8 bytes[15];
-    const unsigned n = c.mmu.fetch_bytes(linear, bytes, sizeof(bytes));
-    return n == 0 ? nullptr : cache.scratch(c, bytes, n);
+    no_code(c);
+    return nullptr;
   }
   source.mode = (c.fetch_key & ~BlockCache::kUserBit) | (single ? BlockCache::kSingle : 0);
   Block* b = cache.get(c, source, single ? 1 : max_insns);
@@ -137,9 +166,16 @@ Interpreter::Impl::Ended Interpreter::Impl::stopped(const DecodedInsn* insn, boo
     *retired = true;
   } else {
     s.rip = start;
+    if (insn != nullptr && insn->op == Op::MovDr && stop.vector == vec::DB && c.guest_debug_hw_bp) {
+      return debug(vec::DB, stop.payload);  // DR7.GD
+    }
   }
   const bool replaying = c.env.replaying;
+  stepping = true;  // cut off in here, the instruction is executed and raises it again
+  running_rip = start;
+  step_sti = step_mov_ss = step_rf = false;
   const Ended ended = raise(e);
+  stepping = false;
   if (ended == Result::Exit) {
     s.rip = start;  // executed again, and raised again
     *retired = false;
@@ -186,7 +222,13 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
   s.sti_shadow = s.mov_ss_shadow = false;
   s.rflags &= ~rflags::RF;
   s.rip = start + insn.length;
+  stepping = true;
+  running_rip = start;
+  step_sti = sti;
+  step_mov_ss = mov_ss;
+  step_rf = rf;
   const Exec e = i.handler(c, i.insn);
+  stepping = false;
   if (e == Exec::BlockEnd) return std::nullopt;  // cannot be: the block is alive
   if (e == Exec::Stop) {
     const bool exit = c.stop().kind == Stop::Kind::Exit;
@@ -278,11 +320,14 @@ Interpreter::Result Interpreter::Impl::run(u64 budget) {
       const CachedInsn* const first = b->insns();
       const CachedInsn* i = first;
       Exec e;
+      running = b;
+      running_rip = s.rip;
       do {
         s.rip += i->insn.length;
         e = i->handler(c, i->insn);
         ++i;
       } while (e == Exec::Next);
+      running = nullptr;
       const u64 n = static_cast<u64>(i - first);
       if (e == Exec::Branch || e == Exec::BlockEnd) [[likely]] {
         c.retired += n - (e == Exec::BlockEnd);
@@ -342,6 +387,7 @@ Delivered Interpreter::inject(const Event& event) {
   return d;
 }
 
+void Interpreter::rewind() { impl_->rewind(); }
 u64 Interpreter::debug_dr6() const { return impl_->dr6; }
 u8 Interpreter::debug_vector() const { return impl_->vector; }
 

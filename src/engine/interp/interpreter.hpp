@@ -36,6 +36,10 @@ class Interpreter final : public CodeObserver {
   /// Delivers an external interrupt, NMI, or exception given by the VMM, before run().
   Delivered inject(const Event& event);
 
+  /// After run() or inject() was left by a jump (GuestMemoryTrap): back to the beginning of the instruction that was cut
+  /// off. An event whose delivery was cut off is the caller's to inject again.
+  void rewind();
+
   /// At most n instructions in a block (0: the default). For tests: block boundaries hide bugs.
   void set_max_block_insns(unsigned n);
 

@@ -270,6 +270,7 @@ MsrAccess write_msr(VcpuState& s, const GuestFeatures& f, u32 index, u64 v, bool
       return MsrAccess::Ok;
     case msr::MCG_CAP:
       if (!host) return MsrAccess::Fault;
+      if ((v & 0xff) > 32) return MsrAccess::Fault;  // there are registers for 32 banks
       m.mcg_cap = v;
       return MsrAccess::Ok;
     case msr::MCG_CTL:

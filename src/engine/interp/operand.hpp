@@ -106,21 +106,24 @@ RING3_INLINE bool host_cmpxchg(void* host, T* expected, T desired) {
 /// Held while a LOCKed access crosses a page and is therefore no single host access.
 class SplitLock {
  public:
-  SplitLock(Mmu& mmu, bool take) : flag_(take ? &mmu.split_lock() : nullptr) {
-    if (flag_ == nullptr) return;
-    while (flag_->test_and_set(std::memory_order_acquire)) {
-      mmu.serve_requests();  // the holder may be waiting for this vCPU
+  explicit SplitLock(Context& c) : c_(c) {
+    std::atomic_flag& flag = c.mmu.split_lock();
+    while (flag.test_and_set(std::memory_order_acquire)) {
+      c.mmu.serve_requests();  // the holder may be waiting for this vCPU
       __builtin_ia32_pause();
     }
+    c.split_lock = &flag;
   }
   ~SplitLock() {
-    if (flag_ != nullptr) flag_->clear(std::memory_order_release);
+    std::atomic_flag* const flag = c_.split_lock;
+    c_.split_lock = nullptr;
+    flag->clear(std::memory_order_release);
   }
   SplitLock(const SplitLock&) = delete;
   SplitLock& operator=(const SplitLock&) = delete;
 
  private:
-  std::atomic_flag* flag_;
+  Context& c_;
 };
 
 /// Read-modify-write of the memory at linear. f(T&) computes the new value; it may be called more than
@@ -130,7 +133,7 @@ template <class T, bool kLocked, class F>
 RING3_INLINE bool modify_linear(Context& c, u64 lin, Seg seg, F&& f) {
   if constexpr (kLocked) {
     if (sizeof(T) > 1 && (lin & ~kPageMask) > kPageSize - sizeof(T)) [[unlikely]] {
-      SplitLock lock(c.mmu, true);
+      const SplitLock lock(c);
       return modify_linear<T, false>(c, lin, seg, f);
     }
   }

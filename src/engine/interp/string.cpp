@@ -72,7 +72,7 @@ RING3_INLINE Exec repeat(Context& c, const DecodedInsn& i, Regs& r, u64 bytes, b
     count -= done;
     r.put(RCX, count);
     if (!more()) break;
-    if (count != 0 && (c.slow_step || c.attention.load(std::memory_order_relaxed) != 0)) {
+    if (count != 0 && c.env.string_ready == 0 && (c.slow_step || c.attention.load(std::memory_order_relaxed) != 0)) {
       c.s.rip -= i.length;
       return Exec::Branch;
     }
@@ -197,11 +197,20 @@ Exec ins(Context& c, const DecodedInsn& i) {
     u64 lin;
     if (!c.linear(kEs, r.get(RDI), sizeof(T), true, &lin) || !c.mmu.check_write(lin, sizeof(T), kEs)) return false;
     u32 v = 0;
+    if (i.has(kRep | kRepne) && !c.slow_step) {
+      // As KVM: to the page's end, 1024 bytes at most; with DF set it counts from the offset down, too.
+      const u64 in_page = r.backwards() ? lin & ~kPageMask : kPageSize - (lin & ~kPageMask);
+      const u64 n = std::min<u64>({in_page / sizeof(T), 1024 / sizeof(T), r.get(RCX)});
+      c.env.string_elements = static_cast<unsigned>(std::max<u64>(n, 1));
+    }
     const auto answer = c.env.port_in(port, sizeof(T), &v);
+    c.env.string_elements = 1;
     if (answer != Environment::Answer::Done) return after(c, answer) != Exec::Stop;
     return c.mmu.write(lin, static_cast<T>(v), kEs);
   };
-  return repeat(c, i, r, sizeof(T), false, true, one, kAlways, kNoBulk);
+  const Exec e = repeat(c, i, r, sizeof(T), false, true, one, kAlways, kNoBulk);
+  c.env.string_ready = 0;  // the VMM may have made rCX smaller meanwhile
+  return e;
 }
 template <class T>
 Exec outs(Context& c, const DecodedInsn& i) {

@@ -288,8 +288,14 @@ Exec clzero(Context& c, const DecodedInsn& insn) {
   return c.mmu.write_bytes(at & ~63ull, zero, 64, seg) ? Exec::Next : Exec::Stop;
 }
 
+/// MISC_ENABLE bit 18.
+bool has_mwait(Context& c) {
+  if (c.env.mwait_without_feature) return true;
+  return c.env.mwait_by_misc_enable ? (c.s.msr.misc_enable >> 18 & 1) != 0 : c.features[Feature::Monitor];
+}
+
 Exec monitor(Context& c, const DecodedInsn& insn) {
-  if (c.cpl != 0) return c.ud();
+  if (c.cpl != 0 || !has_mwait(c)) return c.ud();
   if (static_cast<u32>(c.s.gpr[RCX]) != 0) return c.gp0();
   const Seg seg = override_segment(c, insn);
   u64 at;
@@ -300,16 +306,26 @@ Exec monitor(Context& c, const DecodedInsn& insn) {
 /// May return at once for any reason (SDM: "implementation-dependent"): a guest loops around it. Waiting for the
 /// monitored line would miss another vCPU's store.
 Exec mwait(Context& c, const DecodedInsn&) {
-  if (c.cpl != 0) return c.ud();
+  if (c.cpl != 0 || !has_mwait(c)) return c.ud();
   if (static_cast<u32>(c.s.gpr[RCX]) > 1) return c.gp0();
   return Exec::Branch;
 }
 
 // ---- virtual machines ----
 
-Exec hypercall(Context& c, const DecodedInsn&) {
+Exec hypercall(Context& c, const DecodedInsn& insn) {
   VcpuState& s = c.s;
   if (!c.protected_mode && c.cpl != 0) return c.ud();
+  const Op native = c.features.amd ? Op::Vmmcall : Op::Vmcall;
+  if (insn.op != native && c.env.other_hypercall != Environment::OtherHypercall::Works) {
+    if (c.env.other_hypercall == Environment::OtherHypercall::Faults) return c.ud();
+    const u8 bytes[3] = {0x0f, 0x01, static_cast<u8>(native == Op::Vmmcall ? 0xd9 : 0xc1)};
+    u64 at;
+    if (!c.linear(CS, s.rip - insn.length, sizeof bytes, false, &at)) return Exec::Stop;
+    if (!c.mmu.write_bytes(at, bytes, sizeof bytes, CS, Privilege::System)) return Exec::Stop;
+    s.rip -= insn.length;
+    return Exec::Branch;
+  }
   const u64 mask = c.code64 ? ~0ull : 0xffffffffull;
   u64 result = static_cast<u64>(-1);  // -KVM_EPERM
   if (c.cpl == 0) {

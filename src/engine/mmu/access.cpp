@@ -90,7 +90,7 @@ bool Mmu::Impl::probe(u64 linear, Access access, const Bank& bank) {
 }
 
 bool Mmu::Impl::prepare_store(const Slot& slot, Gpa gpa) {
-  slot.mark_dirty(gpa);
+  if (slot.mark_dirty(gpa) && mmu.dirty_sink_ != nullptr) mmu.dirty_sink_->page_dirtied(slot.id, (gpa - slot.gpa) >> kPageShift);
   return tracker.note_writer(TrackerCore::key(*table, slot, gpa.page()), TrackerCore::writer_bit(vcpu));
 }
 

@@ -55,6 +55,14 @@ class CodeObserver {
   virtual void code_flush() = 0;
 };
 
+/// Who is told when this vCPU makes a page dirty that was clean, in a slot that logs. On the vCPU's thread, before the store.
+class DirtySink {
+ public:
+  virtual ~DirtySink() = default;
+  /// offset: pages from the slot's beginning.
+  virtual void page_dirtied(u32 slot, u64 offset) = 0;
+};
+
 /// Who is accessing.
 enum class Privilege : u8 {
   Current,  ///< CPL, with SMAP/SMEP and EFLAGS.AC applied
@@ -87,6 +95,8 @@ class Mmu {
 
   void set_port(MmioPort* port) { port_ = port; }
   void set_code_observer(CodeObserver* observer) { observer_ = observer; }
+  /// May be null, as it is at first.
+  void set_dirty_sink(DirtySink* sink) { dirty_sink_ = sink; }
   /// What CPUID offers: physical-address width in bits (32..52), no-execute, 1 GiB pages, PCID. amd: bit 8
   /// of a PML4E or PDPTE that refers to a table is reserved. Before this: 40 bits, all of them, not amd.
   void set_features(unsigned maxphyaddr, bool nx, bool page1g, bool pcid, bool amd = false);
@@ -279,6 +289,7 @@ class Mmu {
   VcpuState& state_;
   MmioPort* port_ = nullptr;
   CodeObserver* observer_ = nullptr;
+  DirtySink* dirty_sink_ = nullptr;
   friend class PhysicalTracker;
   struct Impl;
   std::unique_ptr<Impl> impl_;

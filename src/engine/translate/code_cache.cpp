@@ -167,6 +167,15 @@ bool CodeCache::fault_rip(u64 pc, u64 page, u64* rip) const {
   return false;
 }
 
+u64 CodeCache::block_rip(u64 pc, u64 page) const {
+  const u8* at = reinterpret_cast<const u8*>(pc);
+  auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at,
+                             [](const u8* p, const CodeBlock& b) { return p < b.code; });
+  if (it == blocks_.begin()) return 0;
+  const CodeBlock& b = *--it;
+  return b.pic ? page + b.gpa.page_offset() : b.rip;
+}
+
 void CodeCache::kill(CodeBlock* block) {
   if (block->dead) return;
   block->dead = true;

@@ -82,6 +82,8 @@ class CodeCache {
   void link(u32 tag, CodeBlock* to, u64 rip, u64 bias);
   /// RIP of the guest instruction whose host instruction faults at pc. page: JitFrame::page.
   bool fault_rip(u64 pc, u64 page, u64* rip) const;
+  /// RIP of the block that pc stands in; 0 when it is none's.
+  u64 block_rip(u64 pc, u64 page) const;
 
   void written(Gpa gpa, unsigned size);
   void validate(Gpa page, const u8* host);

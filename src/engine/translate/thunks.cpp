@@ -63,6 +63,7 @@ void enter_translated(const u8* code) { ring3_jit_enter(code); }
 bool host_can_translate() { return __builtin_cpu_supports("avx") && __builtin_cpu_supports("bmi2"); }
 
 JitGsBase::JitGsBase(JitFrame* frame) : previous_(gs_base()) { set_gs_base(reinterpret_cast<u64>(frame)); }
+void JitGsBase::put_back(u64 previous) { set_gs_base(previous); }
 JitGsBase::~JitGsBase() { set_gs_base(previous_); }
 
 }  // namespace ring3::engine

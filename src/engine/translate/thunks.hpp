@@ -18,6 +18,9 @@ class JitGsBase {
  public:
   explicit JitGsBase(JitFrame* frame);
   ~JitGsBase();
+  u64 previous() const { return previous_; }
+  /// What the destructor does, where it was jumped over.
+  static void put_back(u64 previous);
   JitGsBase(const JitGsBase&) = delete;
   JitGsBase& operator=(const JitGsBase&) = delete;
 

@@ -111,7 +111,24 @@ u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
   if (size >= static_cast<u64>(SystemOp::Swapgs)) return v.system_op(static_cast<SystemOp>(size), linear);
   v.stats_.fills++;
-  return v.addend(linear, static_cast<unsigned>(size), write != 0);
+  // The guest's registers are in the host's: a page table that has vanished must not end this by a jump past them.
+  struct Call {
+    TranslatorVcpu& v;
+    u64 linear, size, write, addend;
+  } call{v, linear, size, write, 0};
+  const bool whole = run_in_nested_trap(
+      [](void* at) {
+        Call& c = *static_cast<Call*>(at);
+        c.addend = c.v.addend(c.linear, static_cast<unsigned>(c.size), c.write != 0);
+      },
+      &call);
+  return whole ? call.addend : 0;
+}
+
+void TranslatorVcpu::rewind() {
+  if (in_run_) JitGsBase::put_back(gs_before_);
+  in_run_ = false;
+  interpreter_.rewind();
 }
 
 u64 TranslatorVcpu::addend(u64 linear, unsigned size, bool write) {
@@ -282,6 +299,12 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
   const u64 limit = c_.retired + budget < c_.retired ? ~0ull : c_.retired + budget;
   arm_host_faults();
   const JitGsBase gs(&frame_);
+  gs_before_ = gs.previous();
+  in_run_ = true;
+  const struct Leave {
+    bool& in_run;
+    ~Leave() { in_run = false; }
+  } leave{in_run_};
   u32 tag = frame::kNoTag;
   u64 tag_epoch = 0;
   for (;;) {
@@ -340,8 +363,12 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
             continue;
           case RING3_REASON_FAULT:
             stats_.faults++;
-            // An address that was not announced: the engine's own error. The state is not exact any more.
-            if (!cache_->fault_rip(frame_.exit_rip, frame_.page, &s_.rip)) return Interpreter::Result::Exit;
+            // An address that was not announced: guest memory that vanished, or the engine's own error. The state is
+            // not exact any more; RIP is the beginning of the block.
+            if (!cache_->fault_rip(frame_.exit_rip, frame_.page, &s_.rip)) {
+              s_.rip = cache_->block_rip(frame_.exit_rip, frame_.page);
+              return Interpreter::Result::Exit;
+            }
             break;
           default:
             break;

@@ -45,6 +45,9 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   /// As Interpreter::run().
   Interpreter::Result run(u64 budget = ~0ull);
 
+  /// After run() was left by a jump (GuestMemoryTrap).
+  void rewind();
+
   const Stats& stats() const { return stats_; }
   const CodeCache& cache() const { return *cache_; }
   const Lockstep* lockstep() const { return lockstep_.get(); }
@@ -91,6 +94,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::unique_ptr<bool[]> has_feature_;
   Stats stats_;
   std::unique_ptr<Lockstep> lockstep_;  ///< null: blocks run unchecked
+  bool in_run_ = false;
+  u64 gs_before_ = 0;          ///< while in_run_
   unsigned vectors_held_ = 0;  ///< supervisor code runs with vectors loaded while it is not zero
 };
 
