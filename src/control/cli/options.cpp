@@ -71,7 +71,7 @@ struct RunText {
 
 /// Its flags, and which of its words were given.
 struct RunFlags {
-  bool append = false, named = false, no_reboot = false, test_device = false, detach = false;
+  bool append = false, named = false, rng = false, balloon = false, no_reboot = false, test_device = false, detach = false;
 };
 
 constexpr const char* kRunExamples =
@@ -200,10 +200,17 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
     if (auto status = parse_cloud_init(real_value(text.cloud_init), run.seed); !status) return status.error();
   }
   for (const std::string& key : text.ssh_keys) run.seed.ssh_keys.push_back(real_value(key));
+  run.rng = flags.rng;
+  run.balloon = flags.balloon;
   run.console = real_value(text.console);
+  // virtio, or virtio,WHERE
+  if (run.console == "virtio" || run.console.rfind("virtio,", 0) == 0) {
+    run.virtio_console = true;
+    run.console = run.console == "virtio" ? "stdio" : run.console.substr(7);
+  }
   const bool to_file = run.console.rfind("file:", 0) == 0;
   if (!to_file && run.console != "stdio" && run.console != "pty" && run.console != "none") {
-    return Error::of(EINVAL, "--console: there is no '" + printable(run.console) + "'; there are stdio, pty, file:PATH and none");
+    return Error::of(EINVAL, "--console: there is no '" + printable(run.console) + "'; there are stdio, pty, file:PATH and none, and virtio,WHERE");
   }
   if (run.console == "file:") return Error::of(EINVAL, "--console file: wants a path, such as file:console.log");
 
@@ -322,7 +329,6 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
   run->add_option("--initrd", text.initrd, "initial RAM disk")->type_name("FILE");
   const CLI::Option* append =
       run->add_option("--append", text.append, "kernel command line [console=ttyS0; empty with --test-device]")->type_name("STRING");
-  run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none")->type_name("WHERE")->capture_default_str();
   run->add_option("--net", text.nets,
                   "a network card: user[,hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT][,restrict=on], tap,ifname=NAME, or none; with\n"
                   "[,pcap=FILE][,mac=ADDR][,queues=N][,mtu=N]; repeatable [user; none with --test-device]")
@@ -331,6 +337,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->delimiter('\0');
   run->add_option("--vsock", text.vsock, "sockets between host and guest: cid=N,socket=PATH")->type_name("VSOCK");
+  run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none; virtio[,WHERE] makes it hvc0")->type_name("WHERE")->capture_default_str();
   run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none]; repeatable")
       ->type_name("IMAGE")
       ->expected(1)
@@ -348,6 +355,8 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->delimiter('\0');
   run->add_option("--rootfs", text.rootfs, "run a command (after --) with this directory as the guest's root: DIR[,ro|rw]")->type_name("DIR");
+  run->add_flag("--rng", flags.rng, "a source of randomness for the guest")->disable_flag_override();
+  run->add_flag("--balloon", flags.balloon, "give memory that the guest does not use back to the host")->disable_flag_override();
   run->add_flag("--no-reboot", flags.no_reboot, "end, with status 0, when the guest reboots")->disable_flag_override();
   run->add_flag("--test-device", flags.test_device, "add the device of test guests (exit port 0xf4, ...)")->disable_flag_override();
   run->add_flag("-d,--detach", flags.detach, "run in the background: see ring3 ps, stop, console, logs")->disable_flag_override();

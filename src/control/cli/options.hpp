@@ -33,6 +33,8 @@ struct RunOptions {
   std::string rootfs;                ///< a directory; empty: none
   std::optional<bool> rootfs_read_only;  ///< nothing: only when it is the host's own root
   std::vector<std::string> command;  ///< what runs in it
+  bool virtio_console = false;       ///< --console virtio: hvc0 instead of the serial port
+  bool rng = false, balloon = false;
   bool named = false;                ///< --name was given
   bool detach = false;
   u32 stop_timeout = 30;             ///< seconds that a guest gets to power off when it is asked to

@@ -1,6 +1,8 @@
 #include "base/linux_kvm.hpp"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
+#include <termios.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -24,6 +26,8 @@
 #include "control/cli/terminal.hpp"
 #include "control/cli/text.hpp"
 #include "control/vms/shared_console.hpp"
+#include "devices/virtio/balloon/balloon_device.hpp"
+#include "devices/virtio/rng/rng_device.hpp"
 #include "vmm/machine/machine.hpp"
 
 namespace ring3::control {
@@ -44,6 +48,13 @@ class Ending {
     const std::lock_guard lock(mutex_);
     machine_ = machine;
     if (machine_ != nullptr && status_) machine_->request_stop();
+  }
+  /// The terminal has the size that it has now.
+  void resize_console() {
+    const std::lock_guard lock(mutex_);
+    winsize size{};
+    if (machine_ == nullptr || ioctl(STDIN_FILENO, TIOCGWINSZ, &size) != 0) return;
+    machine_->resize_console(size.ws_col, size.ws_row);
   }
   /// The first reason counts.
   void request(int status, const std::string& why) {
@@ -161,7 +172,13 @@ vmm::MachineConfig machine_config(const RunOptions& options) {
   config.kernel = options.kernel;
   config.initrd = options.initrd;
   // A test guest reads its command line as arguments of its own; a kernel wants to be told its console.
-  config.append = options.append.value_or(options.test_device ? "" : "console=ttyS0");
+  config.append = options.append.value_or(options.test_device ? "" : options.virtio_console ? "console=hvc0" : "console=ttyS0");
+  config.virtio_console = options.virtio_console;
+  const auto device = [&](auto make) {
+    config.devices.push_back([make]() -> Result<std::shared_ptr<virtio::Device>> { return std::shared_ptr<virtio::Device>(make()); });
+  };
+  if (options.rng) device([] { return std::make_shared<virtio::RngDevice>(); });
+  if (options.balloon) device([] { return std::make_shared<virtio::BalloonDevice>(); });
   config.reboot = !options.no_reboot;
   config.test_device = options.test_device;
   return config;
@@ -247,7 +264,7 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
     ending.request(status, ask.signal == SIGINT ? "" : std::string("ended by signal ") + strsignal(ask.signal));
     watcher_for_callbacks->begin_stop(status);
     return std::nullopt;
-  });
+  }, [&] { ending.resize_console(); });
   watcher_for_callbacks = &watcher;
 
   StreamConsole::Callbacks callbacks;
@@ -304,6 +321,7 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
         on_this_terminal ? RawTerminal::enter(STDIN_FILENO) : RawTerminal::enter(-1);
     if (!terminal) return fail(terminal.error().message);
     ending.set_machine(machine->get());
+    if (on_this_terminal) ending.resize_console();
     outcome = (*machine)->run();
     ending.set_machine(nullptr);
     progress.finish();

@@ -18,9 +18,10 @@ namespace {
 constexpr int kWakeSignal = SIGUSR2;
 }  // namespace
 
-SignalWatcher::SignalWatcher(OnEnd on_end) : on_end_(std::move(on_end)) {
+SignalWatcher::SignalWatcher(OnEnd on_end, std::function<void()> on_resize)
+    : on_end_(std::move(on_end)), on_resize_(std::move(on_resize)) {
   sigemptyset(&set_);
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT, kWakeSignal}) sigaddset(&set_, signal);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT, SIGWINCH, kWakeSignal}) sigaddset(&set_, signal);
   pthread_sigmask(SIG_BLOCK, &set_, &former_);
   thread_ = std::thread([this] { watch(); });
 }
@@ -74,6 +75,9 @@ void SignalWatcher::watch() {
         kill(getpid(), SIGSTOP);
         break;
       case SIGCONT: resume_terminal(); break;
+      case SIGWINCH:
+        if (on_resize_) on_resize_();
+        break;
       default: {
         if (ending) end_now(exit_status(signal), nullptr);
         std::optional<int> wish;

@@ -32,7 +32,8 @@ class SignalWatcher {
   /// Answers the time the guest gets; nothing: the VM is being ended.
   using OnEnd = std::function<std::optional<std::chrono::seconds>(const Ask&)>;
 
-  explicit SignalWatcher(OnEnd on_end);
+  /// on_resize: SIGWINCH; may be null. On the watcher's thread.
+  explicit SignalWatcher(OnEnd on_end, std::function<void()> on_resize = nullptr);
   ~SignalWatcher();
   SignalWatcher(const SignalWatcher&) = delete;
   SignalWatcher& operator=(const SignalWatcher&) = delete;
@@ -47,6 +48,7 @@ class SignalWatcher {
   void watch();
 
   OnEnd on_end_;
+  std::function<void()> on_resize_;
   sigset_t set_;
   sigset_t former_;
   std::atomic<int> stop_status_{-1};

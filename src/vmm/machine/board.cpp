@@ -111,7 +111,9 @@ devices::IrqLine Board::line(u32 gsi) {
 Status Board::add_devices(const MachineConfig& config, const GuestRam& ram) {
   using namespace devices;
   using Kind = Outcome::Kind;
-  uart_ = std::make_shared<Uart>(Uart::Config{line(kCom1Irq), events_.console_output, events_.wake_io});
+  // With another console its output goes nowhere.
+  const auto serial_output = config.virtio_console ? std::function<void(u8)>([](u8) {}) : events_.console_output;
+  uart_ = std::make_shared<Uart>(Uart::Config{line(kCom1Irq), serial_output, events_.wake_io});
   rtc_ = std::make_shared<Rtc>(Rtc::Config{line(kRtcIrq), [] { return clock_ns(CLOCK_REALTIME); }, events_.wake_io,
                                            ram.low.size(), ram.high.size(), config.cpus});
   pm_ = std::make_shared<AcpiPm>(AcpiPm::Config{line(kSci), [end = events_.end] { end(Kind::kPoweredOff, 0, ""); },
@@ -153,7 +155,7 @@ Status Board::add_devices(const MachineConfig& config, const GuestRam& ram) {
 }
 
 Status Board::add_pci(const MachineConfig& config) {
-  if (config.devices.empty()) return Ok{};
+  if (config.devices.empty() && !config.virtio_console) return Ok{};
   pci::Services services;
   services.send_msi = [this](const pci::MsiMessage& m) {
     kvm_msi msi{};
@@ -178,14 +180,38 @@ Status Board::add_pci(const MachineConfig& config) {
   }
   pci_ = std::make_shared<pci::Host>(std::move(services));
   if (auto r = pci_->attach(ports_, memory_); !r) return r;
+  const auto add = [&](std::shared_ptr<virtio::Device> device) -> Status {
+    auto function = virtio::VirtioPci::create(std::move(device), dma_memory_);
+    if (!function) return function.error();
+    return pci_->add(std::move(*function));
+  };
   for (const auto& make : config.devices) {
     auto device = make();
     if (!device) return device.error();
-    auto function = virtio::VirtioPci::create(std::move(*device), dma_memory_);
-    if (!function) return function.error();
-    if (auto r = pci_->add(std::move(*function)); !r) return r;
+    if (auto r = add(std::move(*device)); !r) return r;
   }
-  return Ok{};
+  if (!config.virtio_console) return Ok{};
+  virtio::ConsoleDevice::Config console;
+  console.ports.resize(1);
+  console.ports[0].console = true;
+  console.ports[0].output = [out = events_.console_output](std::span<const u8> bytes) {
+    for (const u8 b : bytes) out(b);
+  };
+  console.ports[0].has_room = events_.wake_io;
+  console_ = std::make_shared<virtio::ConsoleDevice>(std::move(console));
+  return add(console_);
+}
+
+void Board::input(std::span<const u8> bytes) {
+  if (console_) {
+    console_->receive(0, bytes);
+  } else {
+    uart_->receive(bytes);
+  }
+}
+
+void Board::resize_console(u16 columns, u16 rows) {
+  if (console_) console_->resize(columns, rows);
 }
 
 Status Board::create_vcpus(const Sources& s) {

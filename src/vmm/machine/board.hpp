@@ -10,6 +10,7 @@
 #include "devices/legacy/rtc.hpp"
 #include "devices/legacy/uart.hpp"
 #include "devices/pci/host.hpp"
+#include "devices/virtio/console/console_device.hpp"
 #include "kvm/system.hpp"
 #include "memory/guest_memory.hpp"
 #include "vmm/boot/image_file.hpp"
@@ -52,7 +53,10 @@ class Board {
   static Result<std::unique_ptr<Board>> create(const Sources& sources, GuestRam& ram, BoardEvents events);
 
   std::vector<kvm::Vcpu>& vcpus() { return vcpus_; }
-  devices::Uart& uart() { return *uart_; }
+  /// How many bytes of console input are taken now; and takes them.
+  std::size_t input_room() const { return console_ ? console_->room(0) : uart_->room(); }
+  void input(std::span<const u8> bytes);
+  void resize_console(u16 columns, u16 rows);
   devices::Rtc& rtc() { return *rtc_; }
   devices::AcpiPm& pm() { return *pm_; }
 
@@ -80,6 +84,7 @@ class Board {
   devices::Bus ports_{0x10000};
   devices::Bus memory_;
   std::shared_ptr<devices::Uart> uart_;
+  std::shared_ptr<virtio::ConsoleDevice> console_;  // instead of the UART as the console; or none
   std::shared_ptr<devices::Rtc> rtc_;
   std::shared_ptr<devices::AcpiPm> pm_;
 };

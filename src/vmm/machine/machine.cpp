@@ -75,6 +75,7 @@ struct Machine::Impl {
   std::mutex mutex;
   std::condition_variable changed;
   std::unique_ptr<Board> board;
+  u16 columns = 0, rows = 0;  // of the console, for the next board too
   std::optional<Outcome> ended;  // the first end counts
   bool pause_wanted = false;
   u32 parked = 0;
@@ -102,6 +103,7 @@ Status Machine::Impl::make_board() {
   if (!made) return made.error();
   std::lock_guard lock(mutex);
   board = std::move(*made);
+  board->resize_console(columns, rows);
   return Ok{};
 }
 
@@ -221,7 +223,7 @@ void Machine::Impl::io_main() {
   std::array<u8, 512> buffer;
   while (!io_end.load()) {
     const auto timer = board->rtc().poll();
-    const std::size_t room = std::min(board->uart().room(), buffer.size());
+    const std::size_t room = std::min(board->input_room(), buffer.size());
     const bool listen = !input_closed && console.input_fd() >= 0 && room > 0;
     pollfd fds[3] = {{wake_fd.get(), POLLIN, 0}, {stop_fd.get(), POLLIN, 0}, {listen ? console.input_fd() : -1, POLLIN, 0}};
     timespec timeout{};
@@ -239,7 +241,7 @@ void Machine::Impl::io_main() {
     }
     if (fds[2].revents) {
       const ConsoleInput in = console.read(std::span(buffer.data(), room));
-      if (in.bytes > 0) board->uart().receive(std::span<const u8>(buffer.data(), std::min(in.bytes, room)));
+      if (in.bytes > 0) board->input(std::span<const u8>(buffer.data(), std::min(in.bytes, room)));
       input_closed |= in.closed;
       if (in.stop) {
         end({Outcome::Kind::kStopped, 0, ""});
@@ -400,6 +402,12 @@ void Machine::resume() {
   auto paused = Impl::Phase::kPaused;
   impl_->phase.compare_exchange_strong(paused, Impl::Phase::kRunning);
   impl_->changed.notify_all();
+}
+
+void Machine::resize_console(u16 columns, u16 rows) {
+  std::lock_guard lock(impl_->mutex);
+  impl_->columns = columns, impl_->rows = rows;
+  if (impl_->board) impl_->board->resize_console(columns, rows);
 }
 
 bool Machine::press_power_button() {

@@ -29,6 +29,9 @@ struct MachineConfig {
   using MakeDevice = std::function<Result<std::shared_ptr<virtio::Device>>()>;
   std::vector<MakeDevice> devices; ///< on PCI bus 0 in this order, from device 1 on. None: no PCI at all
 
+  /// The console is a virtio-console (hvc0) instead of the serial port, which is still there, and mute.
+  bool virtio_console = false;
+
   bool reboot = true;              ///< false: a guest reset ends the run with Outcome::kReboot
   bool test_device = false;        ///< ports 0xf4, 0xe0…, 0x2000…; MMIO at 0xff000000 (kvm-abi.md)
 
@@ -89,6 +92,8 @@ class Machine {
   /// Returns when no vCPU runs guest code any more. Does not nest: one resume() ends it.
   void pause();
   void resume();
+  /// The terminal's size; a virtio console tells the guest. Before run() too. Any thread.
+  void resize_console(u16 columns, u16 rows);
   /// The ACPI power button: a guest that listens shuts down. False: it does not listen, or has not come so far.
   bool press_power_button();
 

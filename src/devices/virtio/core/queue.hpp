@@ -107,6 +107,9 @@ class Queue {
   void fail(const std::string& why);
   bool broken() const { return hooks_.device_broken->load(std::memory_order_relaxed); }
 
+  /// For a device that is given guest addresses by other means than buffers (a balloon's page numbers).
+  const MemoryView& memory() const { return view_; }
+
   int kick_fd() const { return kick_fd_; }  ///< an eventfd; readable after a kick
   void clear_kick();
   u16 size() const { return setup_.size; }

@@ -1,0 +1,245 @@
+"""Virtual disks under a stock Debian kernel: written, read back, refused, and left behind by a VMM that is killed.
+
+usage: disk_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
+The engine is soft, or what RING3_TEST_ENGINE says. RING3_TEST_KILLS: how often the VMM is killed (20).
+"""
+import hashlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cli"))
+import support  # noqa: E402
+
+FILES = None
+ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
+KILLS = int(os.environ.get("RING3_TEST_KILLS", "20"))
+PATIENCE = 300
+MIB = 1 << 20
+
+
+class Disk(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="ring3-disk-", dir="/var/tmp")
+        self.addCleanup(shutil.rmtree, self.dir)
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def image(self, *arguments):
+        return subprocess.run([support.RING3, "image", *arguments], capture_output=True, text=True, timeout=PATIENCE)
+
+    def create(self, name, size, *options):
+        result = self.image("create", *options, self.path(name), size)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return self.path(name)
+
+    def contents(self, path):
+        """The bytes of the virtual disk."""
+        if not path.endswith(".qcow2"):
+            with open(path, "rb") as f:
+                return f.read()
+        raw = self.path("contents.raw")
+        result = self.image("convert", path, raw)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        with open(raw, "rb") as f:
+            data = f.read()
+        os.unlink(raw)
+        return data
+
+    def command(self, test, *options):
+        # The file's engine switch: the translator, which boots in seconds, where the engine is ours.
+        engine = ["--engine", ENGINE] + (["--engine-option", "engine=translator"] if ENGINE == "soft" else [])
+        return [support.RING3, "run", *engine, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "--initrd",
+                os.path.join(FILES, "initramfs.gz"), "-m", "256M", "--append",
+                'console=ttyS0 quiet ring3.test="%s"' % test, *options]
+
+    def boot(self, test, *options):
+        result = subprocess.run(self.command(test, *options), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+        out = result.stdout.decode(errors="replace").replace("\r", "")
+        self.assertEqual(result.returncode, 0, out[-2000:] + result.stderr.decode())
+        self.assertRegex(out, r"(?m)^ring3-test: status 0$")
+        return out
+
+    def check(self, path):
+        if path.endswith(".qcow2"):
+            result = self.image("check", path)
+            self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+
+
+class WrittenAndRead(Disk):
+    def both_ways(self, path, *options):
+        test = ("dd if=/dev/urandom of=/tmp/a bs=64k count=96 2>/dev/null; "
+                "dd if=/tmp/a of=/dev/vda bs=64k seek=3 conv=notrunc,fsync 2>/dev/null; "
+                "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /tmp/a; "
+                "dd if=/dev/vda bs=64k skip=3 count=96 2>/dev/null | sha256sum; cat /sys/block/vda/serial; echo; "
+                "cat /sys/block/vda/size; ls -d /sys/block/vda/mq/* | wc -l; "
+                "dd if=/dev/zero of=/dev/vda bs=64k count=2 conv=notrunc,fsync 2>/dev/null")
+        out = self.boot(test, "--disk", path + ",serial=S123" + "".join("," + o for o in options), "-c", "2")
+        sums = re.findall(r"(?m)^([0-9a-f]{64})  -$", out)
+        self.assertEqual(len(sums), 2, out[-1000:])
+        self.assertEqual(sums[0], sums[1])
+        self.assertRegex(out, r"(?m)^S123\n65536\n2$")
+        data = self.contents(path)
+        self.assertEqual(len(data), 32 * MIB)
+        self.assertEqual(hashlib.sha256(data[3 * 65536:99 * 65536]).hexdigest(), sums[0])
+        self.check(path)
+
+    def test_raw(self):
+        self.both_ways(self.create("d.raw", "32M"))
+
+    def test_raw_past_the_page_cache(self):
+        self.both_ways(self.create("d.raw", "32M"), "cache=none")
+
+    def test_qcow2(self):
+        self.both_ways(self.create("d.qcow2", "32M"))
+
+    def test_qcow2_with_a_backing_file(self):
+        base = self.create("base.raw", "32M")
+        with open(base, "r+b") as f:
+            f.write(b"below" * 1000)
+        before = open(base, "rb").read()
+        over = self.path("over.qcow2")
+        result = self.image("create", "--backing", base, "--backing-format", "raw", over)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        out = self.boot("head -c 10 /dev/vda; echo; echo above | dd of=/dev/vda bs=512 seek=9 conv=notrunc,fsync 2>/dev/null", "--disk", over)
+        self.assertIn("\nbelowbelow\n", out)
+        self.assertEqual(open(base, "rb").read(), before)
+        data = self.contents(over)
+        self.assertEqual(data[9 * 512:9 * 512 + 6], b"above\n")
+        self.assertEqual(data[:4608], before[:4608])
+        self.check(over)
+
+    def test_discard_gives_space_back(self):
+        path = self.create("d.raw", "32M")
+        self.boot("dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=notrunc,fsync 2>/dev/null; blkdiscard -o 0 -l 8388608 /dev/vda", "--disk", path)
+        self.assertLess(os.stat(path).st_blocks * 512, 10 * MIB)
+        self.assertEqual(self.contents(path)[:8 * MIB], bytes(8 * MIB))
+
+    def test_read_only(self):
+        path = self.create("d.raw", "32M")
+        out = self.boot("cat /sys/block/vda/ro; dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync || echo refused", "--disk", path + ",ro")
+        self.assertRegex(out, r"(?m)^1$")
+        self.assertIn("refused", out)
+
+    def test_after_a_reset_of_the_guest(self):
+        path = self.create("d.qcow2", "32M")
+        test = "if [ $(head -c 5 /dev/vda) = again ]; then poweroff -f; fi; echo again | dd of=/dev/vda bs=512 conv=notrunc,fsync 2>/dev/null; reboot -f"
+        result = subprocess.run(self.command(test, "--disk", path), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+        self.assertEqual(result.returncode, 0, result.stdout[-1000:] + result.stderr)
+        self.assertEqual(len(re.findall(rb"ring3-guest: ready", result.stdout)), 2)
+        self.check(path)
+
+    def test_randomness_balloon_and_the_other_console(self):
+        out = self.boot("cat /sys/class/misc/hw_random/rng_current; head -c 16 /dev/hwrng | wc -c; cat /sys/bus/virtio/devices/*/device | sort | tr '\\n' ' '",
+                        "--rng", "--balloon", "--disk", self.create("d.raw", "1M"))
+        self.assertIn("virtio_rng.0\n16\n", out)
+        self.assertIn("0x0002 0x0004 0x0005", out)
+        command = self.command("echo through $(cat /sys/class/tty/console/active)", "--console", "virtio")
+        command[command.index("--append") + 1] = command[command.index("--append") + 1].replace("ttyS0", "hvc0")
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+        self.assertEqual(result.returncode, 0, result.stdout[-1000:] + result.stderr)
+        self.assertIn(b"through hvc0", result.stdout)
+
+
+class Refused(Disk):
+    def refuse(self, wanted, disk):
+        result = subprocess.run(self.command("true", "--disk", disk), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        self.assertEqual(result.returncode, 2, result.stdout)
+        lines = result.stderr.strip().split("\n")
+        self.assertEqual(len(lines), 1, result.stderr)
+        self.assertRegex(lines[0], wanted)
+
+    def test_one_clear_line(self):
+        self.refuse(r"^ring3: --disk: .*nothing-there.raw.*No such file", self.path("nothing-there.raw"))
+        raw = self.create("d.raw", "1M")
+        self.refuse("vmdk", raw + ",format=vmdk")
+        qcow2 = self.create("d.qcow2", "1M")
+        misnamed = self.path("misnamed.img")
+        os.rename(qcow2, misnamed)
+        self.refuse("format=qcow2", misnamed)
+        self.refuse("qcow2", raw + ",format=qcow2")
+        with open(self.path("empty.raw"), "wb"):
+            pass
+        self.refuse("image create", self.path("empty.raw"))
+        self.refuse("regular file|directory", self.dir)
+        base = self.create("base.raw", "1M")
+        over = self.path("over.qcow2")
+        self.image("create", "--backing", base, "--backing-format", "raw", over)
+        os.unlink(base)
+        self.refuse("over.qcow2.*base.raw.*No such file", over)
+
+    def test_a_second_writer(self):
+        path = self.create("d.raw", "1M")
+        first = subprocess.Popen(self.command("sleep 1000", "--disk", path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            for line in first.stdout:
+                if b"ring3-guest: ready" in line:
+                    break
+            self.refuse(r"d\.raw.*(lock|in use|another)", path)
+        finally:
+            first.kill()
+            first.wait()
+            first.stdout.close()
+        self.boot("true", "--disk", path)
+
+
+class Killed(Disk):
+    """kill -9 of the VMM at any moment: what the guest was told is on the disk is there."""
+
+    def test_flushed_blocks_survive(self):
+        loop = ("i=0; while true; do i=$((i+1)); yes $i-%d | head -c 65536 > /tmp/b; at=$((i*37%%1000)); "
+                "for d in vda vdb; do dd if=/tmp/b of=/dev/$d bs=64k seek=$at conv=notrunc,fsync 2>/dev/null; done; echo flushed $i; done")
+        raw, qcow2 = self.create("d.raw", "64M"), self.create("d.qcow2", "64M")
+        expected = {}
+        chance = random.Random(5)
+        rounds = 0
+        for n in range(KILLS):
+            process = subprocess.Popen(self.command(loop % n, "--disk", raw, "--disk", qcow2), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            wanted, last = chance.randrange(1, 40), 0
+            while True:
+                line = process.stdout.readline()
+                if not line:
+                    break
+                found = re.match(rb"flushed (\d+)", line)
+                if found:
+                    last = int(found.group(1))
+                    if last >= wanted:
+                        break
+            self.assertGreaterEqual(last, wanted, process.stderr.read().decode() if not line else "")
+            time.sleep(chance.random() * 0.05)
+            process.kill()
+            # What was printed before the end counts too.
+            for line in process.stdout.read().split(b"\n"):
+                found = re.match(rb"flushed (\d+)\r", line + b"\r")
+                if found and line.endswith(b"\r"):
+                    last = int(found.group(1))
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+            rounds += last
+            for i in range(1, last + 1):
+                expected[i * 37 % 1000] = (b"%d-%d\n" % (i, n)) * 65536
+            # One more may have been under way: nothing is said of its block.
+            expected.pop((last + 1) * 37 % 1000, None)
+            if n % 5 == 4 or n == KILLS - 1:
+                self.image("check", "--repair", "all", qcow2)
+                self.check(qcow2)
+                for path in (raw, qcow2):
+                    data = self.contents(path)
+                    for at, block in expected.items():
+                        self.assertEqual(data[at * 65536:(at + 1) * 65536], block[:65536], "%s: kill %d, block %d" % (path, n, at))
+        print("%d kills, %d flushed writes on each disk" % (KILLS, rounds))
+
+
+if __name__ == "__main__":
+    support.RING3 = sys.argv[1]
+    FILES = sys.argv[2]
+    unittest.main(argv=[sys.argv[0], "-v", *sys.argv[3:]])
