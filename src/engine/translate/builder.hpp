@@ -70,6 +70,8 @@ class BlockBuilder {
   };
   struct GroupMiss {
     Label entry, resume;
+    Label stack;  ///< misses of the page that the stack was last checked in (stacked)
+    bool stacked = false;
     Address address;
     u32 size = 0;
     bool write = false;
@@ -200,6 +202,8 @@ class BlockBuilder {
   void start_groups(bool on);
   void before(const DecodedInsn& i);  ///< ends groups that the instruction must not use
   void finish_groups();
+  void emit_group_check(const Address& first, const Address& last, bool write, Label& miss);
+  void stack_miss(GroupMiss& m);
 
   // ---- loops.cpp ----
   void plan_loop(std::size_t count);

@@ -85,6 +85,10 @@ struct alignas(64) JitFrame {
 
   u8 bounce[64] = {};  ///< bytes of a read in two pages
   u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
+  /// The page that the stack was last checked in, for writing: linear addresses stack_page + [0, stack_limit) may be
+  /// the start of a group (groups.cpp). Limit 0: none. C++ that may change translations, mode or the TLB's bank while
+  /// code runs sets 0; entering does.
+  u64 stack_page = 0, stack_limit = 0, stack_addend = 0;
   u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
 };
 
@@ -125,6 +129,8 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE;
 inline constexpr u32 kNoTag = ~0u;
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
+inline constexpr u32 kStackPage = offsetof(JitFrame, stack_page), kStackLimit = offsetof(JitFrame, stack_limit),
+                     kStackAddend = offsetof(JitFrame, stack_addend);
 inline constexpr u32 kLoopStart = offsetof(JitFrame, loop_start), kLoopRoom = offsetof(JitFrame, loop_room);
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))

@@ -227,8 +227,11 @@ const BlockBuilder::Group* BlockBuilder::group_of(const Address& a, u8 size, Kin
 BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind kind) {
   if (!groupable(a)) return nullptr;
   Group* slot = nullptr;
-  for (Group& g : groups_)
-    if (!g.active) slot = &g;
+  for (unsigned n = 0; n < kGroups; n++) {
+    if (groups_[n].active) continue;
+    slot = &groups_[n];
+    slot->slot = frame::kGroups + 8 * n;
+  }
   if (slot == nullptr) return nullptr;
   Group g;
   g.active = true;
@@ -268,6 +271,11 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
   g.active = true;
   g.moved = 0;
   g.slot = slot->slot;
+  if (g.base == RSP && g.index == kNoReg) {
+    bool taken = false;
+    for (const Group& other : groups_) taken |= other.active && other.slot == frame::kStackAddend;
+    if (!taken) g.slot = frame::kStackAddend;
+  }
   *slot = g;
   return slot;
 }
@@ -288,19 +296,32 @@ void BlockBuilder::before(const DecodedInsn& i) {
   for (Group& g : groups_) g.active = false;
 }
 
+/// The group lies elsewhere than the stack's last accesses: its page takes that place, if it may be written.
+void BlockBuilder::stack_miss(GroupMiss& m) {
+  Address last = m.address;
+  last.disp += static_cast<i32>(m.size) - 1;
+  e_.bind(m.stack);
+  emit_group_check(m.address, last, true, m.entry);
+  e_.store(HostMem::frame(frame::kStackPage), kScratch0);
+  e_.store(HostMem::frame(frame::kStackAddend), kScratch1);
+  e_.store_imm32(HostMem::frame(frame::kStackLimit), static_cast<i32>(kPageSize) - kReach + 1);
+  e_.jmp(m.resume);
+}
+
 /// The miss of a group's check: a fill that the first access alone is entitled to, or on in the copy.
 void BlockBuilder::finish_groups() {
   for (GroupMiss& m : group_misses_) {
     Copy& copy = copies_[m.insn];
     Label restore;
     Label& ungrouped = m.flags == Flags::Frame && copy.flags == Flags::Host ? restore : copy.entry;
+    if (m.stacked) stack_miss(m);
     e_.bind(m.entry);
-    if (m.fill) {
+    if (m.fill && (m.write || !m.stacked)) {
       emit_address(kScratch0, m.address);
       one_page_or(ungrouped, m.size);
       e_.mov_imm(kScratch1, m.size);
       emit_fill(m.write);
-      e_.jcc(5, m.resume);
+      e_.jcc(5, m.stacked ? m.stack : m.resume);
     }
     if (&ungrouped == &restore) {
       e_.bind(restore);

@@ -158,17 +158,18 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
       m.fill = g->write == (kind == Kind::Write);
       m.insn = index_;
       m.flags = flags_;
-      emit_address(kScratch1, m.address);
-      e_.shr(kScratch1, frame::kTlbShift);
-      e_.and32(kScratch1, frame::kTlbMask);
-      e_.add(kScratch1, HostMem::frame(frame::kTlb));
+      if (g->slot == frame::kStackAddend) {
+        m.stacked = true;
+        emit_address(kScratch0, m.address);
+        e_.encode({.w = true, .opcode = 0x2b, .reg = kScratch0, .memory = true, .mem = HostMem::frame(frame::kStackPage)});
+        e_.cmp(kScratch0, HostMem::frame(frame::kStackLimit));
+        e_.jcc(3, m.stack);
+        e_.bind(m.resume);
+        return through(HostMem::frame(g->slot));
+      }
       Address end = a;
       end.disp = static_cast<i32>(g->high - 1);
-      emit_address(kScratch0, end);
-      e_.and_imm(kScratch0, -static_cast<i32>(kPageSize));
-      e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(g->write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
-      e_.jcc(5, m.entry);
-      e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+      emit_group_check(m.address, end, g->write, m.entry);
       e_.bind(m.resume);
       e_.store(HostMem::frame(g->slot), kScratch1);
       operand_of(a, out);
@@ -273,6 +274,19 @@ void BlockBuilder::operand_of(const Address& a, Access* out) {
   operand.bit = kNoReg;
   emit_address(kScratch0, operand);
   *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+}
+
+/// r15 = addend, or the jump. r14: the page.
+void BlockBuilder::emit_group_check(const Address& first, const Address& last, bool write, Label& miss) {
+  emit_address(kScratch1, first);
+  e_.shr(kScratch1, frame::kTlbShift);
+  e_.and32(kScratch1, frame::kTlbMask);
+  e_.add(kScratch1, HostMem::frame(frame::kTlb));
+  emit_address(kScratch0, last);
+  e_.and_imm(kScratch0, -static_cast<i32>(kPageSize));
+  e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
+  e_.jcc(5, miss);
+  e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
 }
 
 /// Flags stay.

@@ -155,6 +155,7 @@ bool BlockBuilder::rdtsc(bool aux) {
 // ---- what it calls ----
 
 u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
+  frame_.stack_limit = 0;
   switch (op) {
     case SystemOp::Swapgs:
       std::swap(s_.seg[GS].base, s_.msr.kernel_gs_base);

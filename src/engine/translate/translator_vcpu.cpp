@@ -285,6 +285,7 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.gs_base = s_.seg[GS].base;
   frame_.page = s_.rip & kPageMask;
   const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
+  frame_.stack_limit = 0;
   frame_.tlb = reinterpret_cast<u64>(shadow != nullptr ? shadow : mmu_.tlb());
   enter_translated(code);
   s_.gpr[R13] = frame_.r13;
