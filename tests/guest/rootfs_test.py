@@ -26,7 +26,7 @@ class Rootfs(unittest.TestCase):
         self.root = os.path.join(directory.name, "root")
         self.temporary = os.path.join(directory.name, "tmp")
         os.mkdir(self.temporary)
-        for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "work/below"):
+        for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "area/below"):
             os.makedirs(os.path.join(self.root, name))
         shutil.copy(shutil.which("busybox"), os.path.join(self.root, "bin/busybox"))
         for applet in ("sh", "cat", "dd", "md5sum", "id", "uname", "stty", "tty", "ls", "sleep", "seq", "kill"):
@@ -44,9 +44,9 @@ class Rootfs(unittest.TestCase):
 
     def test_output_status_and_directory(self):
         script = 'echo out; echo err >&2; pwd; uname -s; id -u; echo "$1" | cat -; exit 42'
-        result = self.command("sh", "-c", script, "sh", "two  words\t\\ 'and' \"quotes\"", cwd=os.path.join(self.root, "work/below"))
+        result = self.command("sh", "-c", script, "sh", "two  words\t\\ 'and' \"quotes\"", cwd=os.path.join(self.root, "area/below"))
         self.assertEqual(result.returncode, 42, result)
-        self.assertEqual(result.stdout.decode(), "out\n/work/below\nLinux\n0\ntwo  words\t\\ 'and' \"quotes\"\n")
+        self.assertEqual(result.stdout.decode(), "out\n/area/below\nLinux\n0\ntwo  words\t\\ 'and' \"quotes\"\n")
         self.assertEqual(result.stderr, b"err\n")
 
     def test_bytes_pass_both_ways_unchanged(self):
@@ -61,13 +61,13 @@ class Rootfs(unittest.TestCase):
         self.assertIn(b"no-such-program", result.stderr)
 
     def test_what_it_writes_is_on_the_host(self):
-        result = self.command("sh", "-c", "echo made > /work/file")
+        result = self.command("sh", "-c", "echo made > /area/file")
         self.assertEqual(result.returncode, 0, result)
-        with open(os.path.join(self.root, "work/file")) as f:
+        with open(os.path.join(self.root, "area/file")) as f:
             self.assertEqual(f.read(), "made\n")
-        result = self.command("sh", "-c", "echo again > /work/file", root=self.root + ",ro")
+        result = self.command("sh", "-c", "echo again > /area/file", root=self.root + ",ro")
         self.assertNotEqual(result.returncode, 0)
-        with open(os.path.join(self.root, "work/file")) as f:
+        with open(os.path.join(self.root, "area/file")) as f:
             self.assertEqual(f.read(), "made\n")
 
     def test_the_hosts_own_root_is_only_read(self):
