@@ -11,17 +11,27 @@
 /// Flushes cost what was filled, not what there is: each bank keeps bitmaps of its filled entries.
 namespace ring3::engine {
 
+/// Going through all of a set that is nearly empty costs nearly nothing: a summary says which words may hold something.
 template <unsigned Size>
 struct IndexSet {
+  static_assert(Size % 64 == 0);
   u64 words[Size / 64] = {};
-  void set(unsigned i) { words[i / 64] |= 1ull << (i % 64); }
+  mutable u64 summary[(Size / 64 + 63) / 64] = {};  // a bit a word; one too many is harmless, one too few is not
+  void set(unsigned i) {
+    words[i / 64] |= 1ull << (i % 64);
+    summary[i / 4096] |= 1ull << (i / 64 % 64);
+  }
   void clear(unsigned i) { words[i / 64] &= ~(1ull << (i % 64)); }
   bool test(unsigned i) const { return (words[i / 64] >> (i % 64)) & 1; }
   template <class F>
   void for_each(F f) const {
-    for (unsigned w = 0; w < Size / 64; w++) {
-      for (u64 bits = words[w]; bits != 0; bits &= bits - 1) {
-        f(w * 64 + static_cast<unsigned>(__builtin_ctzll(bits)));
+    for (unsigned s = 0; s < sizeof summary / sizeof summary[0]; s++) {
+      for (u64 left = summary[s]; left != 0; left &= left - 1) {
+        const unsigned w = s * 64 + static_cast<unsigned>(__builtin_ctzll(left));
+        for (u64 bits = words[w]; bits != 0; bits &= bits - 1) {
+          f(w * 64 + static_cast<unsigned>(__builtin_ctzll(bits)));
+        }
+        if (words[w] == 0) summary[s] &= ~(1ull << (w % 64));
       }
     }
   }
