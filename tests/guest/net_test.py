@@ -199,6 +199,15 @@ def configure(name, address):
         fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", name.encode(), flags | 1))
 
 
+def make_tap(name, address):
+    """A persistent tap interface in this namespace, up and with an address."""
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x5002))  # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+    fcntl.ioctl(tun, 0x400454CB, 1)                                              # persistent
+    os.close(tun)
+    configure(name, address)
+
+
 class Tap(Guest):
     def test_a_tap_interface(self):
         """In a network namespace of this test's own."""
@@ -210,11 +219,7 @@ class Tap(Guest):
             os.close(before)
             self.skipTest("no network namespace can be made here")
         try:
-            tun = os.open("/dev/net/tun", os.O_RDWR)
-            fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"r3tap", 0x5002))  # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-            fcntl.ioctl(tun, 0x400454CB, 1)                                         # persistent
-            os.close(tun)
-            configure("r3tap", "10.77.0.1")
+            make_tap("r3tap", "10.77.0.1")
             server = self.serve(Server4, "10.77.0.1")
             script = ("ip link set eth0 up; ip addr add 10.77.0.2/8 dev eth0; wget -q -O - http://10.77.0.1:%d/data | md5sum"
                       % server.server_port)
