@@ -32,6 +32,7 @@ struct Interpreter::Impl {
   using Ended = std::optional<Result>;
 
   Result run(u64 budget);
+  Result execute(const DecodedInsn& insn, Handler handler);
   Ended step();
   void rewind();
   Block* lookup(u64 linear, u64 key, bool single);
@@ -274,6 +275,27 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
   return std::nullopt;
 }
 
+Interpreter::Result Interpreter::Impl::execute(const DecodedInsn& insn, Handler handler) {
+  VcpuState& s = c.s;
+  const bool rf = s.rflags & rflags::RF;
+  const u64 start = s.rip;
+  s.rflags &= ~rflags::RF;
+  s.rip = start + insn.length;
+  const Exec e = handler(c, insn);
+  if (e == Exec::Stop) {
+    const bool exit = c.stop().kind == Stop::Kind::Exit;
+    if (rf && c.stop().kind != Stop::Kind::Trap) s.rflags |= rflags::RF;
+    bool retired;
+    const Ended ended = stopped(&insn, &retired);
+    if ((exit || ended == Result::Exit) && rf) s.rflags |= rflags::RF;
+    c.retired += retired;
+    return ended ? *ended : Result::Budget;
+  }
+  c.retired++;
+  if (rf && e == Exec::Branch && s.rip == start && insn.has(kMayFaultAfterPartial)) s.rflags |= rflags::RF;
+  return e == Exec::Halt ? Result::Halted : Result::Budget;
+}
+
 Interpreter::Result Interpreter::Impl::run(u64 budget) {
   VcpuState& s = c.s;
   const u64 limit = c.retired + budget < c.retired ? ~0ull : c.retired + budget;
@@ -377,6 +399,7 @@ Interpreter::~Interpreter() { impl_->c.mmu.set_code_observer(nullptr); }
 
 Context& Interpreter::context() { return impl_->c; }
 Interpreter::Result Interpreter::run(u64 budget) { return impl_->run(budget); }
+Interpreter::Result Interpreter::execute(const DecodedInsn& insn, Handler handler) { return impl_->execute(insn, handler); }
 
 Delivered Interpreter::inject(const Event& event) {
   Context& c = impl_->c;

@@ -33,6 +33,10 @@ class Interpreter final : public CodeObserver {
   /// Precondition: mode_changed() was called after state was set from outside.
   Result run(u64 budget = ~0ull);
 
+  /// Executes one instruction that the caller decoded at RIP and may execute there, as run(1) does. Only in 64-bit code,
+  /// with nothing around the instruction: no slow_step, no shadow, nothing replayed or pending.
+  Result execute(const DecodedInsn& insn, Handler handler);
+
   /// Delivers an external interrupt, NMI, or exception given by the VMM, before run().
   Delivered inject(const Event& event);
 

@@ -253,14 +253,14 @@ void BlockBuilder::finish() {
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
     e_.bind(i.entry);
-    if (i.flags_in_frame) emit_flags_restore(kScratch0);
     if (i.sti_shadow) {
       constexpr i32 kShadow = static_cast<i32>(offsetof(VcpuState, sti_shadow)) - static_cast<i32>(offsetof(VcpuState, rflags));
       e_.load(kScratch0, HostMem::frame(kRflags));
       e_.encode({.opcode = 0xc6, .memory = true, .mem = HostMem::at(kScratch0, kShadow), .imm_size = 1, .imm = {1}});
     }
     emit_rip(kScratch0, page_offset(i.rip));
-    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitInterpret)});
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
+               .mem = HostMem::frame(i.flags_in_frame ? frame::kExitInterpretFrame : frame::kExitInterpret)});
   }
   for (Poll& p : polls_) {
     e_.bind(p.entry);

@@ -72,6 +72,8 @@ struct HostFaultPoint {
 struct TranslatedBlock {
   std::vector<u8> code;  ///< position-independent; entered at its first byte, with the status flags in RFLAGS
   u32 frame_entry = 0;   ///< or here, with the status flags in JitFrame::flags; 5 bytes that nothing else jumps into
+  u32 left = 0;          ///< index of the instruction that the code leaves to the interpreter by exit_left
+  std::vector<u32> left_at;  ///< offsets of the u32s that are to hold its number; none: it does not
   u32 dead_stub = 0;     ///< leaves by exit_dead_frame; what frame_entry is made to lead to when the block dies
   std::vector<DirectExit> exits;
   std::vector<HostFaultPoint> faults;
@@ -82,7 +84,8 @@ struct TranslatedBlock {
     code.clear();
     exits.clear();
     faults.clear();
-    insns = bytes = frame_entry = dead_stub = 0;
+    left_at.clear();
+    insns = bytes = frame_entry = dead_stub = left = 0;
     flags_in = 0;
   }
 };

@@ -21,8 +21,16 @@ void BlockBuilder::exit_interpret_now() {
   flags_to_host(kScratch0);
   emit_rip(kScratch0, page_offset(rip()));
   const bool vector = needs_vectors(request_->insns[index_].op);
-  e_.encode(thunk_jump(request_->mode.lazy && vector ? frame::kExitVectors : frame::kExitInterpret));
   ended_ = true;
+  if ((request_->mode.lazy && vector) || code32() || request_->edge != 0) {
+    e_.encode(thunk_jump(request_->mode.lazy && vector ? frame::kExitVectors : frame::kExitInterpret));
+    return;
+  }
+  e_.bytes({0x41, 0xbf});  // mov r15d, the number it is given
+  out_->left = static_cast<u32>(index_);
+  out_->left_at.push_back(e_.size());
+  e_.imm32(0);
+  e_.encode(thunk_jump(frame::kExitLeft));
 }
 
 bool BlockBuilder::reachable(u64 target) const {
@@ -316,8 +324,8 @@ bool BlockBuilder::ret(const DecodedInsn& i) {
   e_.bind_short(other);
   check_canonical(kScratch0, kScratch1);
   move_rsp(drop);
-  e_.load(kHostRsp, frame_at(frame::kShadowBase));
-  exit_indirect();
+  e_.encode(thunk_jump(frame::kExitReturn));
+  ended_ = true;
   return true;
 }
 

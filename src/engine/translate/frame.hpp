@@ -33,7 +33,7 @@ struct alignas(64) JitFrame {
   u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
   u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
   u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
-  u64 unused = 0;
+  u64 kernel_gs_base = 0;  ///< the guest's MSR
   u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
   u64 jump_bias = 0;    ///< in its top 16 bits: which address space and mode entries must be of
   u64 exit_rip = 0;
@@ -82,6 +82,12 @@ struct alignas(64) JitFrame {
   /// In: r14 = RIP of a block that was killed, the status flags in `flags`: the jump table still leads to it.
   u64 exit_dead_frame = 0;
   u64 page = 0;  ///< linear address of the page that runs, for position-independent code
+  /// As exit_interpret; r15d = number of the decoded instruction (TranslatorVcpu's), which nothing stands around.
+  u64 exit_left = 0;
+  u64 exit_interpret_frame = 0;  ///< as exit_interpret, with the status flags in `flags`
+  /// In: r14 = canonical RIP that a near RET goes to, which is not on top of the shadow stack; the status flags in
+  /// `flags`. Polls attention, then goes on through the jump table, with an empty shadow stack.
+  u64 exit_return = 0;
 
   u8 bounce[64] = {};  ///< bytes of a read in two pages
   u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
@@ -95,8 +101,7 @@ struct alignas(64) JitFrame {
 /// What the fill thunks are called with in place of a size, for system instructions (system_ops.cpp). r14 is the
 /// operand and stays; r15 is the answer, 0 from those that may refuse.
 enum class SystemOp : u32 {
-  Swapgs = 0x100,
-  Stac,
+  Stac = 0x100,
   Clac,
   Sti,
   StiOpen,  ///< refused when something waits; no shadow is set
@@ -126,7 +131,9 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kShadowLimit = RING3_FRAME_SHADOW_LIMIT, kShadowBase = RING3_FRAME_SHADOW_BASE,
                      kBiasHigh = RING3_FRAME_BIAS_HIGH, kBiasNegated = RING3_FRAME_BIAS_NEGATED, kJumpTable = RING3_FRAME_JUMP_TABLE,
                      kJumpBias = RING3_FRAME_JUMP_BIAS,
-                     kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE;
+                     kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE,
+                     kExitLeft = RING3_FRAME_EXIT_LEFT, kExitInterpretFrame = RING3_FRAME_EXIT_INTERPRET_FRAME,
+                     kExitReturn = RING3_FRAME_EXIT_RETURN, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE;
 inline constexpr u32 kNoTag = ~0u;
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
 inline constexpr u32 kStackPage = offsetof(JitFrame, stack_page), kStackLimit = offsetof(JitFrame, stack_limit),
@@ -175,6 +182,10 @@ RING3_CHECK_OFFSET(exit_indirect_frame, RING3_FRAME_EXIT_INDIRECT_FRAME);
 RING3_CHECK_OFFSET(exit_attention_frame, RING3_FRAME_EXIT_ATTENTION_FRAME);
 RING3_CHECK_OFFSET(exit_dead_frame, RING3_FRAME_EXIT_DEAD_FRAME);
 RING3_CHECK_OFFSET(page, RING3_FRAME_PAGE);
+RING3_CHECK_OFFSET(exit_left, RING3_FRAME_EXIT_LEFT);
+RING3_CHECK_OFFSET(exit_interpret_frame, RING3_FRAME_EXIT_INTERPRET_FRAME);
+RING3_CHECK_OFFSET(exit_return, RING3_FRAME_EXIT_RETURN);
+RING3_CHECK_OFFSET(kernel_gs_base, RING3_FRAME_KERNEL_GS_BASE);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry = tlb + ((linear >> kTlbShift) & kTlbMask).

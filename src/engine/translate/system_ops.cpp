@@ -69,7 +69,10 @@ bool BlockBuilder::may_follow_sti(const DecodedInsn& i) {
 }
 
 bool BlockBuilder::swapgs() {
-  system_op(SystemOp::Swapgs, false);
+  e_.load(kScratch0, HostMem::frame(frame::kGsBase));
+  e_.load(kScratch1, HostMem::frame(frame::kKernelGsBase));
+  e_.store(HostMem::frame(frame::kGsBase), kScratch1);
+  e_.store(HostMem::frame(frame::kKernelGsBase), kScratch0);
   return true;
 }
 
@@ -157,10 +160,6 @@ bool BlockBuilder::rdtsc(bool aux) {
 u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
   frame_.stack_limit = 0;
   switch (op) {
-    case SystemOp::Swapgs:
-      std::swap(s_.seg[GS].base, s_.msr.kernel_gs_base);
-      frame_.gs_base = s_.seg[GS].base;
-      return 1;
     case SystemOp::Stac:
     case SystemOp::Clac:
       s_.rflags = op == SystemOp::Stac ? s_.rflags | rflags::AC : s_.rflags & ~rflags::AC;

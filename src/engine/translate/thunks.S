@@ -112,6 +112,15 @@ thunk ring3_jit_exit_indirect_frame
     movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
 
+thunk ring3_jit_exit_interpret_frame
+    flags_from_frame
+    jmp ring3_jit_exit_interpret
+
+thunk ring3_jit_exit_left
+    movl $RING3_REASON_LEFT, %gs:RING3_FRAME_EXIT_REASON
+    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+    jmp leave
+
 thunk ring3_jit_exit_dead_frame
     flags_from_frame
     movl $RING3_REASON_DEAD, %gs:RING3_FRAME_EXIT_REASON
@@ -176,9 +185,9 @@ leave:
     pop %rbp
     ret
 
-/* jump_index() of r14 to r15, as exits of blocks do it; the flags are in the frame. */
-thunk ring3_jit_exit_cross_frame
-    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+/* r14 + bias and the jump table's entry, as exits of blocks look it up (jump_index()); the flags are in the frame.
+   Not equal: not there. */
+.macro look_up
     mov %r14, %gs:RING3_FRAME_EXIT_RIP
     rorx $16, %r14, %r15
     add %r14d, %r15d
@@ -187,12 +196,31 @@ thunk ring3_jit_exit_cross_frame
     add %gs:RING3_FRAME_JUMP_TABLE, %r15
     add %gs:RING3_FRAME_JUMP_BIAS, %r14
     add (%r15), %r14
+.endm
+
+thunk ring3_jit_exit_cross_frame
+    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+    look_up
     jne 1f
     jmp *8(%r15)
 1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
     flags_from_frame
     movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
     jmp leave
+
+thunk ring3_jit_exit_return
+    mov %gs:RING3_FRAME_SHADOW_BASE, %rsp
+    mov %gs:RING3_FRAME_ATTENTION, %r15
+    cmpl $0, (%r15)
+    jne ring3_jit_exit_attention_frame
+    mov %r14, %r15
+    and $-4096, %r15
+    mov %r15, %gs:RING3_FRAME_PAGE
+    look_up
+    jne 1f
+    jmp *8(%r15)
+1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
+    jmp ring3_jit_exit_indirect_frame
 
 .macro fill name, write
 thunk \name

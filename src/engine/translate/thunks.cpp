@@ -7,7 +7,7 @@
 extern "C" {
 void ring3_jit_enter(const ring3::u8* code);
 extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
-    ring3_jit_exit_cross_frame[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
+    ring3_jit_exit_cross_frame[], ring3_jit_exit_left[], ring3_jit_exit_interpret_frame[], ring3_jit_exit_return[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
     ring3_jit_exit_indirect_frame[], ring3_jit_exit_attention_frame[], ring3_jit_fill_read[], ring3_jit_fill_write[];
 }
 
@@ -47,6 +47,9 @@ void fill_thunks(JitFrame* frame) {
   frame->exit_interpret = reinterpret_cast<u64>(ring3_jit_exit_interpret);
   frame->exit_attention = reinterpret_cast<u64>(ring3_jit_exit_attention);
   frame->exit_cross_frame = reinterpret_cast<u64>(ring3_jit_exit_cross_frame);
+  frame->exit_left = reinterpret_cast<u64>(ring3_jit_exit_left);
+  frame->exit_interpret_frame = reinterpret_cast<u64>(ring3_jit_exit_interpret_frame);
+  frame->exit_return = reinterpret_cast<u64>(ring3_jit_exit_return);
   frame->exit_dead_frame = reinterpret_cast<u64>(ring3_jit_exit_dead_frame);
   frame->exit_vectors = reinterpret_cast<u64>(ring3_jit_exit_vectors);
   frame->exit_next_frame = reinterpret_cast<u64>(ring3_jit_exit_next_frame);

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "engine/decode/decoder.hpp"
+#include "engine/interp/families.hpp"
 #include "engine/interp/operand.hpp"
 #include "engine/translate/thunks.hpp"
 
@@ -18,6 +19,7 @@ constexpr u32 kMxcsrMasks = 0x1f80;
 constexpr u64 kOtherMode = 4096;
 
 /// Leaves at rip: r14 = rip; jmp gs:[thunk]. Behind it the same for status flags that stand in the frame.
+/// With exit_left, r15d is yet to be filled in.
 void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
   std::vector<u8>& code = out->code;
   code.clear();
@@ -33,6 +35,11 @@ void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
     } else {
       code.insert(code.end(), {0x49, 0xbe});
       value(rip, 8);
+    }
+    if (through == frame::kExitLeft) {
+      code.insert(code.end(), {0x41, 0xbf});
+      out->left_at.push_back(static_cast<u32>(code.size()));
+      value(0, 4);
     }
     code.insert(code.end(), {0x65, 0xff, 0x24, 0x25});
     value(through, 4);
@@ -109,7 +116,7 @@ TranslatorVcpu::~TranslatorVcpu() {
 
 u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
-  if (size >= static_cast<u64>(SystemOp::Swapgs)) return v.system_op(static_cast<SystemOp>(size), linear);
+  if (size >= static_cast<u64>(SystemOp::Stac)) return v.system_op(static_cast<SystemOp>(size), linear);
   v.stats_.fills++;
   // The guest's registers are in the host's: a page table that has vanished must not end this by a jump past them.
   struct Call {
@@ -193,7 +200,16 @@ TranslateMode TranslatorVcpu::mode() const {
   return m;
 }
 
+/// Instructions are told apart by their bytes: what they mean depends on nothing else here.
+u32 TranslatorVcpu::number_left(const DecodedInsn& insn) {
+  const std::string bytes(reinterpret_cast<const char*>(insn.raw), insn.length);
+  const auto [at, fresh] = left_numbers_.try_emplace(bytes, static_cast<u32>(left_.size()));
+  if (fresh) left_.push_back({insn, select_handler(c_.features, insn)});
+  return at->second;
+}
+
 CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode) {
+  if (left_.size() >= kMaxLeft) interpreter_.code_flush();
   mmu_.add_code_page(gpa.page());
   // An image: what is decoded and what is kept are the same bytes, whoever writes meanwhile.
   const unsigned room = static_cast<unsigned>(kPageSize - gpa.page_offset());
@@ -244,13 +260,25 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       const Op op = count == 0 ? Op::Invalid : insns_[0].op;
       const bool vector = needs_vectors(op);
       leave_stub(rip, request.position_independent,
-                 mode.lazy && vector && has_feature_[0] ? frame::kExitVectors : frame::kExitInterpret, &out_);
+                 mode.lazy && vector && has_feature_[0]                     ? frame::kExitVectors
+                 : count == 0 || mode.code32 || request.edge != 0 ? frame::kExitInterpret
+                                                                  : frame::kExitLeft,
+                 &out_);
       out_.bytes = count == 0 ? std::min(room, 15u) : std::min<u32>(room, insns_[0].length);
       // What is undefined may depend on bytes past its length.
       if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
     } else {
       out_.bytes = std::min<u32>(room, out_.bytes);
       stats_.translated++;
+    }
+    if (left_stale_) {
+      left_.clear();
+      left_numbers_.clear();
+      left_stale_ = false;
+    }
+    for (u32 slot : out_.left_at) {
+      const u32 number = number_left(insns_[out_.left]);
+      std::memcpy(out_.code.data() + slot, &number, 4);
     }
     if (CodeBlock* b = cache_->add(gpa, request.position_independent ? 0 : rip, mode.bits(),
                                   request.position_independent, out_, image)) {
@@ -283,6 +311,7 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.r15 = s_.gpr[R15];
   frame_.fs_base = s_.seg[FS].base;
   frame_.gs_base = s_.seg[GS].base;
+  frame_.kernel_gs_base = s_.msr.kernel_gs_base;
   frame_.page = s_.rip & kPageMask;
   const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
   frame_.stack_limit = 0;
@@ -291,6 +320,8 @@ void TranslatorVcpu::enter(const u8* code) {
   s_.gpr[R13] = frame_.r13;
   s_.gpr[R14] = frame_.r14;
   s_.gpr[R15] = frame_.r15;
+  s_.seg[GS].base = frame_.gs_base;
+  s_.msr.kernel_gs_base = frame_.kernel_gs_base;
   s_.rflags = (s_.rflags & ~rflags::STATUS) | (frame_.saved_flags & rflags::STATUS);
   s_.rip = frame_.exit_rip;
   stats_.entries++;
@@ -356,6 +387,16 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
           case RING3_REASON_VECTORS:
             vectors_held_ = kVectorsHeld;
             continue;
+          case RING3_REASON_LEFT: {
+            if (c_.slow_step || s_.sti_shadow || s_.mov_ss_shadow || lockstep_ != nullptr) break;
+            stats_.interpreted++;
+            if (options_.interpreted_ops != nullptr) note_interpreted();
+            if (vectors_held_ != 0) vectors_held_--;
+            const Left& left = left_[frame_.exit_tag];
+            const Interpreter::Result r = interpreter_.execute(left.insn, left.handler);
+            if (r != Interpreter::Result::Budget) return r;
+            continue;
+          }
           case RING3_REASON_DEAD:
             cache_->forget(s_.rip);
             continue;

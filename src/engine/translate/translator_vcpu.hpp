@@ -1,5 +1,8 @@
 #pragma once
 #include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "engine/interp/block_cache.hpp"
 #include "engine/interp/host_fault.hpp"
@@ -61,7 +64,10 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
                  std::unique_ptr<CodeCache> cache, const Options& options);
 
   bool holds_page(Gpa page) override { return cache_->holds_page(page); }
-  void pages_released() override { cache_->flush(); }
+  void pages_released() override {
+    cache_->flush();
+    left_stale_ = true;  // one of them may be running
+  }
 
   /// Whether the next instruction may run translated, but for its address.
   bool can_enter() const;
@@ -73,6 +79,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   CodeBlock* lookup(u64 rip, TranslateMode mode);
   CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode);
   void enter(const u8* code);
+  u32 number_left(const DecodedInsn& insn);
   /// host - linear of an access that the translation allows, 0: it is interpreted. In two pages only if the host's
   /// are neighbours too, or for a read, which then reads from a copy.
   u64 addend(u64 linear, unsigned size, bool write);
@@ -96,6 +103,15 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::unique_ptr<Lockstep> lockstep_;  ///< null: blocks run unchecked
   bool in_run_ = false;
   u64 gs_before_ = 0;          ///< while in_run_
+  /// Instructions that blocks leave to the interpreter, by number.
+  struct Left {
+    DecodedInsn insn;
+    Handler handler;
+  };
+  static constexpr std::size_t kMaxLeft = 1u << 15;  ///< different ones; then everything is translated anew
+  std::vector<Left> left_;
+  std::unordered_map<std::string, u32> left_numbers_;
+  bool left_stale_ = false;  ///< no block has a number: they begin anew with the next one
   unsigned vectors_held_ = 0;  ///< supervisor code runs with vectors loaded while it is not zero
 };
 
