@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 namespace ring3::sandbox {
@@ -109,7 +110,12 @@ Status drop_capabilities() {
 }  // namespace
 
 Status filter_system_calls(const JailPolicy& policy) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  // A sanitizer's runtime makes calls of its own, which may fail but must not kill.
+  scmp_filter_ctx context = ::seccomp_init(SCMP_ACT_ERRNO(EPERM));
+#else
   scmp_filter_ctx context = ::seccomp_init(SCMP_ACT_KILL_PROCESS);
+#endif
   if (context == nullptr) return Error::of(ENOMEM, "jail: no memory for the filter");
   int error = 0;
   for (const SyscallRule& rule : policy.system_calls) {
