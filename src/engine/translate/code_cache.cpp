@@ -224,9 +224,13 @@ void CodeCache::written(Gpa gpa, unsigned size) {
 }
 
 void CodeCache::validate(Gpa page, const u8* host) {
+  if (pages_.find(page.frame()) == pages_.end()) return;
+  // An image: an access to guest memory that has vanished is cut off (GuestMemoryTrap), which sweep() would not survive.
   // SAFETY: host has a page of bytes, and no block reaches past the end of its page.
+  u8 image[kPageSize];
+  std::memcpy(image, host, sizeof image);
   sweep(page.frame(), [&](const CodeBlock& b) {
-    return std::memcmp(host + b.gpa.page_offset(), guest_.data() + b.guest_bytes, b.bytes) != 0;
+    return std::memcmp(image + b.gpa.page_offset(), guest_.data() + b.guest_bytes, b.bytes) != 0;
   });
 }
 
