@@ -56,6 +56,11 @@ class Ending {
     if (machine_ == nullptr || ioctl(STDIN_FILENO, TIOCGWINSZ, &size) != 0) return;
     machine_->resize_console(size.ws_col, size.ws_row);
   }
+  /// The terminal that `ring3 console` attached has this size.
+  void resize_console(u16 columns, u16 rows) {
+    const std::lock_guard lock(mutex_);
+    if (machine_ != nullptr) machine_->resize_console(columns, rows);
+  }
   /// The first reason counts.
   void request(int status, const std::string& why) {
     const std::lock_guard lock(mutex_);
@@ -111,7 +116,8 @@ Status check_memory_can_be_had(u64 bytes) {
 
 /// `place`: what `ring3 ps` calls it.
 Result<std::unique_ptr<vmm::Console>> make_console(const std::string& where, Background* background,
-                                                   StreamConsole::Callbacks callbacks, std::string& place) {
+                                                   StreamConsole::Callbacks callbacks,
+                                                   vms::SharedConsole::OnSize on_size, std::string& place) {
   const auto widen = [](auto made) -> Result<std::unique_ptr<vmm::Console>> {
     if (!made) return made.error();
     return std::unique_ptr<vmm::Console>(std::move(*made));
@@ -119,7 +125,7 @@ Result<std::unique_ptr<vmm::Console>> make_console(const std::string& where, Bac
   place = where;
   if (where == "stdio" && background != nullptr) {
     place = "shared";
-    return widen(vms::SharedConsole::create(background->claim().directory_fd(), nullptr));
+    return widen(vms::SharedConsole::create(background->claim().directory_fd(), std::move(on_size)));
   }
   if (where == "stdio") return widen(StreamConsole::standard_io(std::move(callbacks)));
   if (where == "none") return widen(StreamConsole::none());
@@ -287,7 +293,8 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
     return std::unique_ptr<vmm::Console>(std::move(made));
   };
   const auto output_lost = callbacks.on_output_lost;
-  auto console = hidden ? hide() : make_console(options.console, background, std::move(callbacks), console_place);
+  auto console = hidden ? hide() : make_console(options.console, background, std::move(callbacks),
+                                                [&](u16 rows, u16 columns) { ending.resize_console(columns, rows); }, console_place);
   if (!console) return fail(console.error().message);
   EngineKind kind = EngineKind::kSoft;
   auto system = make_engine(options, kind);
