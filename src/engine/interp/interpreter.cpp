@@ -33,6 +33,7 @@ struct Interpreter::Impl {
 
   Result run(u64 budget);
   Result execute(const DecodedInsn& insn, Handler handler);
+  Result run_one();
   Ended step();
   void rewind();
   Block* lookup(u64 linear, u64 key, bool single);
@@ -296,6 +297,13 @@ Interpreter::Result Interpreter::Impl::execute(const DecodedInsn& insn, Handler 
   return e == Exec::Halt ? Result::Halted : Result::Budget;
 }
 
+Interpreter::Result Interpreter::Impl::run_one() {
+  if (c.s.exception.pending) return run(1);
+  if (!c.code64) c.s.rip = static_cast<u32>(c.s.rip);
+  if (const Ended ended = step()) return *ended;
+  return Result::Budget;
+}
+
 Interpreter::Result Interpreter::Impl::run(u64 budget) {
   VcpuState& s = c.s;
   const u64 limit = c.retired + budget < c.retired ? ~0ull : c.retired + budget;
@@ -398,6 +406,7 @@ Interpreter::Interpreter(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Interpreter::~Interpreter() { impl_->c.mmu.set_code_observer(nullptr); }
 
 Context& Interpreter::context() { return impl_->c; }
+Interpreter::Result Interpreter::run_one() { return impl_->run_one(); }
 Interpreter::Result Interpreter::run(u64 budget) { return impl_->run(budget); }
 Interpreter::Result Interpreter::execute(const DecodedInsn& insn, Handler handler) { return impl_->execute(insn, handler); }
 

@@ -36,6 +36,9 @@ class Interpreter final : public CodeObserver {
   /// Executes one instruction that the caller decoded at RIP and may execute there, as run(1) does. Only in 64-bit code,
   /// with nothing around the instruction: no slow_step, no shadow, nothing replayed or pending.
   Result execute(const DecodedInsn& insn, Handler handler);
+  /// run(1), but attention and an open interrupt window do not keep the instruction from being executed: what left
+  /// translated code in the middle of a block goes on to the next boundary.
+  Result run_one();
 
   /// Delivers an external interrupt, NMI, or exception given by the VMM, before run().
   Delivered inject(const Event& event);

@@ -110,10 +110,20 @@ bool BlockBuilder::verbatim(const DecodedInsn& i) {
       e_.bytes({0x0f, 0xae, 0xf8});
       return true;
     case Op::Vzeroupper:
-      e_.bytes({0xc5, 0xf8, 0x77});
-      return true;
     case Op::Vzeroall:
-      e_.bytes({0xc5, 0xfc, 0x77});
+      if (code32()) {  // eight registers: VMOVAPS xmm, xmm and VPXOR xmm, xmm, xmm clear what is above
+        for (u8 n = 0; n < 8; n++) {
+          const u8 modrm = static_cast<u8>(0xc0 | n << 3 | n);
+          if (i.op == Op::Vzeroupper) e_.bytes({0xc5, 0xf8, 0x28, modrm});
+          else e_.bytes({0xc5, static_cast<u8>(0x81 | (~n & 15) << 3), 0xef, modrm});
+        }
+        return true;
+      }
+      if (i.op == Op::Vzeroall) {
+        e_.bytes({0xc5, 0xfc, 0x77});
+        return true;
+      }
+      e_.bytes({0xc5, 0xf8, 0x77});
       return true;
     default:
       return false;

@@ -70,14 +70,15 @@ bool BlockBuilder::string(const DecodedInsn& i) {
   emit_direction_check();
   Access a;
   switch (i.op) {
-    case Op::Movs:
-      if (!access(target, size, Kind::Write, false, &a)) return false;
+    case Op::Movs:  // the source first: a fault there leaves no trace of the store
+      if (!access(source, size, Kind::Read, false, &a)) return false;
       e_.lea(kScratch0, a.mem);
       e_.store(HostMem::frame(kTargetSlot), kScratch0);
-      if (!access(source, size, Kind::Read, false, &a)) return false;
-      e_.encode(sized(kLoad, size, kScratch0, a.mem));
+      if (!access(target, size, Kind::Write, false, &a)) return false;
+      single_register(&a);
       e_.load(kScratch1, HostMem::frame(kTargetSlot));
-      e_.encode(sized(kStore, size, kScratch0, HostMem::at(kScratch1)));
+      e_.encode(sized(kLoad, size, kScratch1, HostMem::at(kScratch1)));
+      e_.encode(sized(kStore, size, kScratch1, a.mem));
       advance(kHostRsi, step, word());
       advance(kHostRdi, step, word());
       return true;
@@ -98,12 +99,13 @@ bool BlockBuilder::string(const DecodedInsn& i) {
       advance(kHostRdi, step, word());
       return true;
     case Op::Cmps:
-      if (!access(target, size, Kind::Read, false, &a)) return false;
-      e_.encode(sized(kLoad, size, kScratch0, a.mem));
-      e_.store(HostMem::frame(kTargetSlot), kScratch0);
       if (!access(source, size, Kind::Read, false, &a)) return false;
       e_.encode(sized(kLoad, size, kScratch0, a.mem));
-      e_.encode(sized(kCompareWith, size, kScratch0, HostMem::frame(kTargetSlot)));
+      e_.store(HostMem::frame(kTargetSlot), kScratch0);
+      if (!access(target, size, Kind::Read, false, &a)) return false;
+      single_register(&a);
+      e_.load(kScratch1, HostMem::frame(kTargetSlot));
+      e_.encode(sized(kCompareWith, size, kScratch1, a.mem));
       flags_ = Flags::Host;
       advance(kHostRsi, step, word());
       advance(kHostRdi, step, word());
@@ -130,24 +132,23 @@ bool BlockBuilder::repeated_string(const DecodedInsn& i) {
 
   Address at;
   at.narrow = at.linear32 = code32();
-  at.index = RDI;  // not as a base: each round is checked by itself
+  // Indexed, not based: each round is checked by itself.
   Access a;
-  whole_ = true;
-  const bool target = access(at, size, Kind::Write, false, &a);
-  whole_ = false;
-  if (!target) return false;
-  e_.lea(kScratch0, a.mem);
-  e_.encode(alu64(kSubFrom, kScratch0, kHostRdi));
-  e_.store(HostMem::frame(kTargetSlot), kScratch0);
-  if (move) {
-    at.index = RSI;
+  const auto whole = [&](u8 reg, Kind kind) {
+    at.index = reg;
     whole_ = true;
-    const bool source = access(at, size, Kind::Read, false, &a);
+    const bool reached = access(at, size, kind, false, &a);
     whole_ = false;
-    if (!source) return false;
+    if (!reached) return false;
     e_.lea(kScratch0, a.mem);
-    e_.encode(alu64(kSubFrom, kScratch0, kHostRsi));  // r14: host address - rSI
+    e_.encode(alu64(kSubFrom, kScratch0, reg));  // r14: host address - register
+    return true;
+  };
+  if (move) {  // the source first: a fault there leaves no trace of the store
+    if (!whole(RSI, Kind::Read)) return false;
+    e_.store(HostMem::frame(kTargetSlot), kScratch0);
   }
+  if (!whole(RDI, Kind::Write)) return false;
   e_.store(HostMem::frame(kSavedSlot), kHostRdx);
   // r15: elements of this piece, up to the nearer page end; the first one lies inside.
   e_.mov32(kScratch1, kHostRdi);
@@ -163,19 +164,19 @@ bool BlockBuilder::repeated_string(const DecodedInsn& i) {
   if (log2 != 0) e_.shr(kHostRdx, log2);
   e_.encode(alu64(kCompare, kHostRdx, kHostRcx));
   e_.encode({.w = true, .map = 1, .opcode = 0x40 | kAbove, .reg = kHostRdx, .rm = kHostRcx});
-  e_.load(kScratch1, HostMem::frame(kTargetSlot));  // host address - rDI
+  if (move) e_.load(kScratch1, HostMem::frame(kTargetSlot));  // host address - rSI
 
   e_.encode({.w = true, .opcode = 0x87, .reg = kHostRcx, .rm = kHostRdx});  // xchg: rcx piece, rdx all
   e_.encode(alu64(kSubFrom, kHostRdx, kHostRcx));
-  e_.encode(alu64(kAddTo, kHostRdi, kScratch1));
-  if (move) e_.encode(alu64(kAddTo, kHostRsi, kScratch0));
+  e_.encode(alu64(kAddTo, kHostRdi, kScratch0));
+  if (move) e_.encode(alu64(kAddTo, kHostRsi, kScratch1));
   Encoding string = sized(move ? 0xa4 : 0xaa, size);
   e_.byte(0xf3);
   if (string.p66) e_.byte(0x66);
   if (string.w) e_.byte(0x48);
   e_.byte(string.opcode);
-  e_.encode(alu64(kSubFrom, kHostRdi, kScratch1));
-  if (move) e_.encode(alu64(kSubFrom, kHostRsi, kScratch0));
+  e_.encode(alu64(kSubFrom, kHostRdi, kScratch0));
+  if (move) e_.encode(alu64(kSubFrom, kHostRsi, kScratch1));
   if (code32()) {  // past the end of 4 GiB
     e_.mov32(kHostRdi, kHostRdi);
     if (move) e_.mov32(kHostRsi, kHostRsi);

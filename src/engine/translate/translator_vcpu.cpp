@@ -341,7 +341,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
   u64 tag_epoch = 0;
   for (;;) {
     if (c_.retired >= limit) return Interpreter::Result::Budget;
-    bool interpret = !can_enter();
+    bool interpret = !can_enter(), begun = false;
     if (!interpret) {
       if (c_.attention.load(std::memory_order_relaxed) != 0) return Interpreter::Result::Attention;
       if (c_.interrupt_window && (s_.rflags & rflags::IF)) return Interpreter::Result::Attention;
@@ -411,8 +411,10 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
               s_.rip = cache_->block_rip(frame_.exit_rip, frame_.page);
               return Interpreter::Result::Exit;
             }
+            begun = true;
             break;
           default:
+            begun = true;
             break;
         }
       }
@@ -423,7 +425,8 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     if (options_.interpreted_ops != nullptr) note_interpreted();
     if (vectors_held_ != 0) vectors_held_--;
     const u64 n = translatable() ? 1 : std::min(kOtherMode, limit - c_.retired);
-    const Interpreter::Result r = interpreter_.run(n);
+    // What translated code has begun (a dirty bit may be set) is not stopped before it is done.
+    const Interpreter::Result r = begun ? interpreter_.run_one() : interpreter_.run(n);
     if (r != Interpreter::Result::Budget) return r;
   }
 }
