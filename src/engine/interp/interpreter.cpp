@@ -282,7 +282,12 @@ Interpreter::Result Interpreter::Impl::execute(const DecodedInsn& insn, Handler 
   const u64 start = s.rip;
   s.rflags &= ~rflags::RF;
   s.rip = start + insn.length;
+  stepping = true;
+  running_rip = start;
+  step_sti = step_mov_ss = false;
+  step_rf = rf;
   const Exec e = handler(c, insn);
+  stepping = false;
   if (e == Exec::Stop) {
     const bool exit = c.stop().kind == Stop::Kind::Exit;
     if (rf && c.stop().kind != Stop::Kind::Trap) s.rflags |= rflags::RF;
