@@ -41,7 +41,8 @@ TEST_P(Vanished, UnmappedMemoryGivesEfaultAndTheGuestGoesOnWhenItIsBack) {
       ASSERT_EQ(vm.run(), u32{KVM_EXIT_IO});
     }
     ASSERT_EQ(::mprotect(extra, 0x2000, PROT_NONE), 0);
-    for (int i = 0; i < 3; i++) ASSERT_EQ(vm.vcpu().run(), -EFAULT);
+    for (int i = 0; i < 3; i++)
+      ASSERT_EQ(vm.vcpu().run(), -EFAULT) << "guest of " << g.end - g.begin << " bytes, the " << i << "th time, exit " << vm.vcpu().run_page().exit_reason << ", rip " << vm.vcpu().regs()->rip;
     ASSERT_EQ(::mprotect(extra, 0x2000, PROT_READ | PROT_WRITE), 0);
     for (int i = 0; i < 100; i++) {
       ASSERT_EQ(vm.run(), u32{KVM_EXIT_IO});
