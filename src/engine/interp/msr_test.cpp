@@ -116,7 +116,9 @@ TEST(Msr, MachineCheck) {
   EXPECT_EQ(m.wr(msr::AMD_HWCR, 1u << 18), MsrAccess::Ok);
   EXPECT_EQ(m.wr(0x401, 1), MsrAccess::Ok);
   // A bank count beyond what is kept must not reach past the array.
-  EXPECT_EQ(m.wr(msr::MCG_CAP, 0xff, true), MsrAccess::Ok);
+  EXPECT_EQ(m.wr(msr::MCG_CAP, 0xff, true), MsrAccess::Fault);
+  EXPECT_EQ(m.wr(msr::MCG_CAP, 33, true), MsrAccess::Fault);
+  EXPECT_EQ(m.wr(msr::MCG_CAP, 32, true), MsrAccess::Ok);
   EXPECT_EQ(m.wr(0x47f, 0), MsrAccess::Ok);
   EXPECT_EQ(m.rd(0x480, &v), MsrAccess::Unknown);
 }

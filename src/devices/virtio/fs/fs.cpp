@@ -85,7 +85,7 @@ void Fs::kicked(Queue& queue) {
 
 void Fs::answered() {
   fs::ShareProcess::Answer answer;
-  bool freed = false;
+  bool answered_any = false;
   for (;;) {
     const auto received = process_->receive(answer);
     if (received == fs::ShareProcess::Received::kGone) return give_up("its process has ended");
@@ -94,10 +94,12 @@ void Fs::answered() {
     const std::size_t written = request.chain.write(0, process_->reply(answer.slot).data(), answer.length);
     request.queue->complete(request.chain, static_cast<u32>(written));
     process_->release(answer.slot);
-    freed = true;
+    answered_any = true;
   }
-  if (!freed) return;
-  for (Queue* queue : queues_) queue->notify();
+  if (answered_any) {
+    for (Queue* queue : queues_) queue->notify();
+  }
+  // Also when all that came was for requests from before a reset: their slots are free now.
   for (Queue* queue : queues_) kicked(*queue);
 }
 
