@@ -1,5 +1,6 @@
 #include "vmm/acpi/tables.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <numeric>
@@ -219,7 +220,7 @@ Result<Tables> build(const Platform& p, Gpa base, u64 limit) {
   tables.base = base;
   tables.rsdp = base;
   tables.bytes.resize(total);
-  const auto place = [&](u64 at, const std::vector<u8>& b) { std::memcpy(tables.bytes.data() + at, b.data(), b.size()); };
+  const auto place = [&](u64 at, const std::vector<u8>& b) { std::copy(b.begin(), b.end(), tables.bytes.begin() + static_cast<std::ptrdiff_t>(at)); };
 
   place(facs_at, facs);
   place(dsdt_at, dsdt);

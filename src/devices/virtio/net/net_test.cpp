@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <chrono>
 #include <random>
 #include <thread>
@@ -322,7 +323,7 @@ TEST_F(Card, ControlQueue) {
   start();
   EXPECT_NE(device->features() & f::kMultiqueue, 0u);
   const auto command = [&](const std::vector<u8>& bytes) {
-    std::memcpy(guest.at(0xa0000), bytes.data(), bytes.size());
+    std::copy(bytes.begin(), bytes.end(), guest.at(0xa0000));
     *guest.at(0xb0000) = 0x55;
     drivers[4]->add({{0xa0000, static_cast<u32>(bytes.size()), false}, {0xb0000, 1, true}});
     kick(4);
