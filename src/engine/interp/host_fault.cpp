@@ -29,7 +29,13 @@ __thread GuestMemoryTrap* t_trap __attribute__((tls_model("initial-exec"))) = nu
 
 constexpr int kSignals[] = {SIGFPE, SIGILL, SIGSEGV, SIGBUS};
 constexpr unsigned kSignalCount = sizeof kSignals / sizeof kSignals[0];
-struct sigaction g_previous[kSignalCount];
+struct sigaction g_previous[kSignalCount];  // below our handler where it stands now
+struct sigaction g_first[kSignalCount];     // below it when it was installed first
+bool g_installed[kSignalCount];             // g_first holds
+bool g_above[kSignalCount];                 // g_previous came over our handler, which was put over it again
+
+/// The signal for which this thread calls a handler that had been put over ours.
+__thread int t_chaining __attribute__((tls_model("initial-exec"))) = 0;
 
 unsigned slot_of(int sig) {
   for (unsigned i = 0; i < kSignalCount; ++i)
@@ -37,16 +43,46 @@ unsigned slot_of(int sig) {
   return 0;
 }
 
+bool is_function(const struct sigaction& action) {
+  return (action.sa_flags & SA_SIGINFO) || (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN);
+}
+
+void call(const struct sigaction& action, int sig, siginfo_t* info, void* context) {
+  if (action.sa_flags & SA_SIGINFO) {
+    action.sa_sigaction(sig, info, context);
+  } else {
+    action.sa_handler(sig);
+  }
+}
+
+bool is_ours(const struct sigaction& action);
+void put_ours(int sig);
+
+/// Calls a handler that was put over ours and that ours was put over again. It knows ours as what it found: it may call
+/// it, or put it back and raise the signal once more, and means what is below.
+void call_above(int sig, siginfo_t* info, void* context) {
+  const unsigned slot = slot_of(sig);
+  const struct sigaction above = g_previous[slot];
+  t_chaining = sig;
+  ::sigaction(sig, &above, nullptr);  // as it left things
+  call(above, sig, info, context);
+  t_chaining = 0;
+  struct sigaction now;
+  if (::sigaction(sig, nullptr, &now) != 0) return;
+  if (is_ours(now)) {
+    g_previous[slot] = g_first[slot];
+    g_above[slot] = false;
+  } else if (is_function(now) && now.sa_sigaction == above.sa_sigaction) {
+    put_ours(sig);
+  }
+}
+
 void chain(int sig, siginfo_t* info, void* context) {
-  const struct sigaction& previous = g_previous[slot_of(sig)];
-  if (previous.sa_flags & SA_SIGINFO) {
-    previous.sa_sigaction(sig, info, context);
-    return;
-  }
-  if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-    previous.sa_handler(sig);
-    return;
-  }
+  const unsigned slot = slot_of(sig);
+  const bool again = t_chaining == sig;
+  if (g_above[slot] && !again && is_function(g_previous[slot])) return call_above(sig, info, context);
+  const struct sigaction& previous = again ? g_first[slot] : g_previous[slot];
+  if (is_function(previous)) return call(previous, sig, info, context);
   const bool sent = info->si_code <= 0;  // by kill(2) and its like; a fault is raised again by itself
   if (sent && previous.sa_handler == SIG_IGN) return;
   struct sigaction fallback;
@@ -99,16 +135,24 @@ bool is_ours(const struct sigaction& action) {
   return (action.sa_flags & SA_SIGINFO) && action.sa_sigaction == handler;
 }
 
-void install(int sig) {
-  struct sigaction current;
-  if (::sigaction(sig, nullptr, &current) != 0 || is_ours(current)) return;
-  g_previous[slot_of(sig)] = current;
+void put_ours(int sig) {
   struct sigaction ours;
   std::memset(&ours, 0, sizeof ours);
   ours.sa_sigaction = handler;
   ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
   sigemptyset(&ours.sa_mask);
   ::sigaction(sig, &ours, nullptr);
+}
+
+void install(int sig) {
+  struct sigaction current;
+  if (::sigaction(sig, nullptr, &current) != 0 || is_ours(current)) return;
+  const unsigned slot = slot_of(sig);
+  if (!g_installed[slot]) g_first[slot] = current;
+  g_above[slot] = g_installed[slot];
+  g_installed[slot] = true;
+  g_previous[slot] = current;
+  put_ours(sig);
 }
 
 }  // namespace
@@ -177,6 +221,7 @@ void arm_host_faults() {
   struct sigaction current;
   if (::sigaction(SIGFPE, nullptr, &current) == 0 && is_ours(current)) return;
   const std::lock_guard lock(g_mutex);
+  t_chaining = 0;  // whoever was called left by a jump
   install(SIGFPE);
 }
 

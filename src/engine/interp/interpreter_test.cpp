@@ -52,7 +52,7 @@ TEST(Run, AttentionEndsALoop) {
     both_ways(TestMode::Long64, [&](TestMachine& m) {
       m.c().attention = 0;
       std::thread raiser([&] {
-        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
         m.c().attention.fetch_or(1);
       });
       EXPECT_EQ(m.run(hex(code), ~0ull).result, Result::Attention);

@@ -1,0 +1,71 @@
+#include "engine/interp/host_fault.hpp"
+
+#include <gtest/gtest.h>
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstring>
+
+namespace ring3::engine {
+namespace {
+
+const u8 code[16]{};
+struct sigaction g_found;
+volatile sig_atomic_t g_seen;
+
+/// Takes the place of whatever handles SIGFPE, as an embedding program does after the engine has started.
+void put_over(void (*f)(int, siginfo_t*, void*)) {
+  struct sigaction theirs;
+  std::memset(&theirs, 0, sizeof theirs);
+  theirs.sa_sigaction = f;
+  theirs.sa_flags = SA_SIGINFO;
+  ASSERT_EQ(sigaction(SIGFPE, &theirs, &g_found), 0);
+  arm_host_faults();
+}
+
+// A handler of crashes: puts back what it found, and raises the signal again for that.
+TEST(HostFault, AHandlerThatGivesUpEndsTheProcess) {
+  EXPECT_EXIT(
+      {
+        alarm(20);
+        const HostFaultRange range(code, code + sizeof code, code);
+        put_over([](int sig, siginfo_t*, void*) {
+          sigaction(sig, &g_found, nullptr);
+          raise(sig);
+        });
+        raise(SIGFPE);
+        _exit(1);
+      },
+      testing::KilledBySignal(SIGFPE), "");
+}
+
+TEST(HostFault, AHandlerThatCallsWhatItFoundEndsTheProcess) {
+  EXPECT_EXIT(
+      {
+        alarm(20);
+        const HostFaultRange range(code, code + sizeof code, code);
+        put_over([](int sig, siginfo_t* info, void* context) { g_found.sa_sigaction(sig, info, context); });
+        raise(SIGFPE);
+        _exit(1);
+      },
+      testing::KilledBySignal(SIGFPE), "");
+}
+
+TEST(HostFault, AHandlerThatStaysIsCalledEachTime) {
+  struct sigaction before;
+  ASSERT_EQ(sigaction(SIGFPE, nullptr, &before), 0);
+  const HostFaultRange range(code, code + sizeof code, code);
+  g_seen = 0;
+  put_over([](int, siginfo_t*, void*) { g_seen = g_seen + 1; });
+  raise(SIGFPE);
+  arm_host_faults();
+  raise(SIGFPE);
+  EXPECT_EQ(g_seen, 2);
+  struct sigaction now;
+  ASSERT_EQ(sigaction(SIGFPE, nullptr, &now), 0);
+  EXPECT_EQ(now.sa_sigaction, g_found.sa_sigaction);
+}
+
+}  // namespace
+}  // namespace ring3::engine
