@@ -8,7 +8,6 @@
 #include <string>
 
 #include "engine/abi/provider.hpp"
-#include "engine/translate/thunks.hpp"
 #include "kvm/endpoint.hpp"
 
 struct ring3_kvm {
@@ -25,14 +24,15 @@ int fail(int code, const std::string& message) {
   return -code;
 }
 
-/// "key=value,key=value" into the map.
+/// "key=value,key=value" into the map; the word interpreter (translator) is short for engine=interpreter.
 int parse(const char* text, ring3::engine::EngineOptions* out) {
   std::string rest = text == nullptr ? "" : text;
   while (!rest.empty()) {
     const std::size_t comma = rest.find(',');
-    const std::string pair = rest.substr(0, comma);
+    std::string pair = rest.substr(0, comma);
     rest = comma == std::string::npos ? "" : rest.substr(comma + 1);
     if (pair.empty()) continue;
+    if (pair == "interpreter" || pair == "translator") pair = "engine=" + pair;
     const std::size_t equals = pair.find('=');
     if (equals == std::string::npos || equals == 0) return fail(EINVAL, "engine option \"" + pair + "\" is not KEY=VALUE");
     if (!out->values.emplace(pair.substr(0, equals), pair.substr(equals + 1)).second) {
@@ -73,7 +73,6 @@ int ring3_open(const char* options, unsigned flags, ring3_kvm** system) {
     ring3::engine::EngineOptions o;
     o.signals_announced = (flags & RING3_SIGNALS_ANNOUNCED) != 0;
     if (const int error = parse(options, &o); error != 0) return error;
-    o.values.emplace("engine", ring3::engine::host_can_translate() ? "translator" : "interpreter");
     return hand_out(ring3::engine::create_soft_system(o), system);
   });
 }

@@ -140,7 +140,7 @@ TEST_P(ErrorNumbers, StructsThatRunOffThePage) {
   ::munmap(page, 2 * kPageSize);
 }
 
-INSTANTIATE_TEST_SUITE_P(Providers, ErrorNumbers, testing::Values(Provider::Soft, Provider::Kernel), provider_name);
+INSTANTIATE_TEST_SUITE_P(Providers, ErrorNumbers, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel), provider_name);
 
 }  // namespace
 }  // namespace ring3::abitest

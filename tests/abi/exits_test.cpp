@@ -5,7 +5,7 @@ namespace ring3::abitest {
 namespace {
 
 class Exits : public AbiTest {};
-INSTANTIATE_TEST_SUITE_P(Providers, Exits, testing::Values(Provider::Soft, Provider::Translator, Provider::Kernel), provider_name);
+INSTANTIATE_TEST_SUITE_P(Providers, Exits, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel), provider_name);
 
 TEST_P(Exits, Ports) {
   TestVm m(system());

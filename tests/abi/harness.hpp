@@ -26,15 +26,15 @@ using kvm::System;
 using kvm::Vcpu;
 using kvm::Vm;
 
-enum class Provider { Soft, Translator, Kernel };
+enum class Provider { Interpreter, Translator, Kernel };
 inline std::string provider_name(const testing::TestParamInfo<Provider>& info) {
-  return info.param == Provider::Soft ? "soft" : info.param == Provider::Translator ? "translator" : "kernel";
+  return info.param == Provider::Interpreter ? "interpreter" : info.param == Provider::Translator ? "translator" : "kernel";
 }
 
 inline Result<std::unique_ptr<Endpoint>> open_provider(Provider p) {
   if (p == Provider::Kernel) return kvm::open_kernel_kvm();
   engine::EngineOptions options;
-  if (p == Provider::Translator) options.values["engine"] = "translator";
+  options.values["engine"] = p == Provider::Translator ? "translator" : "interpreter";
   return engine::create_soft_system(options);
 }
 

@@ -14,7 +14,7 @@ namespace {
 using namespace std::chrono_literals;
 
 class Interrupts : public AbiTest {};
-INSTANTIATE_TEST_SUITE_P(Providers, Interrupts, testing::Values(Provider::Soft, Provider::Translator, Provider::Kernel), provider_name);
+INSTANTIATE_TEST_SUITE_P(Providers, Interrupts, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel), provider_name);
 
 #define HARDWARE_OR_SOFT SOFT_ONLY("a paravirtual /dev/kvm runs real mode with the x2APIC in its own way")
 

@@ -8,7 +8,7 @@ namespace ring3::abitest {
 namespace {
 
 class Memory : public AbiTest {};
-INSTANTIATE_TEST_SUITE_P(Providers, Memory, testing::Values(Provider::Soft, Provider::Translator, Provider::Kernel), provider_name);
+INSTANTIATE_TEST_SUITE_P(Providers, Memory, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel), provider_name);
 
 TEST_P(Memory, DirtyLog) {
   TestVm m(system());

@@ -117,7 +117,7 @@ class Migrate : public AbiTest {
     }
   }
 };
-INSTANTIATE_TEST_SUITE_P(Providers, Migrate, testing::Values(Provider::Soft, Provider::Translator, Provider::Kernel), provider_name);
+INSTANTIATE_TEST_SUITE_P(Providers, Migrate, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel), provider_name);
 
 TEST_P(Migrate, ComputingIn64Bits) {
   SOFT_ONLY("needs 64-bit code");

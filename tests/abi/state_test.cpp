@@ -31,7 +31,7 @@ class State : public AbiTest {
   template <class T>
   long vm_call(TestVm& m, unsigned long request, T& v) { return m.vm().endpoint().ioctl(request, arg(v)); }
 };
-INSTANTIATE_TEST_SUITE_P(Providers, State, testing::Values(Provider::Soft, Provider::Translator, Provider::Kernel), provider_name);
+INSTANTIATE_TEST_SUITE_P(Providers, State, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel), provider_name);
 
 // Exceptions whose state round-trips: no NMI, no software ones.
 u8 vec_of(u64 r) {

@@ -99,7 +99,7 @@ TEST_P(Vanished, PageTablesAndCodeThatVanish) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Providers, Vanished, testing::Values(Provider::Soft, Provider::Translator, Provider::Kernel),
+INSTANTIATE_TEST_SUITE_P(Providers, Vanished, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel),
                          provider_name);
 
 }  // namespace

@@ -175,8 +175,13 @@ u64 descriptor(u32 base, u32 limit, u8 access, u8 flags) {
 
 class Fuzzer {
  public:
-  Fuzzer() {
-    system_ = std::move(*engine::create_soft_system({}));
+  explicit Fuzzer(const std::string& which) {
+    auto system = engine::create_soft_system({.values = {{"engine", which}, {"code-mib", "4"}}});
+    if (!system) {
+      std::fprintf(stderr, "code_fuzz: %s\n", system.error().message.c_str());
+      std::exit(2);
+    }
+    system_ = std::move(*system);
     vm_ = std::move(*system_->create(KVM_CREATE_VM, 0));
     void* p = ::mmap(nullptr, kRam, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) std::abort();
@@ -379,7 +384,7 @@ void print_seed() {
   if (::write(2, buf, static_cast<std::size_t>(n)) < 0) return;
 }
 
-int worker(u64 seed, double seconds, u64 iterations) {
+int worker(const std::string& which, u64 seed, double seconds, u64 iterations) {
   std::signal(SIGABRT, [](int) {
     print_seed();
     std::signal(SIGABRT, SIG_DFL);
@@ -392,7 +397,7 @@ int worker(u64 seed, double seconds, u64 iterations) {
     _exit(3);
   });
   std::atexit(print_seed);
-  Fuzzer fuzzer;
+  Fuzzer fuzzer(which);
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   u64 n = 0;
   while (iterations ? n < iterations : std::chrono::steady_clock::now() < end) {
@@ -416,22 +421,24 @@ int main(int argc, char** argv) {
   double seconds = 10;
   ring3::u64 seed = static_cast<ring3::u64>(std::chrono::system_clock::now().time_since_epoch().count()), iterations = 0;
   int jobs = 1;
+  std::string which = "translator";
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string a = argv[i];
     if (a == "--seconds") seconds = std::atof(argv[i + 1]);
     else if (a == "--seed") seed = std::strtoull(argv[i + 1], nullptr, 0);
     else if (a == "--iterations") iterations = std::strtoull(argv[i + 1], nullptr, 0);
     else if (a == "--jobs") jobs = std::atoi(argv[i + 1]);
+    else if (a == "--engine") which = argv[i + 1];
     else {
-      std::fprintf(stderr, "code_fuzz: --seconds N --seed N --iterations N --jobs N\n");
+      std::fprintf(stderr, "code_fuzz: --seconds N --seed N --iterations N --jobs N --engine translator|interpreter\n");
       return 2;
     }
   }
-  if (jobs <= 1) return ring3::fuzz::worker(seed, seconds, iterations);
+  if (jobs <= 1) return ring3::fuzz::worker(which, seed, seconds, iterations);
   std::vector<pid_t> pids;
   for (int j = 0; j < jobs; ++j) {
     const pid_t pid = ::fork();
-    if (pid == 0) return ring3::fuzz::worker(seed + static_cast<ring3::u64>(j) * 1000000000, seconds, iterations);
+    if (pid == 0) return ring3::fuzz::worker(which, seed + static_cast<ring3::u64>(j) * 1000000000, seconds, iterations);
     pids.push_back(pid);
   }
   int failed = 0;

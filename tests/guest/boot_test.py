@@ -1,7 +1,7 @@
 """Stock Debian kernels in a VM: to user space, interactively, and to each kind of end.
 
 usage: boot_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
-The engine is soft, or what RING3_TEST_ENGINE says.
+The engine is soft, or what RING3_TEST_ENGINE says; RING3_TEST_ENGINE_OPTION is given to it.
 """
 import hashlib
 import os
@@ -17,11 +17,12 @@ from support import Terminal  # noqa: E402
 
 FILES = None
 ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
+ENGINE_OPTIONS = ["--engine-option=" + word for word in os.environ.get("RING3_TEST_ENGINE_OPTION", "").split()]
 PATIENCE = 300  # seconds for a boot: sanitizer builds and busy machines are slow
 
 
 def arguments(kind, append, *options):
-    return ["run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-" + kind),
+    return ["run", "--engine", ENGINE, *ENGINE_OPTIONS, "--kernel", os.path.join(FILES, "vmlinuz-" + kind),
             "--initrd", os.path.join(FILES, "initramfs.gz"), "--append", "console=ttyS0 " + append,
             *([] if "-m" in options else ["-m", "512M"]), *options]
 

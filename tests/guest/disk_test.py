@@ -54,9 +54,7 @@ class Disk(unittest.TestCase):
         return data
 
     def command(self, test, *options):
-        # The file's engine switch: the translator, which boots in seconds, where the engine is ours.
-        engine = ["--engine", ENGINE] + (["--engine-option", "engine=translator"] if ENGINE == "soft" else [])
-        return [support.RING3, "run", *engine, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "--initrd",
+        return [support.RING3, "run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "--initrd",
                 os.path.join(FILES, "initramfs.gz"), "-m", "256M", "--append",
                 'console=ttyS0 quiet ring3.test="%s"' % test, *options]
 

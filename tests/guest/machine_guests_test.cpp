@@ -348,7 +348,8 @@ class TestConsole final : public Console {
 class Guests : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    auto made = std::string(GetParam()) == "kernel" ? kvm::open_kernel_kvm() : engine::create_soft_system({});
+    auto made = std::string(GetParam()) == "kernel" ? kvm::open_kernel_kvm()
+                                                    : engine::create_soft_system({.values = {{"engine", GetParam()}}});
     if (!made) GTEST_SKIP() << made.error().message;
     endpoint_ = std::move(*made);
     ASSERT_NE(mkdtemp(dir_), nullptr);
@@ -562,7 +563,7 @@ TEST_P(Guests, ManyStartsLeaveNothingBehind) {
   EXPECT_EQ(count_fds(), before);
 }
 
-INSTANTIATE_TEST_SUITE_P(Providers, Guests, testing::Values("kernel", "soft"),
+INSTANTIATE_TEST_SUITE_P(Providers, Guests, testing::Values("kernel", "interpreter", "translator"),
                          [](const auto& p) { return std::string(p.param); });
 
 }  // namespace

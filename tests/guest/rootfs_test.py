@@ -16,7 +16,6 @@ from support import Terminal  # noqa: E402
 
 FILES = None
 ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
-OPTIONS = ["--engine-option", "engine=translator"] if ENGINE == "soft" else []
 
 
 class Rootfs(unittest.TestCase):
@@ -33,7 +32,7 @@ class Rootfs(unittest.TestCase):
             os.symlink("busybox", os.path.join(self.root, "bin", applet))
 
     def arguments(self, *words):
-        return ["run", "--engine", ENGINE, *OPTIONS, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "-m", "512M", *words]
+        return ["run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "-m", "512M", *words]
 
     def command(self, *words, options=(), cwd="/", root=None, stdin=subprocess.DEVNULL, **keywords):
         environment = dict(os.environ, TMPDIR=self.temporary)

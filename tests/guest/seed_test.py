@@ -15,11 +15,10 @@ import support  # noqa: E402
 
 FILES = None
 ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
-OPTIONS = ["--engine-option", "engine=translator"] if ENGINE == "soft" else []
 
 
 def arguments(command, *options):
-    return [support.RING3, "run", "--engine", ENGINE, *OPTIONS, "--kernel", os.path.join(FILES, "vmlinuz-cloud"),
+    return [support.RING3, "run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-cloud"),
             "--initrd", os.path.join(FILES, "initramfs.gz"), "-m", "512M",
             "--append", 'console=ttyS0 quiet ring3.test="%s"' % command, *options]
 

@@ -13,7 +13,6 @@ import support  # noqa: E402
 
 FILES = None
 ENGINE = os.environ.get("RING3_TEST_ENGINE", "soft")
-OPTIONS = ["--engine-option", "engine=translator"] if ENGINE == "soft" else []
 
 
 class Share(unittest.TestCase):
@@ -36,7 +35,7 @@ class Share(unittest.TestCase):
         """Runs a script, which is itself in the share, in the guest; returns what it wrote."""
         self.put("script", script.encode())
         command = "mkdir -p /mnt; mount -t virtiofs share /mnt && cd /mnt && sh ./script"
-        result = subprocess.run([support.RING3, "run", "--engine", ENGINE, *OPTIONS, "--kernel", os.path.join(FILES, "vmlinuz-cloud"),
+        result = subprocess.run([support.RING3, "run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-cloud"),
                                  "--initrd", os.path.join(FILES, "initramfs.gz"), "-m", "512M", "--append",
                                  'console=ttyS0 quiet ring3.test="%s"' % command, *options],
                                 stdin=subprocess.DEVNULL, capture_output=True, timeout=300)

@@ -29,7 +29,7 @@ class Machine:
         self.work = tempfile.TemporaryDirectory(prefix="ring3-qemu-")
         self.monitor_path = os.path.join(self.work.name, "qmp")
         self.process = subprocess.Popen(
-            [RING3, "with", "--engine-option", "engine=translator", "--", QEMU, "-accel", "kvm", "-m", "512", "-display", "none",
+            [RING3, "with", "--", QEMU, "-accel", "kvm", "-m", "512", "-display", "none",
              "-serial", "stdio", "-monitor", "none", "-no-reboot", "-qmp", f"unix:{self.monitor_path},server=on,wait=off", *options],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.data = bytearray()

@@ -5,6 +5,7 @@
 #include "control/cli/commands.hpp"
 #include "control/cli/host.hpp"
 #include "control/cli/text.hpp"
+#include "engine/abi/provider.hpp"
 
 namespace ring3::control {
 
@@ -94,6 +95,7 @@ int doctor(const DoctorOptions& options) {
     json["host"] = host_json(host);
     json["engines"]["kvm"] = engine_json(kvm);
     json["engines"]["soft"] = engine_json(soft);
+    json["engines"]["soft"]["runs_guests_in"] = soft_engine_kind({});
     json["choice"]["engine"] = choice.kind ? Json(to_string(*choice.kind)) : Json(nullptr);
     json["choice"]["reason"] = choice.reason;
     const int printed = print(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
@@ -119,6 +121,7 @@ int doctor(const DoctorOptions& options) {
   text += row("kvm: /dev/kvm", std::string(host.kvm_present ? "present" : "absent") + ", " + (kvm.opens ? "opens" : "does not open"));
   text += row("kvm", engine_text(kvm));
   text += row("soft", engine_text(soft));
+  text += row("soft runs guests in", std::string("the ") + soft_engine_kind({}) + (engine::can_translate() ? "" : std::string(": ") + engine::kCannotTranslate));
   text += "\nChoice\n";
   text += row("--engine auto", choice.kind ? std::string(to_string(*choice.kind)) + ": " + choice.reason : choice.reason);
   const int printed = print(text);

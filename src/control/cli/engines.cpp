@@ -5,6 +5,7 @@
 
 #include <cstdio>
 
+#include "base/log.hpp"
 #include "engine/abi/provider.hpp"
 #include "kvm/kernel_provider.hpp"
 
@@ -34,6 +35,17 @@ std::string speed_text(const kvm::ProbeResult& speed) {
 }  // namespace
 
 const char* to_string(EngineKind kind) { return kind == EngineKind::kKvm ? "kvm" : "soft"; }
+
+const char* soft_engine_kind(const EngineOptionMap& options) {
+  const auto asked = options.find("engine");
+  const bool translates = asked != options.end() ? asked->second == "translator" : engine::can_translate();
+  return translates ? "translator" : "interpreter";
+}
+
+void warn_without_translator(const EngineOptionMap& options) {
+  if (engine::can_translate() || options.count("engine") != 0) return;
+  log::warn("{}: the interpreter runs the guest, many times slower", engine::kCannotTranslate);
+}
 
 Result<std::unique_ptr<kvm::Endpoint>> open_engine(EngineKind kind, const EngineOptionMap& options) {
   if (kind == EngineKind::kSoft) return engine::create_soft_system(engine::EngineOptions{options});

@@ -17,6 +17,12 @@ const char* to_string(EngineKind kind);
 
 using EngineOptionMap = std::map<std::string, std::string>;
 
+/// What runs guest code on the software engine with these options: "translator" or "interpreter".
+const char* soft_engine_kind(const EngineOptionMap& options);
+
+/// Says so, once, when the interpreter runs guests only because this host cannot run translated code.
+void warn_without_translator(const EngineOptionMap& options);
+
 /// A system object of that engine. Errors: why there is none, in one line.
 Result<std::unique_ptr<kvm::Endpoint>> open_engine(EngineKind kind, const EngineOptionMap& options);
 

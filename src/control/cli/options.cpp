@@ -128,6 +128,19 @@ Status check_memory(const std::string& text, RunOptions& out) {
   return Ok{};
 }
 
+/// KEY=VALUE; the word interpreter (translator) is short for engine=interpreter.
+Status add_engine_option(const std::string& word, EngineOptionMap* map) {
+  const std::string pair = word == "interpreter" || word == "translator" ? "engine=" + word : word;
+  const auto equals = pair.find('=');
+  if (equals == std::string::npos || equals == 0) {
+    return Error::of(EINVAL, "--engine-option: '" + printable(real_value(pair)) + "' is not KEY=VALUE");
+  }
+  if (!map->emplace(pair.substr(0, equals), pair.substr(equals + 1)).second) {
+    return Error::of(EINVAL, "--engine-option: " + printable(pair.substr(0, equals)) + " is given twice");
+  }
+  return Ok{};
+}
+
 Result<Command> check_run(const RunText& text, const RunFlags& flags) {
   RunOptions run;
   run.no_reboot = flags.no_reboot;
@@ -221,13 +234,7 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
   }
 
   for (const std::string& pair : text.engine_options) {
-    const auto equals = pair.find('=');
-    if (equals == std::string::npos || equals == 0) {
-      return Error::of(EINVAL, "--engine-option: '" + printable(real_value(pair)) + "' is not KEY=VALUE");
-    }
-    if (!run.engine_options.emplace(pair.substr(0, equals), pair.substr(equals + 1)).second) {
-      return Error::of(EINVAL, "--engine-option: " + printable(pair.substr(0, equals)) + " is given twice");
-    }
+    if (auto status = add_engine_option(pair, &run.engine_options); !status) return status.error();
   }
   if (!run.engine_options.empty() && run.engine == EngineKind::kKvm) {
     return Error::of(EINVAL, "--engine-option is for the software engine, not for --engine kvm");
@@ -240,23 +247,12 @@ constexpr const char* kWithHelp =
     "Usage: ring3 with [OPTIONS] [--] COMMAND [ARGUMENT]...\n\n"
     "Options:\n"
     "  -h,--help                   show this help\n"
-    "  --engine-option KEY=VALUE   a switch of the software engine; repeatable\n\n"
+    "  --engine-option KEY=VALUE   a switch of the software engine, such as interpreter; repeatable\n\n"
     "The program, and every program it starts, finds a /dev/kvm that the software engine serves, whether the host has one\n"
     "or not. It has to be linked dynamically. Exit status: the program's, 2 when it cannot be started.\n\n"
     "Examples:\n"
     "  ring3 with -- qemu-system-x86_64 -accel kvm -cpu host -m 1G -nographic disk.qcow2\n"
-    "  ring3 with --engine-option engine=interpreter -- qemu-system-x86_64 -accel kvm -M q35 -kernel vmlinuz\n";
-
-Status add_engine_option(const std::string& pair, EngineOptionMap* map) {
-  const auto equals = pair.find('=');
-  if (equals == std::string::npos || equals == 0) {
-    return Error::of(EINVAL, "--engine-option: '" + printable(real_value(pair)) + "' is not KEY=VALUE");
-  }
-  if (!map->emplace(pair.substr(0, equals), pair.substr(equals + 1)).second) {
-    return Error::of(EINVAL, "--engine-option: " + printable(pair.substr(0, equals)) + " is given twice");
-  }
-  return Ok{};
-}
+    "  ring3 with --engine-option interpreter -- qemu-system-x86_64 -accel kvm -M q35 -kernel vmlinuz\n";
 
 /// By hand: what follows the program's name is the program's, dashes and all.
 Result<Command> parse_with(const std::vector<std::string>& arguments) {
@@ -364,7 +360,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->type_name("SECONDS")
       ->capture_default_str();
   run->add_option("--log", text.log, "messages to show: error, warn, info, debug, trace, off")->type_name("LEVEL")->capture_default_str();
-  run->add_option("--engine-option", text.engine_options, "a switch of the software engine; repeatable")
+  run->add_option("--engine-option", text.engine_options, "a switch of the software engine; repeatable. interpreter: no translated code")
       ->type_name("KEY=VALUE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)

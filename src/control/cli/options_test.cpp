@@ -47,6 +47,7 @@ TEST(Options, AllOfRun) {
   EXPECT_TRUE(run.test_device);
   EXPECT_EQ(run.log, "debug");
   EXPECT_EQ(run.engine_options, (EngineOptionMap{{"a", "1"}, {"b", "2,3=4"}}));
+  EXPECT_EQ(run_of({"--engine-option", "interpreter"}).engine_options, (EngineOptionMap{{"engine", "interpreter"}}));
 }
 
 TEST(Options, ValuesThatLookLikeSomethingElse) {
@@ -93,6 +94,7 @@ TEST(Options, BadInputIsNamed) {
       {{"run", "--kernel", "k", "--engine-option", "x"}, "KEY=VALUE"},
       {{"run", "--kernel", "k", "--engine-option", "=x"}, "KEY=VALUE"},
       {{"run", "--kernel", "k", "--engine-option", "a=1", "--engine-option", "a=2"}, "twice"},
+      {{"run", "--kernel", "k", "--engine-option", "interpreter", "--engine-option", "engine=translator"}, "twice"},
       {{"run", "--kernel", "k", "--engine", "kvm", "--engine-option", "a=1"}, "--engine-option"},
       {{"run", "--kernel", "k", "--no-reboot=1"}, "--no-reboot"},
       {{"run", "--kernel", "k", "--disk", ""}, "path"},

@@ -47,8 +47,6 @@ Result<RootfsRun> prepare_rootfs(const RunOptions& options) {
   o.initrd = run.session->initramfs();
   o.append = "console=ttyS0 quiet loglevel=1 panic=-1" + (o.append ? " " + *o.append : std::string());
   o.no_reboot = true;
-  // A command is waited for: the faster way to run it, unless another was asked for.
-  if (o.engine != EngineKind::kKvm) o.engine_options.emplace("engine", "translator");
   ShareOption root, control;
   root.directory = o.rootfs;
   root.tag = "ring3-root";

@@ -161,6 +161,10 @@ Result<std::unique_ptr<kvm::Endpoint>> make_engine(const RunOptions& options, En
   }
   auto system = open_engine(kind, options.engine_options);
   if (!system) return system.error();
+  if (kind == EngineKind::kSoft) {
+    log::info("guest code runs in the {}", soft_engine_kind(options.engine_options));
+    warn_without_translator(options.engine_options);
+  }
   const long most = (*system)->ioctl(KVM_CHECK_EXTENSION, KVM_CAP_MAX_VCPUS);
   if (most > 0 && options.cpus > static_cast<unsigned long>(most)) {
     return Error::of(EINVAL, "--cpus: " + std::to_string(options.cpus) + " is more than the " + to_string(kind) +

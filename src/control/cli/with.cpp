@@ -76,6 +76,7 @@ std::string preload_problem(const std::string& path) {
 int with(const WithOptions& options) {
   // Checked here, where the message is the user's to read, and not amid the other program's start.
   if (auto engine = open_engine(EngineKind::kSoft, options.engine_options); !engine) return fail(engine.error().message);
+  warn_without_translator(options.engine_options);
   const std::string shim = find_shim();
   if (shim.empty()) return fail("libring3-shim.so is not where it belongs, beside this program's library directory");
   if (shim.find_first_of(" :") != std::string::npos) {

@@ -17,8 +17,9 @@ Result<u64> number(const std::string& name, const std::string& text, u64 low, u6
 }
 }  // namespace
 
-Result<Config> Config::create(const EngineOptions& options) {
+Result<Config> Config::create(const EngineOptions& options, bool can_translate) {
   Config config;
+  config.translate = can_translate;
   config.signals_announced = options.signals_announced;
   for (const auto& [name, text] : options.values) {
     if (name == "cache-mib") {
@@ -34,6 +35,9 @@ Result<Config> Config::create(const EngineOptions& options) {
         return Error::of(EINVAL, "engine option engine=" + text + ": interpreter or translator is needed");
       }
       config.translate = text == "translator";
+      if (config.translate && !can_translate) {
+        return Error::of(ENOTSUP, "engine option engine=translator: " + std::string(kCannotTranslate));
+      }
     } else if (name == "lockstep") {
       auto v = number(name, text, 0, ~0u);
       if (!v) return v.error();
@@ -59,7 +63,7 @@ Result<Config> Config::create(const EngineOptions& options) {
     }
   }
   if (config.lockstep != 0 && !config.translate) {
-    return Error::of(EINVAL, "engine option lockstep compares the translator with the interpreter: give engine=translator too");
+    return Error::of(EINVAL, "engine option lockstep compares the translator with the interpreter, and the interpreter alone runs");
   }
   config.clock = std::make_shared<HostClock>();
   config.user_copies = guard_user_copies();

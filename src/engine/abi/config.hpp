@@ -13,7 +13,7 @@ namespace ring3::engine::abi {
 
 struct Config {
   std::size_t cache_bytes = 16u << 20;  ///< decoded-code cache of a VM, shared out among its vCPUs
-  bool translate = false;               ///< engine=translator
+  bool translate = true;                ///< engine=translator; false: the interpreter alone
   std::size_t code_bytes = 512u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
   u64 lockstep = 0;                     ///< not 0: the translator's every n-th block is compared with the interpreter
   std::shared_ptr<PerfMap> perf_map;    ///< null: none is written
@@ -23,7 +23,8 @@ struct Config {
   std::shared_ptr<const HostClock> clock;
   std::shared_ptr<const void> user_copies;  ///< guard_user_copies(): ioctls survive bad pointers while a VM lives
 
-  static Result<Config> create(const EngineOptions& options);
+  /// Without engine= the translator, where can_translate; asking for it elsewhere is ENOTSUP.
+  static Result<Config> create(const EngineOptions& options, bool can_translate);
 };
 
 }  // namespace ring3::engine::abi

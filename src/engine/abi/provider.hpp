@@ -15,7 +15,7 @@ namespace ring3::engine {
 /// |-------------|------------------|------------------------------------------------------|
 /// | cache-mib   | 1..1024          | decoded-code cache of a whole VM, MiB (default 16)   |
 /// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 512)     |
-/// | engine      | interpreter, translator | what runs guest code (default interpreter)    |
+/// | engine      | interpreter, translator | what runs guest code (default: the translator where can_translate(), else the interpreter) |
 /// | interpreted-ops | a file    | gets a table of the instructions that the translator left to the interpreter |
 /// | lockstep    | 0..2^32-1        | n: every n-th translated block is compared with the interpreter, differences go to standard error; VMs of one vCPU (default 0: none) |
 /// | perf-map    | 0, 1             | 1: /tmp/perf-PID.map names translated code for perf (default 0) |
@@ -28,9 +28,13 @@ struct EngineOptions {
   bool signals_announced = false;
 };
 
+/// Whether translated code runs on this host's CPU (it needs AVX and BMI2). Where not, the interpreter runs guests.
+bool can_translate();
+inline constexpr const char* kCannotTranslate = "translated code needs a host CPU with AVX and BMI2";
+
 /// The system object. Stateless beyond its options: any number of them may exist.
 ///
-/// Errors:    EINVAL for an unknown option or a value out of range, naming it.
+/// Errors:    EINVAL for an unknown option or a value out of range, naming it; ENOTSUP for engine=translator where it cannot run.
 /// Threading: as kvm::Endpoint says. A vCPU's KVM_RUN runs the guest on the calling thread.
 /// Signals:   KVM_RUN returns -EINTR when kicked, when immediate_exit is set, and after a signal that
 ///            interrupted it while it waited (HLT, wait-for-SIPI). A signal handled while guest code

@@ -9,6 +9,7 @@
 #include "engine/abi/user_memory.hpp"
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
+#include "engine/translate/thunks.hpp"
 
 namespace ring3::engine {
 namespace abi {
@@ -139,8 +140,10 @@ class SystemEndpoint final : public kvm::Endpoint {
 }  // namespace
 }  // namespace abi
 
+bool can_translate() { return host_can_translate(); }
+
 Result<std::unique_ptr<kvm::Endpoint>> create_soft_system(const EngineOptions& options) {
-  auto config = abi::Config::create(options);
+  auto config = abi::Config::create(options, can_translate());
   if (!config) return config.error();
   return std::unique_ptr<kvm::Endpoint>(std::make_unique<abi::SystemEndpoint>(std::move(*config)));
 }
