@@ -248,6 +248,7 @@ bool BlockBuilder::one(const DecodedInsn& i) {
 
 /// What lies behind the block: slow paths, interpretation, polls, exit stubs.
 void BlockBuilder::finish() {
+  out_->cold = e_.size();
   finish_groups();
   finish_slow_paths();
   for (Interpret& i : interpret_) {
@@ -273,7 +274,7 @@ void BlockBuilder::finish() {
     out_->exits[n].stub = e_.size();
     e_.bind(stubs_[n].entry);
     emit_rip(kScratch0, stubs_[n].offset);
-    e_.mov_imm(kScratch1, request_->first_tag + static_cast<u32>(n));
+    e_.mov_imm(kScratch1, (request_->first_tag + static_cast<u32>(n)) | (stubs_[n].ungrouped ? DirectExit::kUngrouped : 0));
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
                .mem = HostMem::frame(stubs_[n].in_frame ? frame::kExitNextFrame : frame::kExitNext)});
     out_->exits[n].slot = e_.size() - 4;
@@ -287,11 +288,6 @@ void BlockBuilder::finish() {
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
                .mem = HostMem::frame(m.attention ? frame::kExitAttentionFrame : frame::kExitIndirectFrame)});
   }
-  out_->frame_entry = e_.size();
-  if (live_[0] != 0) emit_flags_restore(kScratch0);
-  Label begin;
-  begin.at = 0;
-  e_.jmp(begin);
   out_->dead_stub = e_.size();
   emit_rip(kScratch0, page_offset(request_->rip));
   e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitDeadFrame)});
@@ -315,7 +311,7 @@ void BlockBuilder::start_over() {
   stubs_.clear();
   misses_.clear();
   group_misses_.clear();
-  start_groups(true);
+  start_groups(!request_->ungrouped);
   rip_ = request_->rip;
   flags_ = Flags::Host;
   ended_ = false;
@@ -325,6 +321,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
   count_ = count;
   live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
   for (std::size_t n = count; n-- > 0;) live_[n] = (live_[n + 1] & ~use_[n].writes) | use_[n].reads;
+  if (!in_second_body_) prologue();
   for (std::size_t n = first; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     insn_ = &i;
@@ -333,10 +330,6 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
     const std::size_t misses = group_misses_.size();
-    if (!grouping_ && !in_second_body_) {
-      e_.bind(copies_[n].entry);
-      copies_[n].flags = flags_;
-    }
     interpret_.emplace_back();
     interpret_.back().rip = rip_;
     interpret_.back().sti_shadow = n != 0 && request_->insns[n - 1].op == Op::Sti;
@@ -372,21 +365,20 @@ void BlockBuilder::tail(std::size_t done) {
   }
 }
 
-/// What the misses of groups go on in. False: it is not the same instructions, which is not expected.
-bool BlockBuilder::copy_without_groups(std::size_t done) {
-  if (group_misses_.empty()) return true;
-  const std::size_t first = group_misses_.front().insn;
-  copies_.assign(done, Copy{});
-  start_groups(false);
-  const u64 end = rip_;
-  rip_ = request_->rip;
-  for (std::size_t n = 0; n < first; n++) rip_ += request_->insns[n].length;
-  // Every flag that is live comes from where the first miss has it: in the host's registers again.
-  flags_ = Flags::Host;
-  ended_ = false;
-  if (body(first, done) != done || rip_ != end) return false;
-  tail(done);
-  return true;
+/// Where the block is entered with the status flags in the frame.
+void BlockBuilder::prologue() {
+  if (live_[0] != 0) {
+    emit_flags_restore(kScratch0);
+  } else if (loop_.on || padded_) {
+    e_.bytes({0x0f, 0x1f, 0x44, 0x00, 0x00});  // nop: the block jumps to its own start
+  }
+  begin_ = Label{};
+  e_.bind(begin_);
+}
+
+std::size_t BlockBuilder::attempt(std::size_t count) {
+  start_over();
+  return body(0, count);
 }
 
 bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
@@ -399,21 +391,26 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
 
   plan_loop(count);
-  start_over();
-  std::size_t done = body(0, count);
+  padded_ = false;
+  std::size_t done = attempt(count);
   if (done < count && !ended_) {
     // An instruction was refused after flags before it had been found dead on its account.
     count = done;
     loop_.on = false;
-    start_over();
-    done = body(0, count);
+    done = attempt(count);
+  }
+  if (done != 0 && e_.early_label() && begin_.at == 0) {
+    padded_ = true;
+    done = attempt(done);
   }
   if (done == 0) return false;
   out->insns = static_cast<u32>(done);
   out->bytes = static_cast<u32>(rip_ - request.rip);
   tail(done);
-  if (!copy_without_groups(done) || !second_body(done)) return false;
+  if (!second_body(done)) return false;
   finish();
+  out->entry = begin_.at;
+  out->relatives = e_.relatives();
   out->flags_in = live_[0];
   out->code.assign(e_.data(), e_.data() + e_.size());
   return true;

@@ -39,6 +39,8 @@ struct BlockRequest {
   /// One flag per instruction: the guest's CPUID has its feature (else it raises #UD: interpret).
   std::span<const bool> has_feature;
   bool loops = false;  ///< a loop of one block may run inside it, up to 4096 iterations between polls
+  /// Each access has its own check: the exits of a group's misses (DirectExit::ungrouped) lead to such a block.
+  bool ungrouped = false;
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
 
@@ -60,7 +62,11 @@ struct DirectExit {
   u32 bias = kSamePage;
   /// Position-independent code: a u64 stands there, for the target's page + JitFrame::jump_bias.
   bool wide = false;
+  /// The target is an instruction of this block, to be gone on with in a block without groups (BlockRequest::ungrouped).
+  /// The tag is given as tag | kUngrouped.
+  bool ungrouped = false;
   static constexpr u32 kSamePage = ~0u;
+  static constexpr u32 kUngrouped = 1u << 31;
 };
 
 /// Where a host instruction that may fault (DIV, IDIV) stands, and the guest instruction to interpret then.
@@ -70,11 +76,16 @@ struct HostFaultPoint {
 };
 
 struct TranslatedBlock {
-  std::vector<u8> code;  ///< position-independent; entered at its first byte, with the status flags in RFLAGS
-  u32 frame_entry = 0;   ///< or here, with the status flags in JitFrame::flags; 5 bytes that nothing else jumps into
+  /// Entered at its first byte, with the status flags in JitFrame::flags, or at `entry`. What is behind the first byte of
+  /// the first five is jumped to by nothing, and run by nothing that comes back from outside. Runs anywhere, and in
+  /// two parts, from `cold` on elsewhere, when the fields of `relatives` that lead from one to the other are set right.
+  std::vector<u8> code;
+  u32 entry = 0;  ///< with the status flags in RFLAGS; 0 when the block reads none of them, and does not jump there itself
+  u32 cold = 0;   ///< what is rarely run; the first part is not empty
+  std::vector<u32> relatives;  ///< offsets of the rel32 fields
   u32 left = 0;          ///< index of the instruction that the code leaves to the interpreter by exit_left
   std::vector<u32> left_at;  ///< offsets of the u32s that are to hold its number; none: it does not
-  u32 dead_stub = 0;     ///< leaves by exit_dead_frame; what frame_entry is made to lead to when the block dies
+  u32 dead_stub = 0;     ///< leaves by exit_dead_frame; what the first byte is made to lead to when the block dies
   std::vector<DirectExit> exits;
   std::vector<HostFaultPoint> faults;
   u32 insns = 0;     ///< how many of the request's instructions the code stands for; the others are not reached
@@ -85,7 +96,8 @@ struct TranslatedBlock {
     exits.clear();
     faults.clear();
     left_at.clear();
-    insns = bytes = frame_entry = dead_stub = left = 0;
+    relatives.clear();
+    insns = bytes = entry = cold = dead_stub = left = 0;
     flags_in = 0;
   }
 };

@@ -76,13 +76,9 @@ class BlockBuilder {
     u32 size = 0;
     bool write = false;
     bool fill = false;  ///< the first access may fill for all of the group
-    std::size_t insn = 0;
+    i64 offset = 0;  ///< of the instruction, to its page
+    std::size_t insn = 0;  ///< index of its Interpret
     Flags flags = Flags::Dead;
-  };
-  /// Where the block's copy without groups can be entered.
-  struct Copy {
-    Label entry;
-    Flags flags = Flags::Host;
   };
   /// Accesses of a loop off registers that move by constants (loops.cpp).
   struct Stream {
@@ -115,6 +111,7 @@ class BlockBuilder {
     Label entry;
     i64 offset = 0;  ///< of the target, to the page as it is then
     bool in_frame = false;
+    bool ungrouped = false;
   };
   struct Miss {
     Label entry;
@@ -127,7 +124,8 @@ class BlockBuilder {
   /// From instruction `first` on: how many of the first count instructions were translated.
   std::size_t body(std::size_t first, std::size_t count);
   void tail(std::size_t done);  ///< the exit of a block that has none yet
-  bool copy_without_groups(std::size_t done);
+  void prologue();
+  std::size_t attempt(std::size_t count);
   bool one(const DecodedInsn& i);
   void finish();
   u64 rip() const { return rip_; }
@@ -281,11 +279,12 @@ class BlockBuilder {
   bool must_group_ = false;  ///< access() refuses what it would check alone
   bool whole_ = false;       ///< accesses lie in one page or are interpreted
   bool grouping_ = false;
+  Label begin_;          ///< the first instruction
+  bool padded_ = false;  ///< the prologue has five bytes
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;
   Loop loop_;
   bool in_second_body_ = false;
-  std::vector<Copy> copies_;  ///< by instruction
   std::vector<Miss> misses_;
 };
 

@@ -62,8 +62,21 @@ CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode) const {
 }
 
 CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest) {
-  const u8* code = arena_->append(block.code);
-  if (code == nullptr) return nullptr;
+  const std::span<const u8> all(block.code);
+  const u8* code = arena_->append(all.first(block.cold));
+  const u8* cold = code == nullptr ? nullptr : arena_->append_cold(all.subspan(block.cold));
+  if (cold == nullptr) return nullptr;
+  const auto place = [&](u32 offset) { return offset < block.cold ? code + offset : cold + (offset - block.cold); };
+  for (const u32 field : block.relatives) {
+    i32 distance;
+    std::memcpy(&distance, block.code.data() + field, 4);
+    const u32 target = field + 4 + static_cast<u32>(distance);
+    if ((field < block.cold) == (target < block.cold)) continue;
+    distance = static_cast<i32>(place(target) - (place(field) + 4));  // an arena has at most 1 GiB
+    u8 bytes[4];
+    std::memcpy(bytes, &distance, 4);
+    arena_->patch(place(field), bytes);
+  }
   CodeBlock& b = blocks_.emplace_back();
   b.rip = rip;
   b.gpa = gpa;
@@ -71,9 +84,11 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.code = code;
   b.pic = pic;
   b.user = (mode & 1) != 0;
-  b.frame_entry = block.frame_entry;
-  b.dead_stub = block.dead_stub;
-  b.code_size = static_cast<u32>(block.code.size());
+  b.cold = cold;
+  b.entry = block.entry;
+  b.dead_stub = place(block.dead_stub);
+  b.code_size = block.cold;
+  b.cold_size = static_cast<u32>(block.code.size()) - block.cold;
   b.bytes = static_cast<u16>(block.bytes);
   b.count = static_cast<u16>(block.insns);
   b.guest_bytes = static_cast<u32>(guest_.size());
@@ -82,13 +97,14 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.exit_count = static_cast<u16>(block.exits.size());
   for (const DirectExit& e : block.exits) {
     Exit& x = exits_.emplace_back();
-    x.jump = code + e.jump;
-    x.stub = code + e.stub;
+    x.jump = place(e.jump);
+    x.stub = place(e.stub);
     x.target = e.target;
-    x.slot = code + e.slot;
+    x.slot = place(e.slot);
     x.frame_flags = e.frame_flags;
     x.wide = e.wide;
-    if (e.bias != DirectExit::kSamePage) x.bias = code + e.bias;
+    x.ungrouped = e.ungrouped;
+    if (e.bias != DirectExit::kSamePage) x.bias = place(e.bias);
     x.from = &b;
   }
   b.faults = static_cast<u32>(faults_.size());
@@ -129,7 +145,8 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   if (tag >= exits_.size() || to->dead) return;
   Exit& x = exits_[tag];
   CodeBlock* from = x.from;
-  if (from->dead || from->mode != to->mode || from->pic != to->pic) return;
+  if (x.ungrouped != ((to->mode & kUngrouped) != 0)) return;
+  if (from->dead || ((from->mode ^ to->mode) & ~kUngrouped) != 0 || from->pic != to->pic) return;
   if (from->pic ? (x.target ^ rip) & (kPageSize - 1) : x.target != rip) return;
   u64 guard = 0;
   if (x.bias == nullptr) {
@@ -148,32 +165,36 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   x.next_incoming = to->incoming;
   if (to->incoming != kNone) exits_[to->incoming].previous_incoming = tag;
   to->incoming = tag;
-  point(x, to->code + (x.frame_flags ? to->frame_entry : 0), guard);
+  point(x, to->code + (x.frame_flags ? 0 : to->entry), guard);
   stats_.linked++;
+}
+
+const CodeBlock* CodeCache::block_at(u64 pc) const {
+  const u8* at = reinterpret_cast<const u8*>(pc);
+  // The second parts come in the other order.
+  auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at, [](const u8* p, const CodeBlock& b) { return p < b.code; });
+  if (it != blocks_.begin() && at < (it - 1)->code + (it - 1)->code_size) return &*--it;
+  it = std::lower_bound(blocks_.begin(), blocks_.end(), at, [](const CodeBlock& b, const u8* p) { return b.cold > p; });
+  return it != blocks_.end() && at < it->cold + it->cold_size ? &*it : nullptr;
 }
 
 bool CodeCache::fault_rip(u64 pc, u64 page, u64* rip) const {
   const u8* at = reinterpret_cast<const u8*>(pc);
-  auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at,
-                             [](const u8* p, const CodeBlock& b) { return p < b.code; });
-  if (it == blocks_.begin()) return false;
-  const CodeBlock& b = *--it;
-  for (unsigned i = 0; i < b.fault_count; i++) {
-    const HostFaultPoint& f = faults_[b.faults + i];
-    if (b.code + f.offset != at) continue;
-    *rip = b.pic ? page + f.rip : f.rip;
+  const CodeBlock* b = block_at(pc);
+  if (b == nullptr) return false;
+  for (unsigned i = 0; i < b->fault_count; i++) {
+    const HostFaultPoint& f = faults_[b->faults + i];
+    if ((f.offset < b->code_size ? b->code + f.offset : b->cold + (f.offset - b->code_size)) != at) continue;
+    *rip = b->pic ? page + f.rip : f.rip;
     return true;
   }
   return false;
 }
 
 u64 CodeCache::block_rip(u64 pc, u64 page) const {
-  const u8* at = reinterpret_cast<const u8*>(pc);
-  auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at,
-                             [](const u8* p, const CodeBlock& b) { return p < b.code; });
-  if (it == blocks_.begin()) return 0;
-  const CodeBlock& b = *--it;
-  return b.pic ? page + b.gpa.page_offset() : b.rip;
+  const CodeBlock* b = block_at(pc);
+  if (b == nullptr) return 0;
+  return b->pic ? page + b->gpa.page_offset() : b->rip;
 }
 
 void CodeCache::kill(CodeBlock* block) {
@@ -195,10 +216,10 @@ void CodeCache::kill(CodeBlock* block) {
     unlink(tag);
   }
   // Jump tables may lead to it still.
-  const u32 distance = block->dead_stub - (block->frame_entry + 5);
+  const i32 distance = static_cast<i32>(block->dead_stub - (block->code + 5));
   u8 jump[5] = {0xe9};
   std::memcpy(jump + 1, &distance, 4);
-  arena_->patch(block->code + block->frame_entry, jump);
+  arena_->patch(block->code, jump);
   stats_.killed++;
 }
 

@@ -31,9 +31,10 @@ struct CodeBlock {
   u64 rip = 0;            ///< 0 for position-independent code
   Gpa gpa;
   const u8* code = nullptr;
-  u32 code_size = 0;
-  u32 frame_entry = 0;    ///< offset in code: entered with the status flags in the frame
-  u32 dead_stub = 0;      ///< offset in code: where frame_entry leads when it was killed
+  const u8* cold = nullptr;  ///< the second part of its code
+  u32 code_size = 0, cold_size = 0;
+  u32 entry = 0;          ///< offset in code: entered with the status flags in RFLAGS; at the first byte: in the frame
+  const u8* dead_stub = nullptr;  ///< where the first byte leads when it was killed
   u32 first_exit = 0;     ///< its exits' tags begin here
   u32 guest_bytes = 0;    ///< index of its bytes' copy
   u32 incoming = ~0u;     ///< list of the exits linked to it
@@ -42,7 +43,7 @@ struct CodeBlock {
   u16 exit_count = 0;
   u16 bytes = 0;          ///< of guest code
   u16 count = 0;          ///< instructions
-  u8 mode = 0;            ///< TranslateMode::bits()
+  u8 mode = 0;            ///< TranslateMode::bits(), and kUngrouped
   bool dead = false;
   bool pic = false, user = false;
   CodeBlock* hash_next = nullptr;
@@ -50,6 +51,7 @@ struct CodeBlock {
 
 class CodeCache {
  public:
+  static constexpr u8 kUngrouped = 0x80;  ///< in CodeBlock::mode: made from a BlockRequest::ungrouped
   struct Stats {
     u64 built = 0, killed = 0, flushes = 0, linked = 0;
   };
@@ -68,7 +70,7 @@ class CodeCache {
     return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
   }
   void remember(const CodeBlock& block, u64 rip, u64 bias) {
-    space_->jumps[jump_index(rip)] = {0 - (rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
+    space_->jumps[jump_index(rip)] = {0 - (rip + bias), reinterpret_cast<u64>(block.code)};
   }
   void forget(u64 rip) { space_->jumps[jump_index(rip)] = JumpEntry{}; }
 
@@ -108,12 +110,13 @@ class CodeCache {
     u32 next_incoming = kNone, previous_incoming = kNone;
     const u8* bias = nullptr;  ///< of a link to another page: what it compares with
     bool frame_flags = false;
-    bool wide = false;
+    bool wide = false, ungrouped = false;
     u8 changes = 0;            ///< how often a link to another page was made
   };
   static constexpr u8 kChanges = 4;
 
   explicit CodeCache(std::unique_ptr<CodeArena> arena);
+  const CodeBlock* block_at(u64 pc) const;
   static unsigned bucket(Gpa gpa, u64 rip, u8 mode);
   void kill(CodeBlock* block);
   void unlink(u32 tag);

@@ -4,6 +4,10 @@
 
 namespace ring3::engine {
 
+void Emitter::truncate(u32 size) {
+  code_.resize(size);
+  while (!relatives_.empty() && relatives_.back() >= size) relatives_.pop_back();
+}
 void Emitter::imm32(u32 v) {
   for (int i = 0; i < 4; i++) byte(static_cast<u8>(v >> (8 * i)));
 }
@@ -161,6 +165,7 @@ void Emitter::test8_imm(u8 reg, u8 mask) {
 }
 
 void Emitter::use(Label& l) {
+  relatives_.push_back(size());
   if (l.at != Label::kUnbound) {
     imm32(l.at - (size() + 4));
   } else {
@@ -183,6 +188,7 @@ void Emitter::call(Label& to) {
 }
 void Emitter::bind(Label& l) {
   l.at = size();
+  note_label();
   for (u32 use = l.uses; use != Label::kUnbound;) {
     u32 next;
     std::memcpy(&next, code_.data() + use, 4);

@@ -75,10 +75,18 @@ struct Label {
 
 class Emitter {
  public:
-  void clear() { code_.clear(); }
-  void truncate(u32 size) { code_.resize(size); }
+  void clear() {
+    code_.clear();
+    relatives_.clear();
+    early_label_ = false;
+  }
+  void truncate(u32 size);
   u32 size() const { return static_cast<u32>(code_.size()); }
   const u8* data() const { return code_.data(); }
+  /// Where the rel32 fields of jumps and calls to labels stand.
+  const std::vector<u32>& relatives() const { return relatives_; }
+  /// A label was bound between the first byte and the fifth.
+  bool early_label() const { return early_label_; }
 
   void byte(u8 b) { code_.push_back(b); }
   void bytes(std::initializer_list<u8> list) { code_.insert(code_.end(), list); }
@@ -120,14 +128,20 @@ class Emitter {
   /// jrcxz (address_size 8) or jecxz (4) over a short distance: returns where the rel8 stands.
   u32 jrcxz_short(u8 address_size);
   u32 jcc_short(u8 condition);
-  void bind_short(u32 at) { code_[at] = static_cast<u8>(size() - at - 1); }
+  void bind_short(u32 at) {
+    code_[at] = static_cast<u8>(size() - at - 1);
+    note_label();
+  }
 
  private:
   void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map = 0);
   void op_rr(bool w, u8 opcode, u8 reg, u8 rm);
   void use(Label& l);
+  void note_label() { early_label_ |= size() > 0 && size() < 5; }
 
   std::vector<u8> code_;
+  std::vector<u32> relatives_;
+  bool early_label_ = false;
 };
 
 }  // namespace ring3::engine

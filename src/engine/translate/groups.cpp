@@ -11,7 +11,7 @@
 /// shootdowns between blocks, and an instruction that could change translations or rights ends all groups.
 ///
 /// A group's check may miss where the first access by itself would not: the bytes lie in two pages, or the page
-/// takes no writes yet. It then goes on in a copy of the block, behind it, in which every access has its own
+/// takes no writes yet. It then goes on in another block, made when first needed, in which every access has its own
 /// check: no access is refused, and no page is marked dirty, for another's sake.
 ///
 /// Confinement rests on written_registers(): what is not listed there ends all groups.
@@ -225,7 +225,8 @@ const BlockBuilder::Group* BlockBuilder::group_of(const Address& a, u8 size, Kin
 
 /// Looks ahead for what an access at insn index_ could check for. Null: it stands alone, or no slot is free.
 BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind kind) {
-  if (!groupable(a)) return nullptr;
+  // What follows STI is left to the interpreter with its shadow, which the way to the other block does not have.
+  if (!groupable(a) || interpret_.back().sti_shadow) return nullptr;
   Group* slot = nullptr;
   for (unsigned n = 0; n < kGroups; n++) {
     if (groups_[n].active) continue;
@@ -308,26 +309,40 @@ void BlockBuilder::stack_miss(GroupMiss& m) {
   e_.jmp(m.resume);
 }
 
-/// The miss of a group's check: a fill that the first access alone is entitled to, or on in the copy.
+/// The miss of a group's check. In one page, a fill that the first access alone is entitled to: what that does not
+/// make good is most often a page fault of the access, and the interpreter's. In two, on without groups.
 void BlockBuilder::finish_groups() {
   for (GroupMiss& m : group_misses_) {
-    Copy& copy = copies_[m.insn];
-    Label restore;
-    Label& ungrouped = m.flags == Flags::Frame && copy.flags == Flags::Host ? restore : copy.entry;
+    Label ungrouped;
     if (m.stacked) stack_miss(m);
     e_.bind(m.entry);
-    if (m.fill && (m.write || !m.stacked)) {
+    if (m.write || !m.stacked) {
+      Label& interpret = interpret_[m.insn].entry;
       emit_address(kScratch0, m.address);
       one_page_or(ungrouped, m.size);
       e_.mov_imm(kScratch1, m.size);
-      emit_fill(m.write);
-      e_.jcc(5, m.stacked ? m.stack : m.resume);
+      emit_fill(m.write && m.fill);
+      if (m.fill) {
+        e_.jcc(5, m.stacked ? m.stack : m.resume);
+      } else {  // a read, before a write: does the page take writes as well?
+        e_.jcc(4, interpret);
+        Address last = m.address;
+        last.disp += static_cast<i32>(m.size) - 1;
+        emit_group_check(m.address, last, true, interpret);
+        e_.jmp(m.stacked ? m.stack : m.resume);
+      }
+      if (m.fill) e_.jmp(interpret);
     }
-    if (&ungrouped == &restore) {
-      e_.bind(restore);
-      emit_flags_restore(kScratch0);
-    }
-    e_.jmp(copy.entry);
+    e_.bind(ungrouped);
+    const bool in_frame = m.flags == Flags::Frame;
+    stubs_.push_back({{}, m.offset, in_frame, true});
+    DirectExit x;
+    x.jump = e_.size();
+    x.target = pic() ? static_cast<u64>(m.offset) : (request_->rip & kPageMask) + static_cast<u64>(m.offset);
+    x.frame_flags = in_frame;
+    x.ungrouped = true;
+    out_->exits.push_back(x);
+    e_.jmp(stubs_.back().entry);
   }
 }
 

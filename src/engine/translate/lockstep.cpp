@@ -176,7 +176,8 @@ bool Lockstep::decode_block(u64 rip, unsigned count) {
 
 unsigned Lockstep::done(u64 rip, unsigned count) const {
   const u32 reason = frame_.exit_reason;
-  if (reason == RING3_REASON_NEXT || reason == RING3_REASON_INDIRECT || reason == RING3_REASON_ATTENTION) return count;
+  const bool inside = frame_.exit_tag != frame::kNoTag && (frame_.exit_tag & DirectExit::kUngrouped) != 0;
+  if ((reason == RING3_REASON_NEXT && !inside) || reason == RING3_REASON_INDIRECT || reason == RING3_REASON_ATTENTION) return count;
   u64 at = before_.state->rip;
   for (unsigned n = 0; n < count; n++) {
     if (at == rip) return n;
@@ -295,10 +296,10 @@ void Lockstep::name_difference(const Snapshot& before, unsigned count, Translate
     out_.clear();
     arena_->clear();
     if (!translator_.translate(request, &out_) || out_.insns != k) continue;
-    prefix_ = arena_->append(out_.code);
+    prefix_ = arena_->append(out_.code);  // all in one part
     if (prefix_ == nullptr) break;
     insns_.assign(all.begin(), all.begin() + k);
-    translated(prefix_, before);
+    translated(prefix_ + out_.entry, before);
     const unsigned n = done(s_.rip, k);
     save(&after_translated_);
     if (n == kAll) continue;

@@ -131,8 +131,7 @@ void BlockBuilder::add_to_stream(std::size_t n, const Address& a, const Operand&
 }
 
 void BlockBuilder::emit_setup(const Stream& s, u32 slot, bool first) {
-  Label start;
-  start.at = 0;
+  Label start = begin_;
   const i64 low = s.group.low, bytes = s.group.high - low;
   for (const auto& [at, size] : s.aligned) {
     emit_address(kScratch0, stream_address(s, at));
@@ -170,8 +169,7 @@ void BlockBuilder::emit_setup(const Stream& s, u32 slot, bool first) {
 bool BlockBuilder::second_body(std::size_t done) {
   if (!loop_.on) return true;
   const Stream& leader = loop_.streams[loop_.leader];
-  Label start;
-  start.at = 0;
+  Label start = begin_;
   e_.bind(loop_.setup);
   start_groups(false);
   for (unsigned k = 0; k < loop_.count; k++) loop_.streams[k].group.slot = groups_[k].slot;

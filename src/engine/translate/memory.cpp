@@ -156,7 +156,9 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
       m.size = static_cast<u32>(g->high - g->low);
       m.write = g->write;
       m.fill = g->write == (kind == Kind::Write);
-      m.insn = index_;
+      m.offset = page_offset(rip());
+      interpret_label();
+      m.insn = interpret_.size() - 1;
       m.flags = flags_;
       if (g->slot == frame::kStackAddend) {
         m.stacked = true;

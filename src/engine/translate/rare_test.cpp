@@ -79,9 +79,9 @@ TEST(Rare, MxcsrIsLoadedAndStored) {
   m.s.cr4 |= cr4::OSFXSR;
   m.s.gpr[RBX] = kData;
   m.store<u32>(kData, 0x7fa0);  // round to zero, one flag up
-  // ldmxcsr [rbx]; cvtss2si eax, [rbx+8]; stmxcsr [rbx+4]
+  // mov [rbx+16], eax; ldmxcsr [rbx]; cvtss2si eax, [rbx+8]; stmxcsr [rbx+4]
   m.store<float>(kData + 8, 2.75f);
-  const auto out = m.run(hex("0f ae 13 f3 0f 2d 43 08 0f ae 5b 04"));
+  const auto out = m.run(hex("89 43 10 0f ae 13 f3 0f 2d 43 08 0f ae 5b 04"));
   EXPECT_TRUE(out.halted());
   EXPECT_EQ(m.interpreted(), 1u);
   EXPECT_EQ(m.s.gpr[RAX], 2u);

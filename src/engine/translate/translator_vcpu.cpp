@@ -18,7 +18,7 @@ constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
-/// Leaves at rip: r14 = rip; jmp gs:[thunk]. Behind it the same for status flags that stand in the frame.
+/// Leaves at rip, with the status flags in RFLAGS: r14 = rip; jmp gs:[thunk].
 /// With exit_left, r15d is yet to be filled in.
 void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
   std::vector<u8>& code = out->code;
@@ -44,13 +44,12 @@ void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
     code.insert(code.end(), {0x65, 0xff, 0x24, 0x25});
     value(through, 4);
   };
-  leave(thunk);
-  out->frame_entry = static_cast<u32>(code.size());
   code.insert(code.end(), {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25});  // mov r14, rax; mov eax, gs:[flags]
   value(frame::kFlags, 4);
   code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
+  out->entry = static_cast<u32>(code.size());
   leave(thunk);
-  out->dead_stub = static_cast<u32>(code.size());
+  out->cold = out->dead_stub = static_cast<u32>(code.size());
   leave(frame::kExitDeadFrame);
 }
 
@@ -208,7 +207,7 @@ u32 TranslatorVcpu::number_left(const DecodedInsn& insn) {
   return at->second;
 }
 
-CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode) {
+CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode, bool ungrouped) {
   if (left_.size() >= kMaxLeft) interpreter_.code_flush();
   mmu_.add_code_page(gpa.page());
   // An image: what is decoded and what is kept are the same bytes, whoever writes meanwhile.
@@ -235,7 +234,8 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   request.rip = rip;
   request.mode = mode;
   request.position_independent = position_independent(rip, mode);
-  request.loops = lockstep_ == nullptr;
+  request.loops = lockstep_ == nullptr && !ungrouped;
+  request.ungrouped = ungrouped;
   u8 guest_bytes[15];
   if (count == 0 && room < sizeof guest_bytes && lockstep_ == nullptr) {
     // An instruction that goes on in the next page.
@@ -280,9 +280,12 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       const u32 number = number_left(insns_[out_.left]);
       std::memcpy(out_.code.data() + slot, &number, 4);
     }
-    if (CodeBlock* b = cache_->add(gpa, request.position_independent ? 0 : rip, mode.bits(),
+    if (CodeBlock* b = cache_->add(gpa, request.position_independent ? 0 : rip, key(mode, ungrouped),
                                   request.position_independent, out_, image)) {
-      if (options_.perf_map != nullptr) options_.perf_map->add(b->code, b->code_size, rip, mode.user);
+      if (options_.perf_map != nullptr) {
+        options_.perf_map->add(b->code, b->code_size, rip, mode.user);
+        options_.perf_map->add(b->cold, b->cold_size, rip, mode.user);
+      }
       return b;
     }
     interpreter_.code_flush();  // both caches: they share the hold on the pages
@@ -291,7 +294,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   return nullptr;
 }
 
-CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode) {
+CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode, bool ungrouped) {
   if (!canonical(rip)) return nullptr;
   Gpa gpa;
   const u8* host;
@@ -300,8 +303,8 @@ CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode) {
     mmu_.stop() = kept;
     return nullptr;  // the interpreter finds the same, and delivers it
   }
-  CodeBlock* b = cache_->find(gpa, position_independent(rip, mode) ? 0 : rip, mode.bits());
-  if (b == nullptr) b = translate(gpa, rip, host, mode);
+  CodeBlock* b = cache_->find(gpa, position_independent(rip, mode) ? 0 : rip, key(mode, ungrouped));
+  if (b == nullptr) b = translate(gpa, rip, host, mode, ungrouped);
   return b;
 }
 
@@ -338,6 +341,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     ~Leave() { in_run = false; }
   } leave{in_run_};
   u32 tag = frame::kNoTag;
+  bool ungrouped = false;  // the block to go on in
   u64 tag_epoch = 0;
   for (;;) {
     if (c_.retired >= limit) return Interpreter::Result::Budget;
@@ -350,19 +354,20 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       unsigned count = 0;  // of the block, for the divergence checker
       const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip, bias) : nullptr;
       if (code == nullptr) {
-        CodeBlock* b = lookup(s_.rip, m);
+        CodeBlock* b = lookup(s_.rip, m, ungrouped);
         if (b != nullptr) {
           bias = cache_->bias(m.bits(), mmu_.fetch_generation());
-          if (lockstep_ == nullptr) cache_->remember(*b, s_.rip, bias);
+          if (lockstep_ == nullptr && !ungrouped) cache_->remember(*b, s_.rip, bias);
           if (lockstep_ != nullptr) count = b->count;
           else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b, s_.rip, bias);
-          code = b->code;
+          code = b->code + b->entry;
           c_.retired += b->count;
         }
       } else {
         c_.retired++;
       }
       tag = frame::kNoTag;
+      ungrouped = false;
       if (code != nullptr) {
         frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
         // It guards from breakpoints, of which there are none, until the instruction is done; what faults sets it anew.
@@ -382,6 +387,10 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
         switch (frame_.exit_reason) {
           case RING3_REASON_NEXT:
             tag = frame_.exit_tag;
+            if (tag != frame::kNoTag && (tag & DirectExit::kUngrouped) != 0) {
+              ungrouped = true;
+              tag &= ~DirectExit::kUngrouped;
+            }
             tag_epoch = cache_->epoch();
             continue;
           case RING3_REASON_VECTORS:
@@ -421,6 +430,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       interpret = true;
     }
     tag = frame::kNoTag;
+    ungrouped = false;
     stats_.interpreted++;
     if (options_.interpreted_ops != nullptr) note_interpreted();
     if (vectors_held_ != 0) vectors_held_--;

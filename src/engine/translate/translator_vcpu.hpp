@@ -76,8 +76,11 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   TranslateMode mode() const;
   static bool position_independent(u64 rip, TranslateMode mode);
   /// The block at RIP; null: the interpreter is to run the instruction.
-  CodeBlock* lookup(u64 rip, TranslateMode mode);
-  CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode);
+  static u8 key(TranslateMode mode, bool ungrouped) {
+    return static_cast<u8>(mode.bits() | (ungrouped ? CodeCache::kUngrouped : 0));
+  }
+  CodeBlock* lookup(u64 rip, TranslateMode mode, bool ungrouped);
+  CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode, bool ungrouped);
   void enter(const u8* code);
   u32 number_left(const DecodedInsn& insn);
   /// host - linear of an access that the translation allows, 0: it is interpreted. In two pages only if the host's

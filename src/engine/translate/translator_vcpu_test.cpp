@@ -72,14 +72,22 @@ class TinyTranslator final : public BlockTranslator {
     out_->code.insert(out_->code.end(), {0x65, 0xff, 0x24, 0x25});
     put(&out_->code, offset, 4);
   }
-  /// frame_entry and dead_stub.
+  /// The entry with the flags in the frame, before all of it, and dead_stub.
   void entries() {
     std::vector<u8>& code = out_->code;
-    out_->frame_entry = static_cast<u32>(code.size());
-    code.insert(code.end(), {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25});  // mov r14, rax; mov eax, gs:[flags]
-    put(&code, frame::kFlags, 4);
-    code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0, 0xe9});  // add al, 7fh; sahf; mov rax, r14; jmp
-    put(&code, 0 - static_cast<u32>(code.size()) - 4, 4);
+    std::vector<u8> prologue = {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25};  // mov r14, rax; mov eax, gs:[flags]
+    put(&prologue, frame::kFlags, 4);
+    prologue.insert(prologue.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
+    const u32 size = static_cast<u32>(prologue.size());
+    code.insert(code.begin(), prologue.begin(), prologue.end());
+    out_->entry = size;
+    for (DirectExit& e : out_->exits) {
+      e.jump += size;
+      e.slot += size;
+      e.stub += size;
+    }
+    for (HostFaultPoint& f : out_->faults) f.offset += size;
+    out_->cold = static_cast<u32>(code.size());
     out_->dead_stub = static_cast<u32>(code.size());
     code.insert(code.end(), {0x49, 0xbe});
     put(&code, request_->rip, 8);
