@@ -265,6 +265,28 @@ TEST_P(Exits, InterruptWindow) {
   EXPECT_EQ(m.at<u8>(0x501), 1);
 }
 
+TEST_P(Exits, NoInterruptWindowWhileTheLapicTakesNone) {
+  SOFT_ONLY("needs 32-bit code");
+  VmOptions options;
+  options.split = true;
+  TestVm m(system(), options);
+  static const u8 code[] = {0xc7, 0x05, 0xf0, 0x00, 0xe0, 0xfe, 0xff, 0x01, 0x00, 0x00,  // SVR: on
+                            0xc7, 0x05, 0x50, 0x03, 0xe0, 0xfe, 0x00, 0x07, 0x01, 0x00,  // LVT0: ExtINT, masked
+                            0xfb, 0x90, 0xe6, 0x10,                                      // sti; nop; out
+                            0xc7, 0x05, 0x50, 0x03, 0xe0, 0xfe, 0x00, 0x07, 0x00, 0x00,  // LVT0: unmasked
+                            0xeb, 0x00, 0xe6, 0x11, 0xeb, 0xfe};                          // jmp; out
+  m.start_flat(Guest{code, code + sizeof code}, false);
+  auto& run = m.vcpu().run_page();
+  run.request_interrupt_window = 1;
+  m.expect_io(0x10, true);  // the guest goes on although its IF is set
+  EXPECT_EQ(run.if_flag, 1);
+  EXPECT_EQ(run.ready_for_interrupt_injection, 0);
+  ASSERT_EQ(m.run(), u32{KVM_EXIT_IRQ_WINDOW_OPEN});
+  EXPECT_EQ(run.ready_for_interrupt_injection, 1);
+  run.request_interrupt_window = 0;
+  m.expect_io(0x11, true);
+}
+
 TEST_P(Exits, LoweredTprWithoutIrqchip) {
   SOFT_ONLY("needs 64-bit code");
   TestVm m(system());

@@ -67,6 +67,7 @@ GUEST(hypercall);
 
 struct VmOptions {
   bool irqchip = false;
+  bool split = false;  ///< the LAPICs alone, with 24 pins of the VMM's
   bool pit = false;
   unsigned vcpus = 1;
   bool cpuid = true;
@@ -85,6 +86,9 @@ class TestVm {
     EXPECT_TRUE(vm_->set_user_memory_region(0, Gpa(0), kRam, hva()).ok());
     if (options.irqchip) {
       EXPECT_TRUE(vm_->create_irqchip().ok());
+    }
+    if (options.split) {
+      EXPECT_TRUE(vm_->enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24).ok());
     }
     if (options.pit) {
       EXPECT_TRUE(vm_->create_pit2(KVM_PIT_SPEAKER_DUMMY).ok());

@@ -1,6 +1,10 @@
 // Guest memory that vanishes under a running guest: KVM_RUN answers EFAULT, as the kernel's, and the process lives.
 #include <sys/mman.h>
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+
 #include "harness.hpp"
 
 namespace ring3::abitest {
@@ -97,6 +101,82 @@ TEST_P(Vanished, PageTablesAndCodeThatVanish) {
     for (int i = 0; i < 2; i++) ASSERT_EQ(vm.vcpu().run(), -EFAULT);
     ::munmap(hole, 0x2000);
   }
+}
+
+TEST_P(Vanished, AMemslotThatIsDeletedWhileTheGuestFaultsInIt) {
+  SOFT_ONLY("the kernel's own");
+  TestVm vm(system());
+  void* hole = ::mmap(nullptr, 0x2000, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(hole, MAP_FAILED);
+  const Hva at(reinterpret_cast<u64>(hole));
+  ASSERT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
+  vm.start_flat(guest(kReader), true);
+  std::atomic<bool> over{false};
+  std::thread changer([&] {
+    while (!over.load()) {
+      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0, at).ok());
+      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
+    }
+  });
+  // The load finds the hole, or no memory: a read of a device then.
+  int faults = 0, devices = 0;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  while (std::chrono::steady_clock::now() < end) {
+    const long r = vm.vcpu().run();
+    if (r == -EFAULT) {
+      faults++;
+    } else {
+      EXPECT_EQ(r, 0);
+      const u32 exit = vm.exit_reason();
+      EXPECT_TRUE(exit == KVM_EXIT_MMIO || exit == KVM_EXIT_IO) << exit;
+      devices++;
+    }
+  }
+  over.store(true);
+  changer.join();
+  EXPECT_GT(faults, 0);
+  EXPECT_GT(devices, 0);
+  ::munmap(hole, 0x2000);
+}
+
+TEST_P(Vanished, AMemslotThatIsDeletedWhileItsPageTablesAreRead) {
+  SOFT_ONLY("the kernel's own");
+  TestVm vm(system());
+  void* hole = ::mmap(nullptr, 0x2000, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(hole, MAP_FAILED);
+  const Hva at(reinterpret_cast<u64>(hole));
+  ASSERT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
+  vm.start_flat(guest(kReader), true);
+  auto sregs = vm.vcpu().sregs();
+  ASSERT_TRUE(sregs.ok());
+  sregs->cr3 = kExtra;
+  ASSERT_TRUE(vm.vcpu().set_sregs(*sregs).ok());
+  std::atomic<bool> over{false};
+  std::thread changer([&] {
+    while (!over.load()) {
+      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0, at).ok());
+      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
+    }
+  });
+  int faults = 0, none = 0;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  while (std::chrono::steady_clock::now() < end) {
+    kvm_translation t{};
+    t.linear_address = 0x1000;
+    const long r = vm.vcpu().endpoint().ioctl(KVM_TRANSLATE, arg(t));
+    if (r == -EFAULT) {
+      faults++;
+    } else {
+      EXPECT_EQ(r, 0);
+      EXPECT_EQ(t.valid, 0);
+      none++;
+    }
+  }
+  over.store(true);
+  changer.join();
+  EXPECT_GT(faults, 0);
+  EXPECT_GT(none, 0);
+  ::munmap(hole, 0x2000);
 }
 
 INSTANTIATE_TEST_SUITE_P(Providers, Vanished, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel),

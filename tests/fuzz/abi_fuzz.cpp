@@ -560,8 +560,10 @@ class Worker {
       u8* bytes = reinterpret_cast<u8*>(run);
       if (rng_.one_in(8)) bytes[rng_.below(2 * kPageSize)] = static_cast<u8>(rng_.next());
       on.kick();
-      if (rng_.one_in(3)) {  // a little guest code: the kick of another thread ends it
-        __atomic_store_n(&run->immediate_exit, u8{0}, __ATOMIC_SEQ_CST);
+      // A little guest code: the kick of another thread ends it.
+      if (rng_.one_in(3)) __atomic_store_n(&run->immediate_exit, u8{0}, __ATOMIC_SEQ_CST);
+      {
+        // Those that begin with immediate_exit too: other workers may have cleared it again.
         const std::lock_guard lock(g_running_mutex);
         g_running[this] = &on;
       }

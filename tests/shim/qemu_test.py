@@ -66,11 +66,32 @@ class Machine:
                 self.changed.wait(min(left, 0.2))
 
     def wait_end(self, limit=240):
-        status = self.process.wait(limit)
+        try:
+            status = self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end in {limit} s; {self.where()}\non the console:\n{self.text[-3000:]}") from None
         self.reader.join(10)
         return status
 
-    def command(self, name, **arguments):
+    def where(self):
+        """What the vCPUs and the interrupt controllers are at, for a machine that hangs."""
+        lines = []
+        try:
+            for question in ("info status", "info cpus", "info registers -a", "info pic", "info lapic", "info irq", "info registers -a"):
+                lines.append(question + ":\n" + self.command("human-monitor-command", command_line=question, limit=20))
+        except (OSError, AssertionError, ValueError) as e:
+            lines.append(f"the monitor does not answer: {e}")
+        for task in sorted(os.listdir(f"/proc/{self.process.pid}/task")):
+            try:
+                with open(f"/proc/{self.process.pid}/task/{task}/stat", encoding="utf-8") as f:
+                    fields = f.read().rsplit(")", 1)
+                with open(f"/proc/{self.process.pid}/task/{task}/wchan", encoding="utf-8") as f:
+                    lines.append(f"thread {fields[0]}): {' '.join(fields[1].split()[:1])}, ticks {fields[1].split()[11:13]}, in {f.read()}")
+            except OSError:
+                pass
+        return "\n".join(lines)
+
+    def command(self, name, limit=240, **arguments):
         if self.qmp is None:
             for _ in range(600):
                 self.qmp = socket.socket(socket.AF_UNIX)
@@ -84,6 +105,7 @@ class Machine:
             self.stream = self.qmp.makefile("r", encoding="utf-8")
             self.stream.readline()
             self.command("qmp_capabilities")
+        self.qmp.settimeout(limit)
         message = {"execute": name}
         if arguments:
             message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}

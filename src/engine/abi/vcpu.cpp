@@ -441,18 +441,19 @@ long Vcpu::device_attr(unsigned long request, u64 arg) {
 
 /// In a signal handler: what it takes may not be held by code that touches guest memory.
 bool Vcpu::is_guest_memory(void* vcpu, u64 host) {
-  const auto table = static_cast<Vcpu*>(vcpu)->vm_.memory().table();
-  for (const memory::Slot& s : table->slots) {
-    if (host >= s.hva.value && host - s.hva.value < s.size) return true;
-  }
-  return false;
+  return static_cast<const Vcpu*>(vcpu)->vm_.owns_host(host);
 }
 
 long Vcpu::ioctl(unsigned long request, u64 arg) {
   std::lock_guard lock(mutex_);
   if (request == KVM_RUN) return arg == 0 ? run() : -EINVAL;
   long result = 0;
-  return trap_.run([&] { result = ioctl_locked(request, arg); }) ? result : -EFAULT;
+  // Those that read page tables do it as guest code does: changes of memslots wait for them.
+  const bool walks = request == KVM_TRANSLATE || request == KVM_SET_SREGS || request == KVM_SET_SREGS2;
+  if (walks) vm_.tracker().enter_guest(index_);
+  const bool whole = trap_.run([&] { result = ioctl_locked(request, arg); });
+  if (walks) vm_.tracker().leave_guest(index_);
+  return whole ? result : -EFAULT;
 }
 
 long Vcpu::ioctl_locked(unsigned long request, u64 arg) {

@@ -137,6 +137,8 @@ class Vcpu final : private DirtySink {
   bool wait();
   bool signal_pending() const;
   void fill_exit_state();
+  /// Whether KVM_INTERRUPT's vector would come through, RFLAGS.IF and the like apart.
+  bool accepts_user_extint() const;
   bool ready_for_injection() const;
   void update_guest_time(bool after_wait);
   long internal_error(u32 suberror);

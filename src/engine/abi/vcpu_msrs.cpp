@@ -112,6 +112,7 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
     case kApicBase:
       if (lapic_) {
         if (!lapic_->set_apic_base(value, host)) return Msr::Fault;
+        raise(kAttendExtInt);  // a LAPIC that is off lets external interrupts through
       } else {
         apic_base_ = value;
       }

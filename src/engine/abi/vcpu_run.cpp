@@ -213,9 +213,11 @@ bool Vcpu::inject_events(bool* want_window) {
   return true;
 }
 
+bool Vcpu::accepts_user_extint() const { return !lapic_ || (user_extint_ < 0 && lapic_->accepts_extint()); }
+
 bool Vcpu::ready_for_injection() const {
   if (!interrupt_allowed() || state_.exception.pending || nmi_injected_ || state_.injected_interrupt) return false;
-  return !lapic_ || (user_extint_ < 0 && lapic_->accepts_extint());
+  return accepts_user_extint();
 }
 
 // ---- the loop ----
@@ -338,7 +340,8 @@ Vcpu::Step Vcpu::prepare(long* result) {
       *result = 0;
       return Step::Exit;
     }
-    window = !(guest_debug_ & KVM_GUESTDBG_BLOCKIRQ);
+    // A LAPIC that does not take the VMM's interrupts opens no window: raise() comes when that changes.
+    window = window || (accepts_user_extint() && !(guest_debug_ & KVM_GUESTDBG_BLOCKIRQ));
   }
   want_window_ = window;
   return Step::Run;
@@ -421,7 +424,12 @@ long Vcpu::run() {
     }
     if (dirty & KVM_SYNC_X86_SREGS) {
       const kvm_sregs sregs = run.s.regs.sregs;
-      if (set_sregs(sregs) != 0) return -EINVAL;
+      int error = 0;
+      vm_.tracker().enter_guest(index_);  // PAE's directory pointers are read
+      const bool whole = trap_.run([&] { error = set_sregs(sregs); });
+      vm_.tracker().leave_guest(index_);
+      if (!whole) return -EFAULT;
+      if (error != 0) return -EINVAL;
     }
     if (dirty & KVM_SYNC_X86_EVENTS) {
       const kvm_vcpu_events events = run.s.regs.events;

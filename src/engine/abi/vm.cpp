@@ -95,12 +95,28 @@ long Vm::set_memory_region(u64 arg) {
   kvm_userspace_memory_region r;
   if (!copy_in(arg, &r)) return -EFAULT;
   std::lock_guard lock(memory_mutex_);
+  // Until every vCPU has dropped what it knew, a fault in what the change takes away is a fault of guest memory.
+  std::atomic_store(&retiring_, memory_.table());
   const int result = memory_.set_region(r.slot, r.flags, Gpa(r.guest_phys_addr), r.memory_size, Hva(r.userspace_addr));
   if (result == 0) {
     tracker_.memslots_changed();
     stats_.add(vm_stat::MemslotChanges);
   }
+  std::atomic_store(&retiring_, std::shared_ptr<const memory::SlotTable>());
   return result;
+}
+
+bool Vm::owns_host(u64 host) const {
+  const auto has = [host](const memory::SlotTable& table) {
+    for (const memory::Slot& s : table.slots) {
+      if (host >= s.hva.value && host - s.hva.value < s.size) return true;
+    }
+    return false;
+  };
+  // In this order: what a change takes from the one stands in the other until no vCPU uses it.
+  if (has(*memory_.table())) return true;
+  const auto retiring = std::atomic_load(&retiring_);
+  return retiring != nullptr && has(*retiring);
 }
 
 std::size_t Vm::dirty_words(u32 slot) const {

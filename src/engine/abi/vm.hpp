@@ -78,6 +78,9 @@ class Vm final : public VcpuSink {
   u32 dirty_ring_entries() const { return dirty_ring_entries_; }
   unsigned reserved_ioapic_pins() const { return split_pins_; }
 
+  /// Whether a memslot has the host address, or one that vCPUs may still use. In a signal handler, where code that touches
+  /// guest memory holds none of the locks that this takes.
+  bool owns_host(u64 host) const;
   /// A store by the engine itself. False when it is not writable memory. Any thread; a vCPU's thread is outside
   /// guest code meanwhile.
   bool write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sink);
@@ -109,6 +112,8 @@ class Vm final : public VcpuSink {
 
   const Config config_;
   memory::GuestMemory memory_;
+  /// The memslots before a change that vCPUs are being told of; else null. By std::atomic_load and std::atomic_store.
+  std::shared_ptr<const memory::SlotTable> retiring_;
   PhysicalTracker tracker_{memory_};
   TimerQueue timers_;
   TscSync tsc_sync_;
