@@ -157,13 +157,13 @@ class Debian(unittest.TestCase):
             self.assertRegex(self.command(terminal, "getent hosts %s" % NAME), r"10\.0\.2\.2 +%s" % NAME)
         url = "http://%s:%d/" % (host, self.server.server_port)
         began = time.monotonic()
-        self.assertIn(hashlib.sha256(self.data).hexdigest(), self.command(terminal, "curl -sS %sdata | tee /root/data | sha256sum" % url))
+        self.assertIn(hashlib.sha256(self.data).hexdigest(), self.command(terminal, "curl -sS %sdata | tee ~/data | sha256sum" % url))
         took = time.monotonic() - began
         began = time.monotonic()
-        self.assertIn(":DONE:0:", self.command(terminal, "mkdir -p /root/many && curl -sS --no-progress-meter --fail -Z --parallel-immediate --parallel-max %d "
-                                               "-o '/root/many/#1' '%sf[1-%d]'" % (MANY, url, MANY)))
+        self.assertIn(":DONE:0:", self.command(terminal, "mkdir -p ~/many && cd && curl -sS --no-progress-meter --fail -Z --parallel-immediate --parallel-max %d "
+                                               "-o many/#1 '%sf[1-%d]'" % (MANY, url, MANY)))
         wanted = hashlib.sha256(b"".join(b"%d\n" % i * 300 for i in range(1, MANY + 1))).hexdigest()
-        self.assertIn(wanted, self.command(terminal, "for i in $(seq %d); do cat /root/many/$i; done | sha256sum" % MANY))
+        self.assertIn(wanted, self.command(terminal, "for i in $(seq %d); do cat ~/many/$i; done | sha256sum" % MANY))
         self.say("%d MiB in %.1f s, %d connections at once in %.1f s%s" % (len(self.data) >> 20, took, MANY, time.monotonic() - began,
                  ", by name" if self.names else "; names not looked up (needs root)"))
 
@@ -219,7 +219,7 @@ class Debian(unittest.TestCase):
             self.say("QEMU (TCG): login after %.1f s (%.1f s of CPU)" % (time.monotonic() - began, cpu_seconds(terminal.process.pid)))
             self.log_in(terminal)
             self.in_the_guest(terminal, network=False)
-            self.assertIn(hashlib.sha256(self.data).hexdigest(), self.command(terminal, "sha256sum /root/data"))
+            self.assertIn(hashlib.sha256(self.data).hexdigest(), self.command(terminal, "sha256sum ~/data"))
             terminal.type(b"poweroff\r")
             self.assertEqual(terminal.wait(PATIENCE), 0)
 

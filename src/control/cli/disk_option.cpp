@@ -39,6 +39,15 @@ Result<DiskOption> parse_disk_option(const std::string& text) {
       disk.direct = value == "none";
     } else if (key == "cache") {
       return bad("there is no cache '" + printable(value) + "'; there are writeback and none");
+    } else if (key == "fail") {
+      const auto colon = value.find(':');
+      const std::string number = value.substr(0, colon), code = colon == std::string::npos ? "eio" : value.substr(colon + 1);
+      if (number.empty() || number.size() > 9 || number.find_first_not_of("0123456789") != std::string::npos || std::stoul(number) == 0 ||
+          (code != "eio" && code != "enospc")) {
+        return bad("fail= is for tests: fail=N:eio or fail=N:enospc makes every N-th access fail");
+      }
+      disk.fail_every = std::stoul(number);
+      disk.fail_code = code == "eio" ? EIO : ENOSPC;
     } else {
       return bad("'" + printable(w) + "' is none of ro, format=, serial= and cache= (write ,, for a comma in the path)");
     }

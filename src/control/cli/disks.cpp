@@ -15,6 +15,11 @@ Result<Disks> Disks::open(const std::vector<DiskOption>& options) {
     how.writable = !o.read_only;
     how.direct = o.direct;
     if (!o.format.empty()) how.format = o.format == "qcow2" ? storage::Format::kQcow2 : storage::Format::kRaw;
+    if (o.fail_every != 0) {
+      how.faults = std::make_shared<storage::Faults>();
+      how.faults->every = o.fail_every;
+      how.faults->code = o.fail_code;
+    }
     auto image = storage::open_image(o.path, how);
     if (!image) {
       const int code = image.error().code;
@@ -32,6 +37,7 @@ void Disks::add_to(vmm::MachineConfig& config) const {
   for (std::size_t i = 0; i < disks_.size(); i++) {
     virtio::BlockDevice::Config c;
     c.image = disks_[i].image;
+    c.name = "--disk " + printable(disks_[i].option.path);
     c.serial = disks_[i].option.serial.empty() ? "ring3-disk" + std::to_string(i) : disks_[i].option.serial;
     c.queues = static_cast<u16>(std::min<u32>(config.cpus, 8));
     c.read_only = disks_[i].option.read_only;

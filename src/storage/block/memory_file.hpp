@@ -21,7 +21,8 @@ class MemoryFile final : public File {
   static constexpr u64 kMost = u64{1} << 30;
 
   MemoryFile() = default;
-  explicit MemoryFile(std::vector<u8> bytes) : bytes_(std::move(bytes)) {}
+  /// most: the size that it may come to, bytes; what would go past it is -EFBIG.
+  explicit MemoryFile(std::vector<u8> bytes, u64 most = kMost) : bytes_(std::move(bytes)), most_(most) {}
 
   /// The call numbered `n` from now on, and every n-th after it, fails with `code`. 0: none.
   void fail_every(u64 n, int code) { every_ = n, code_ = code, calls_ = 0; }
@@ -47,7 +48,7 @@ class MemoryFile final : public File {
     if (const int r = failure(); r < 0) return r;
     const u64 n = total_length(buffers);
     if (n == 0) return 0;
-    if (offset > kMost || n > kMost - offset) return -EFBIG;
+    if (offset > most_ || n > most_ - offset) return -EFBIG;
     std::vector<u8> flat(n);
     copy_from(flat.data(), buffers);
     put(offset, std::move(flat));
@@ -62,7 +63,7 @@ class MemoryFile final : public File {
   int zero(u64 offset, u64 length, bool) override {
     const std::lock_guard lock(mutex_);
     if (const int r = failure(); r < 0) return r;
-    if (offset > kMost || length > kMost - offset) return -EFBIG;
+    if (offset > most_ || length > most_ - offset) return -EFBIG;
     if (length != 0) put(offset, std::vector<u8>(length));
     return 0;
   }
@@ -70,7 +71,7 @@ class MemoryFile final : public File {
   int truncate(u64 size) override {
     const std::lock_guard lock(mutex_);
     if (const int r = failure(); r < 0) return r;
-    if (size > kMost) return -EFBIG;
+    if (size > most_) return -EFBIG;
     bytes_.resize(size);
     if (recording_) log_.push_back({size, {}, false});
     return 0;
@@ -94,6 +95,7 @@ class MemoryFile final : public File {
 
   std::mutex mutex_;
   std::vector<u8> bytes_;
+  u64 most_ = kMost;
   std::vector<Write> log_;
   bool recording_ = false;
   u64 every_ = 0, calls_ = 0;

@@ -35,6 +35,11 @@ const char* looks_like(File& file) {
   return nullptr;
 }
 
+std::unique_ptr<File> behind_faults(std::unique_ptr<File> file, const OpenOptions& o) {
+  if (!o.faults) return file;
+  return std::make_unique<FaultyFile>(std::move(file), o.faults);
+}
+
 Result<std::unique_ptr<Image>> open_one(const std::string& path, const OpenOptions& o, Seen& seen) {
   HostFile::Options host;
   host.writable = o.writable;
@@ -54,9 +59,9 @@ Result<std::unique_ptr<Image>> open_one(const std::string& path, const OpenOptio
     }
     const i64 size = (*file)->size();
     if (size < 0) return Error::from_errno("'" + path + "'", static_cast<int>(-size));
-    return std::unique_ptr<Image>(std::make_unique<RawImage>(std::move(*file), static_cast<u64>(size), o.writable));
+    return std::unique_ptr<Image>(std::make_unique<RawImage>(behind_faults(std::move(*file), o), static_cast<u64>(size), o.writable));
   }
-  auto image = qcow2::Qcow2Image::open(std::move(*file), "'" + path + "'", {o.writable, false});
+  auto image = qcow2::Qcow2Image::open(behind_faults(std::move(*file), o), "'" + path + "'", {o.writable, false});
   if (!image) return image.error();
   const qcow2::Header& h = (*image)->header();
   if (!h.backing_file.empty()) {
@@ -64,6 +69,7 @@ Result<std::unique_ptr<Image>> open_one(const std::string& path, const OpenOptio
     OpenOptions below;
     below.lock = o.lock;
     below.direct = o.direct;
+    below.faults = o.faults;
     if (!h.backing_format.empty()) {
       auto f = parse_format(h.backing_format);
       if (!f) return Error::of(ENOTSUP, "'" + path + "': its backing file has a format that ring3 does not read");
@@ -96,7 +102,9 @@ std::string resolve_backing(const std::string& path, const std::string& backing)
 
 Result<std::unique_ptr<Image>> open_image(const std::string& path, const OpenOptions& options) {
   Seen seen;
-  return open_one(path, options, seen);
+  auto image = open_one(path, options, seen);
+  if (image && options.faults) options.faults->armed.store(true);
+  return image;
 }
 
 Result<std::unique_ptr<qcow2::Qcow2Image>> open_qcow2_alone(const std::string& path, bool writable, bool lenient) {

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "base/result.hpp"
+#include "storage/block/faulty_file.hpp"
 #include "storage/block/image.hpp"
 #include "storage/qcow2/qcow2_image.hpp"
 
@@ -23,6 +24,7 @@ struct OpenOptions {
   bool direct = false;
   bool backing = true;           ///< false: an image that has a backing file is refused
   bool lock = true;
+  std::shared_ptr<Faults> faults;  ///< for tests: armed once all is open
 };
 
 /// Opens an image and, read-only, the files below it: at most 64, no file twice, plain local files whose format the

@@ -1,6 +1,8 @@
 #include "devices/virtio/blk/block_device.hpp"
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 
 #include "base/log.hpp"
 #include "devices/virtio/blk/worker.hpp"
@@ -68,9 +70,20 @@ void BlockDevice::start(u64 features, std::span<Queue* const> queues) {
   }
 }
 
-void BlockDevice::start_queue(u16 index, Queue& queue) { workers_[index] = std::make_unique<Worker>(config_, negotiated_, queue); }
+void BlockDevice::start_queue(u16 index, Queue& queue) { workers_[index] = std::make_unique<Worker>(*this, negotiated_, queue); }
 
 void BlockDevice::stop_queue(u16 index) { workers_[index].reset(); }
+
+void BlockDevice::refused(int error) {
+  const bool full = error == ENOSPC || error == EDQUOT;
+  if ((full ? told_full_ : told_).exchange(true)) return;
+  const std::string name = config_.name.empty() ? "a disk" : config_.name;
+  if (full) {
+    log::warn("{}: the host has no room left for it ({}); the guest gets I/O errors: free some and restart the guest", name, std::strerror(error));
+  } else {
+    log::warn("{}: the host fails to access it ({}); the guest gets I/O errors", name, std::strerror(error));
+  }
+}
 
 void BlockDevice::stop() { workers_.clear(); }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -23,6 +24,7 @@ class BlockDevice final : public Device {
  public:
   struct Config {
     std::shared_ptr<storage::Image> image;
+    std::string name;       ///< in messages
     std::string serial;     ///< at most 20 bytes are shown
     u16 queues = 1;
     bool read_only = false; ///< also when the image cannot be written
@@ -51,7 +53,10 @@ class BlockDevice final : public Device {
 
  private:
   class Worker;
+  /// Tells the user, once, that the host refuses something.
+  void refused(int error);
   Config config_;
+  std::atomic<bool> told_{false}, told_full_{false};
   u64 negotiated_ = 0;
   std::vector<std::unique_ptr<Worker>> workers_;
 };

@@ -29,9 +29,9 @@ constexpr u64 kIdBytes = 20;
 
 }  // namespace
 
-BlockDevice::Worker::Worker(const Config& config, u64 features, Queue& queue)
-    : config_(config), flush_each_((features & u64{1} << kFlush) == 0), read_only_(config.read_only), queue_(queue) {
-  if (config.io_uring) uring_ = Uring::create(kQueueSize);
+BlockDevice::Worker::Worker(BlockDevice& device, u64 features, Queue& queue)
+    : device_(device), config_(device.config_), flush_each_((features & u64{1} << kFlush) == 0), read_only_(config_.read_only), queue_(queue) {
+  if (config_.io_uring) uring_ = Uring::create(kQueueSize);
   Status status = loop_.add(queue_.kick_fd(), EPOLLIN, [this](u32) {
     queue_.clear_kick();
     serve();
@@ -94,7 +94,7 @@ void BlockDevice::Worker::reap(bool answers) {
     u8 status = kOkay;
     // Short or refused: the slower way does all of it again, and says what is wrong.
     if (result < 0 || static_cast<u64>(result) != r.length) status = transfer(r);
-    if (status == kOkay && r.write && flush_each_ && config_.image->flush() < 0) status = kIoError;
+    if (status == kOkay && r.write && flush_each_) status = this->status(config_.image->flush());
     answer(r, status);
     free_.push_back(&r);
   });
@@ -117,7 +117,7 @@ bool BlockDevice::Worker::handle(Request& r) {
   switch (h.type) {
     case kIn: return read_or_write(r, false, h.sector);
     case kOut: return read_or_write(r, true, h.sector);
-    case kFlushRequest: status = config_.image->flush() < 0 ? kIoError : kOkay; break;
+    case kFlushRequest: status = this->status(config_.image->flush()); break;
     case kGetId: status = get_id(r); break;
     case kDiscardRequest: status = ranges(r, false); break;
     case kWriteZeroesRequest: status = ranges(r, true); break;
@@ -151,7 +151,7 @@ bool BlockDevice::Worker::read_or_write(Request& r, bool write, u64 sector) {
     }
   }
   u8 status = transfer(r);
-  if (status == kOkay && write && flush_each_ && config_.image->flush() < 0) status = kIoError;
+  if (status == kOkay && write && flush_each_) status = this->status(config_.image->flush());
   answer(r, status);
   return true;
 }
@@ -160,7 +160,13 @@ u8 BlockDevice::Worker::transfer(Request& r) {
   const int e = r.write ? config_.image->write(r.offset, std::span<const iovec>(r.buffers))
                         : config_.image->read(r.offset, std::span<const iovec>(r.buffers));
   if (e < 0) log::debug("disk: {} of {} bytes at {}: {}", r.write ? "write" : "read", r.length, r.offset, std::strerror(-e));
-  return e < 0 ? kIoError : kOkay;
+  return status(e);
+}
+
+u8 BlockDevice::Worker::status(int result) {
+  if (result >= 0) return kOkay;
+  device_.refused(-result);
+  return kIoError;
 }
 
 u8 BlockDevice::Worker::get_id(Request& r) {
@@ -187,10 +193,9 @@ u8 BlockDevice::Worker::ranges(Request& r, bool write_zeroes) {
     if (x.sectors == 0) continue;
     const u64 offset = x.sector * kSector, length = u64{x.sectors} * kSector;
     const int e = write_zeroes ? config_.image->write_zeroes(offset, length, (x.flags & 1) != 0) : config_.image->discard(offset, length);
-    if (e < 0) return kIoError;
+    if (e < 0) return status(e);
   }
-  if (flush_each_ && config_.image->flush() < 0) return kIoError;
-  return kOkay;
+  return flush_each_ ? status(config_.image->flush()) : static_cast<u8>(kOkay);
 }
 
 }  // namespace ring3::virtio

@@ -10,7 +10,7 @@ namespace ring3::virtio {
 /// Serves one queue of a BlockDevice on a thread of its own, from construction to destruction.
 class BlockDevice::Worker {
  public:
-  Worker(const Config& config, u64 features, Queue& queue);
+  Worker(BlockDevice& device, u64 features, Queue& queue);
   ~Worker();
 
  private:
@@ -26,12 +26,15 @@ class BlockDevice::Worker {
   bool handle(Request& r);
   bool read_or_write(Request& r, bool write, u64 sector);
   u8 transfer(Request& r);
+  /// The status of what the image answered.
+  u8 status(int result);
   u8 get_id(Request& r);
   u8 ranges(Request& r, bool write_zeroes);
   void answer(Request& r, u8 status);
   void reap(bool answers);
   Request& take();
 
+  BlockDevice& device_;
   const Config& config_;
   const bool flush_each_;
   const bool read_only_;
