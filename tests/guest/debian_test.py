@@ -171,8 +171,7 @@ class Debian(unittest.TestCase):
         """One life: start, log in, look, ring3 stop."""
         busy = os.getloadavg()[0]
         began = time.monotonic()
-        engine = ["--engine", support.ENGINE] + (["--engine-option", "engine=translator"] if support.ENGINE == "soft" else [])
-        result = run("run", *engine, "-m", "1G", "--kernel", os.path.join(DEBIAN, "vmlinuz"), "--initrd", os.path.join(DEBIAN, "initrd.img"),
+        result = run("run", "--engine", support.ENGINE, "-m", "1G", "--kernel", os.path.join(DEBIAN, "vmlinuz"), "--initrd", os.path.join(DEBIAN, "initrd.img"),
                      "--disk", disk, "--append", APPEND, "--detach", "--name", "debian")
         self.assertEqual(result.returncode, 0, result.stderr)
         vm, = json.loads(run("ps", "--json").stdout)
