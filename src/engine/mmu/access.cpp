@@ -66,7 +66,29 @@ bool Mmu::Impl::page(u64 linear, Access access, Bank& bank, Part* out) {
       return true;
     }
   }
+  if (access == Access::Exec && bank.exec_walked.test(i) && e.exec_tag == ((linear & kPageMask) | kNoTag)) {
+    // The tag was dropped so that the page's content is looked at again.
+    out->gpa = Gpa(bank.gpa[i] | (linear & ~kPageMask));
+    out->host = reinterpret_cast<u8*>(linear + e.addend);
+    out->tracked = false;
+    executable(linear, bank, bank.shift[i], bank.global.test(i));
+    return true;
+  }
   return fill(linear, access, bank, out);
+}
+
+void Mmu::Impl::executable(u64 linear, Bank& bank, unsigned page_shift, bool global) {
+  const unsigned i = index(linear);
+  bank.entries[i].exec_tag = linear & kPageMask;
+  bank.executable.set(i);
+  bank.exec_walked.clear(i);
+  space->executed.add(linear, page_shift);
+  if (user_mode) return;
+  supervisor_executed.add(linear, page_shift);
+  if (!global && !supervisor_local) {
+    supervisor_local = true;
+    name_fetches();
+  }
 }
 
 Mmu::Impl::WalkFor Mmu::Impl::walk_for(Access access, const Bank& bank) const {
@@ -143,16 +165,7 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
       e.read_tag = page_start;
       break;
     case Access::Exec:
-      e.exec_tag = page_start;
-      bank.executable.set(i);
-      space->executed.add(linear, w.shift);
-      if (!user_mode) {
-        supervisor_executed.add(linear, w.shift);
-        if (!w.global && !supervisor_local) {
-          supervisor_local = true;
-          name_fetches();
-        }
-      }
+      executable(linear, bank, w.shift, w.global);
       break;
   }
   return true;

@@ -76,6 +76,8 @@ struct Mmu::Impl {
   /// One page: from the TLB, or by walking and filling.
   bool page(u64 linear, Access access, Bank& bank, Part* out);
   bool fill(u64 linear, Access access, Bank& bank, Part* out);
+  /// Sets the exec tag of linear's entry, which is filled.
+  void executable(u64 linear, Bank& bank, unsigned page_shift, bool global);
   /// Walks without setting flags or filling: whether page() would succeed; sets stop() if not.
   bool probe(u64 linear, Access access, const Bank& bank);
   WalkFor walk_for(Access access, const Bank& bank) const;

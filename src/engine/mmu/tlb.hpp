@@ -42,7 +42,9 @@ struct IndexSet {
 class PageFilter {
  public:
   void add(u64 linear, unsigned shift) {
-    bits_[hash(linear) / 64] |= 1ull << (hash(linear) % 64);
+    const unsigned word = hash(linear) / 64;
+    if (bits_[word] == 0 && used_ <= kFew) few_[used_++ % kFew] = static_cast<u8>(word);
+    bits_[word] |= 1ull << (hash(linear) % 64);
     if (shift == kPageShift) return;
     const u64 mask = (1ull << shift) - 1;
     low_ = std::min(low_, linear & ~mask);
@@ -51,13 +53,25 @@ class PageFilter {
   bool may_hold(u64 linear) const {
     return (bits_[hash(linear) / 64] >> (hash(linear) % 64) & 1) != 0 || (linear >= low_ && linear <= high_);
   }
-  void clear() { *this = PageFilter(); }
+  void clear() {
+    if (used_ <= kFew) {
+      for (unsigned i = 0; i < used_; i++) bits_[few_[i]] = 0;
+      used_ = 0;
+      low_ = ~0ull;
+      high_ = 0;
+    } else {
+      *this = PageFilter();
+    }
+  }
 
  private:
   static unsigned hash(u64 linear) {
     return static_cast<unsigned>((linear >> kPageShift) * 0x9e3779b97f4a7c15ull >> 51);
   }
+  static constexpr unsigned kFew = 16;
   std::array<u64, 128> bits_{};
+  u8 few_[kFew] = {};  ///< the words in use, as long as there are no more
+  unsigned used_ = 0;  ///< kFew + 1: more
   u64 low_ = ~0ull, high_ = 0;
 };
 
@@ -71,6 +85,8 @@ struct TlbBankWithSets : BankBase {
   u8 shift[kSize];  ///< log2 of the page size of the guest's mapping
   IndexSet<kSize> filled, global, large;
   IndexSet<kSize> writable, executable;  ///< write_tag, exec_tag are set
+  /// The exec tag was dropped, and has the bit of kNoTag, but the translation still holds: no other walk.
+  IndexSet<kSize> exec_walked;
   IndexSet<kSize> write_walked;  ///< a walk for writing succeeded: a dropped write tag needs no other walk
   /// Which large pages there may be, by address bits: of 2 MiB by 21 to 26, of 1 GiB by 30 to 35. Set when
   /// one is filled, cleared when all are flushed.
@@ -84,10 +100,12 @@ struct TlbBankWithSets : BankBase {
     writable.clear(i);
     executable.clear(i);
     write_walked.clear(i);
+    exec_walked.clear(i);
   }
   u64 page_of(unsigned i) const {
     const Mmu::TlbEntry& e = this->entries[i];
-    return !is_none(e.read_tag) ? e.read_tag : !is_none(e.write_tag) ? e.write_tag : e.exec_tag;
+    // An empty entry's is the address of a page that selects another.
+    return !is_none(e.read_tag) ? e.read_tag : !is_none(e.write_tag) ? e.write_tag : e.exec_tag & ~Mmu::kNoTag;
   }
   void flush(bool keep_global) {
     bool kept = false;
@@ -148,13 +166,14 @@ struct TlbBankWithSets : BankBase {
   }
   void drop_exec() {
     executable.for_each([&](unsigned i) {
-      this->entries[i].exec_tag = Mmu::no_tag(i);
+      this->entries[i].exec_tag |= Mmu::kNoTag;
       executable.clear(i);
-      reset_if_empty(i);
+      exec_walked.set(i);
     });
   }
   void reset_if_empty(unsigned i) {
-    if (is_none(page_of(i))) reset(i);
+    const Mmu::TlbEntry& e = this->entries[i];
+    if (is_none(e.read_tag) && is_none(e.write_tag) && is_none(e.exec_tag) && !exec_walked.test(i)) reset(i);
   }
 };
 

@@ -1,3 +1,4 @@
+#include <functional>
 #include <gtest/gtest.h>
 
 #include <map>
@@ -202,6 +203,20 @@ TEST_F(TlbTest, FetchesAreValidatedAtEachFill) {
   m.mmu->set_cr3(here, true);
   ASSERT_TRUE(m.mmu->fetch(0x400020, &gpa, &host));
   EXPECT_EQ(observer.validated.size(), 3u);
+  // A flush reaches translations that only wait for their page to be looked at again: of a page, of a space, of all.
+  unsigned to = 2;
+  for (const auto& flush : std::vector<std::function<void()>>{[&] { m.mmu->flush_page(0x400abc); },
+                                                              [&] { m.mmu->flush_non_global(); }, [&] { m.mmu->flush_all(); }}) {
+    m.mmu->expire_fetches();
+    t.map(0x400000, page(to), kRW);
+    flush();
+    ASSERT_TRUE(m.mmu->fetch(0x400020, &gpa, &host));
+    EXPECT_EQ(gpa.value, page(to) + 0x20);
+    EXPECT_EQ(host, m.at(page(to) + 0x20));
+    to++;
+  }
+  t.map(0x400000, page(1), kRW);
+  m.mmu->flush_page(0x400000);
   // Bytes across a page end, up to a fault.
   u8 bytes[16];
   std::memset(m.at(page(1) + 0xff8), 1, 8);
