@@ -321,7 +321,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
   count_ = count;
   live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
   for (std::size_t n = count; n-- > 0;) live_[n] = (live_[n + 1] & ~use_[n].writes) | use_[n].reads;
-  if (!in_second_body_) prologue();
+  if (!in_second_body_) prologue(count);
   for (std::size_t n = first; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     insn_ = &i;
@@ -365,15 +365,49 @@ void BlockBuilder::tail(std::size_t done) {
   }
 }
 
-/// Where the block is entered with the status flags in the frame.
-void BlockBuilder::prologue() {
-  if (live_[0] != 0) {
-    emit_flags_restore(kScratch0);
-  } else if (loop_.on || padded_) {
-    e_.bytes({0x0f, 0x1f, 0x44, 0x00, 0x00});  // nop: the block jumps to its own start
+/// Whether the first thing that happens to the flags is a check that would move them to the frame.
+bool BlockBuilder::enters_in_frame(std::size_t count) const {
+  for (std::size_t n = 0; n < count; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    switch (family_of(i.op)) {
+      case Family::Push:
+      case Family::Pop:
+      case Family::Leave:
+      case Family::Call:
+      case Family::Ret:
+        return true;
+      default:
+        break;
+    }
+    for (const Operand& o : i.operands)
+      if (o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0) return true;
+    if (use_[n].touches) return false;
   }
+  return false;
+}
+
+/// The entry that the block is not made for comes first, and falls into the other.
+void BlockBuilder::prologue(std::size_t count) {
+  frame_entry_ = 0;
+  flags_ = Flags::Host;
+  const auto pad = [&] { e_.bytes({0x0f, 0x1f, 0x44, 0x00, 0x00}); };  // nop
   begin_ = Label{};
+  if (live_[0] == 0) {
+    if (loop_.on || padded_) pad();  // the block jumps to its own start, or just behind
+    e_.bind(begin_);
+    return;
+  }
+  if (!enters_in_frame(count)) {
+    emit_flags_restore(kScratch0);
+    e_.bind(begin_);
+    return;
+  }
   e_.bind(begin_);
+  emit_flags_save(kScratch0);
+  frame_entry_ = e_.size();
+  e_.watch();
+  if (padded_) pad();
+  flags_ = Flags::Frame;
 }
 
 std::size_t BlockBuilder::attempt(std::size_t count) {
@@ -399,7 +433,7 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
     loop_.on = false;
     done = attempt(count);
   }
-  if (done != 0 && e_.early_label() && begin_.at == 0) {
+  if (done != 0 && e_.early_label()) {
     padded_ = true;
     done = attempt(done);
   }
@@ -410,6 +444,7 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   if (!second_body(done)) return false;
   finish();
   out->entry = begin_.at;
+  out->frame_entry = frame_entry_;
   out->relatives = e_.relatives();
   out->flags_in = live_[0];
   out->code.assign(e_.data(), e_.data() + e_.size());

@@ -51,7 +51,7 @@ inline bool needs_vectors(Op op) {
 
 /// A direct exit whose jump can be linked.
 struct DirectExit {
-  u32 jump = 0;    ///< offset in code of `jmp rel32` (E9): 5 bytes; at first it leads to stub
+  u32 field = 0;   ///< offset in code of the rel32 of a JMP or Jcc; at first it leads to stub
   u32 slot = 0;    ///< offset of the frame slot that the stub jumps through: a u32
   u32 stub = 0;    ///< offset of the stub: r14 = target, r15d = tag, jmp gs:[kExitNext]
   u64 target = 0;  ///< guest RIP; of position-independent code: what is to be added to the page
@@ -76,16 +76,18 @@ struct HostFaultPoint {
 };
 
 struct TranslatedBlock {
-  /// Entered at its first byte, with the status flags in JitFrame::flags, or at `entry`. What is behind the first byte of
-  /// the first five is jumped to by nothing, and run by nothing that comes back from outside. Runs anywhere, and in
-  /// two parts, from `cold` on elsewhere, when the fields of `relatives` that lead from one to the other are set right.
+  /// Runs anywhere, and in two parts, from `cold` on elsewhere, when the fields of `relatives` that lead from one to the
+  /// other are set right.
   std::vector<u8> code;
-  u32 entry = 0;  ///< with the status flags in RFLAGS; 0 when the block reads none of them, and does not jump there itself
+  u32 entry = 0;  ///< entered with the status flags in RFLAGS
+  /// Or here, with the status flags in JitFrame::flags. Nothing jumps behind the first of the five bytes there, nor
+  /// comes back from outside to it, and the block jumps there only at its own start.
+  u32 frame_entry = 0;
   u32 cold = 0;   ///< what is rarely run; the first part is not empty
   std::vector<u32> relatives;  ///< offsets of the rel32 fields
   u32 left = 0;          ///< index of the instruction that the code leaves to the interpreter by exit_left
   std::vector<u32> left_at;  ///< offsets of the u32s that are to hold its number; none: it does not
-  u32 dead_stub = 0;     ///< leaves by exit_dead_frame; what the first byte is made to lead to when the block dies
+  u32 dead_stub = 0;     ///< leaves by exit_dead_frame; what frame_entry is made to lead to when the block dies
   std::vector<DirectExit> exits;
   std::vector<HostFaultPoint> faults;
   u32 insns = 0;     ///< how many of the request's instructions the code stands for; the others are not reached
@@ -97,7 +99,7 @@ struct TranslatedBlock {
     faults.clear();
     left_at.clear();
     relatives.clear();
-    insns = bytes = entry = cold = dead_stub = left = 0;
+    insns = bytes = entry = frame_entry = cold = dead_stub = left = 0;
     flags_in = 0;
   }
 };

@@ -87,7 +87,7 @@ void BlockBuilder::exit_to_other_page(u64 target, bool backward) {
   e_.imm64(0);
   e_.encode({.w = true, .opcode = 0x39, .reg = kScratch1, .rm = kScratch0});  // cmp r14, r15
   e_.jcc(5, stubs_.back().entry);
-  out_->exits.push_back({e_.size(), 0, 0, static_cast<u64>(page_offset(target)), true, guard, true});
+  out_->exits.push_back({e_.size() + 1, 0, 0, static_cast<u64>(page_offset(target)), true, guard, true});
   e_.jmp(stubs_.back().entry);
   flags_ = flags;  // what the branch's other way has
 }
@@ -124,8 +124,14 @@ void BlockBuilder::exit_to(u64 target, bool backward) {
       e_.mov(kHostRcx, kScratch0);
     }
   }
-  out_->exits.push_back({e_.size(), 0, 0, pic() ? static_cast<u64>(page_offset(target)) : target, in_frame, bias});
+  out_->exits.push_back({e_.size() + 1, 0, 0, pic() ? static_cast<u64>(page_offset(target)) : target, in_frame, bias});
   e_.jmp(stub);
+}
+
+void BlockBuilder::exit_if(u8 condition, u64 target) {
+  stubs_.push_back({{}, page_offset(target), false});
+  e_.jcc(condition, stubs_.back().entry);
+  out_->exits.push_back({e_.size() - 4, 0, 0, pic() ? static_cast<u64>(page_offset(target)) : target, false});
 }
 
 /// The jump table's entry for r14; the thunks' hash (jump_index()).
@@ -157,13 +163,13 @@ void BlockBuilder::exit_indirect() {
 
 void BlockBuilder::shadow_call(u64 back) {
   Label callee;
-  flags_away(kScratch0);
+  flags_away(kScratch1);
   // The shadow stack is full: it begins anew.
   e_.encode({.w = true, .opcode = 0x3b, .reg = kHostRsp, .memory = true, .mem = frame_at(frame::kShadowLimit)});
   const u32 room = e_.jcc_short(7);
   e_.load(kHostRsp, frame_at(frame::kShadowBase));
   e_.bind_short(room);
-  e_.bytes({0x41, 0x57});  // push r15
+  e_.bytes({0x41, 0x56});  // push r14
   e_.call(callee);
   e_.lea(kHostRsp, HostMem::at(kHostRsp, 8));
   restore_page(back);
@@ -230,6 +236,16 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
     exit_to(wrapped(next_rip()));
     return true;
   }
+  if (!loop && same_page(target) && target > rip()) {
+    exit_if(i.opcode & 15, target);
+    exit_to(wrapped(next_rip()));
+    return true;
+  }
+  if (!loop && same_page(wrapped(next_rip()))) {
+    exit_if((i.opcode & 15) ^ 1, wrapped(next_rip()));
+    exit_to(target);
+    return true;
+  }
   Label taken;
   e_.jcc(i.opcode & 15, taken);
   exit_to(wrapped(next_rip()));
@@ -269,6 +285,7 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   const auto push_return = [&](const Access& a) {
     if (code32() || (!pic() && static_cast<u64>(static_cast<i64>(static_cast<i32>(back))) == back)) {
       store_word_imm(a.mem, static_cast<i32>(back));
+      emit_rip(kScratch0, page_offset(back));
     } else {
       emit_rip(kScratch0, page_offset(back));
       e_.store(a.mem, kScratch0);
@@ -281,7 +298,6 @@ bool BlockBuilder::call(const DecodedInsn& i) {
     if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
     push_return(a);
     move_rsp(-word());
-    emit_rip(kScratch1, page_offset(back));
     shadow_call(back);
     exit_to(target);
     return true;
@@ -304,7 +320,6 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   if (!access(stack_address(-word()), word(), Kind::Write, false, &a)) return false;
   push_return(a);
   move_rsp(-word());
-  emit_rip(kScratch1, page_offset(back));
   shadow_call(back);
   e_.load(kScratch0, frame_at(kValueSlot));
   exit_indirect();

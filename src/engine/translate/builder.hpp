@@ -124,7 +124,8 @@ class BlockBuilder {
   /// From instruction `first` on: how many of the first count instructions were translated.
   std::size_t body(std::size_t first, std::size_t count);
   void tail(std::size_t done);  ///< the exit of a block that has none yet
-  void prologue();
+  bool enters_in_frame(std::size_t count) const;
+  void prologue(std::size_t count);
   std::size_t attempt(std::size_t count);
   bool one(const DecodedInsn& i);
   void finish();
@@ -200,7 +201,7 @@ class BlockBuilder {
   void start_groups(bool on);
   void before(const DecodedInsn& i);  ///< ends groups that the instruction must not use
   void finish_groups();
-  void emit_group_check(const Address& first, const Address& last, bool write, Label& miss);
+  void emit_group_check(const Address& first, u32 size, bool write, Label& miss);
   void stack_miss(GroupMiss& m);
 
   // ---- loops.cpp ----
@@ -215,10 +216,11 @@ class BlockBuilder {
   void exit_to(u64 target) { exit_to(target, target <= rip()); }
   void exit_to(u64 target, bool backward);  ///< direct; flags where they are, scratch registers free
   void exit_to_other_page(u64 target, bool backward);
+  void exit_if(u8 condition, u64 target);   ///< direct, forward, in the same page; flags in the host
   void exit_indirect();                     ///< r14 = target; r15 free
   void flags_away(u8 scratch);              ///< the flags are in the frame, or dead, from here on
   void poll(u64 target);
-  void shadow_call(u64 back);               ///< r15 = back; what follows is the callee's exit
+  void shadow_call(u64 back);               ///< r14 = back; what follows is the callee's exit
   void shadow_return();                     ///< r14 = target
   void check_canonical(u8 reg, u8 temp);    ///< clobbers flags; not canonical: interpret
 
@@ -280,6 +282,7 @@ class BlockBuilder {
   bool whole_ = false;       ///< accesses lie in one page or are interpreted
   bool grouping_ = false;
   Label begin_;          ///< the first instruction
+  u32 frame_entry_ = 0;
   bool padded_ = false;  ///< the prologue has five bytes
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;

@@ -86,6 +86,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.user = (mode & 1) != 0;
   b.cold = cold;
   b.entry = block.entry;
+  b.frame_entry = block.frame_entry;
   b.dead_stub = place(block.dead_stub);
   b.code_size = block.cold;
   b.cold_size = static_cast<u32>(block.code.size()) - block.cold;
@@ -97,7 +98,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.exit_count = static_cast<u16>(block.exits.size());
   for (const DirectExit& e : block.exits) {
     Exit& x = exits_.emplace_back();
-    x.jump = place(e.jump);
+    x.field = place(e.field);
     x.stub = place(e.stub);
     x.target = e.target;
     x.slot = place(e.slot);
@@ -124,11 +125,11 @@ void CodeCache::point(const Exit& exit, const u8* to, u64 guard) {
     std::memcpy(bytes, &guard, 8);
     arena_->patch(exit.bias, std::span<const u8>(bytes, exit.wide ? 8 : 4));
   }
-  const i64 distance = to - (exit.jump + 5);
+  const i64 distance = to - (exit.field + 4);
   const i32 rel = static_cast<i32>(distance);  // an arena has at most 1 GiB
   u8 bytes[4];
   std::memcpy(bytes, &rel, 4);
-  arena_->patch(exit.jump + 1, bytes);
+  arena_->patch(exit.field, bytes);
 }
 
 void CodeCache::unlink(u32 tag) {
@@ -165,7 +166,7 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   x.next_incoming = to->incoming;
   if (to->incoming != kNone) exits_[to->incoming].previous_incoming = tag;
   to->incoming = tag;
-  point(x, to->code + (x.frame_flags ? 0 : to->entry), guard);
+  point(x, to->code + (x.frame_flags ? to->frame_entry : to->entry), guard);
   stats_.linked++;
 }
 
@@ -216,10 +217,10 @@ void CodeCache::kill(CodeBlock* block) {
     unlink(tag);
   }
   // Jump tables may lead to it still.
-  const i32 distance = static_cast<i32>(block->dead_stub - (block->code + 5));
+  const i32 distance = static_cast<i32>(block->dead_stub - (block->code + block->frame_entry + 5));
   u8 jump[5] = {0xe9};
   std::memcpy(jump + 1, &distance, 4);
-  arena_->patch(block->code, jump);
+  arena_->patch(block->code + block->frame_entry, jump);
   stats_.killed++;
 }
 

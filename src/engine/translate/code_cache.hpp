@@ -33,8 +33,8 @@ struct CodeBlock {
   const u8* code = nullptr;
   const u8* cold = nullptr;  ///< the second part of its code
   u32 code_size = 0, cold_size = 0;
-  u32 entry = 0;          ///< offset in code: entered with the status flags in RFLAGS; at the first byte: in the frame
-  const u8* dead_stub = nullptr;  ///< where the first byte leads when it was killed
+  u32 entry = 0, frame_entry = 0;  ///< offsets in code: entered with the status flags in RFLAGS; in the frame
+  const u8* dead_stub = nullptr;  ///< where frame_entry leads when it was killed
   u32 first_exit = 0;     ///< its exits' tags begin here
   u32 guest_bytes = 0;    ///< index of its bytes' copy
   u32 incoming = ~0u;     ///< list of the exits linked to it
@@ -70,7 +70,7 @@ class CodeCache {
     return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
   }
   void remember(const CodeBlock& block, u64 rip, u64 bias) {
-    space_->jumps[jump_index(rip)] = {0 - (rip + bias), reinterpret_cast<u64>(block.code)};
+    space_->jumps[jump_index(rip)] = {0 - (rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
   }
   void forget(u64 rip) { space_->jumps[jump_index(rip)] = JumpEntry{}; }
 
@@ -101,7 +101,7 @@ class CodeCache {
   static constexpr std::size_t kFewBlocks = 1024;
 
   struct Exit {
-    const u8* jump = nullptr;  ///< its E9
+    const u8* field = nullptr;  ///< the rel32 of its jump
     const u8* stub = nullptr;
     const u8* slot = nullptr;  ///< the frame slot that the stub jumps through
     u64 target = 0;

@@ -145,6 +145,15 @@ void Emitter::and_imm(u8 reg, i32 mask) {
   }
 }
 void Emitter::add(u8 reg, const HostMem& m) { op_rm(true, 0x03, reg, m); }
+void Emitter::xor_(u8 reg, const HostMem& m) { op_rm(true, 0x33, reg, m); }
+void Emitter::cmp_imm(u8 reg, i32 value) {
+  op_rr(true, 0x81, 7, reg);
+  imm32(static_cast<u32>(value));
+}
+void Emitter::test_imm(u8 reg, i32 mask) {
+  op_rr(true, 0xf7, 0, reg);
+  imm32(static_cast<u32>(mask));
+}
 void Emitter::cmp(u8 reg, const HostMem& m) { op_rm(true, 0x3b, reg, m); }
 void Emitter::cmp_imm(const HostMem& m, i32 value) {
   op_rm(true, 0x81, 7, m);

@@ -79,13 +79,16 @@ class Emitter {
     code_.clear();
     relatives_.clear();
     early_label_ = false;
+    watched_ = 0;
   }
+  /// From here on early_label() tells of the five bytes that come now.
+  void watch() { watched_ = size(); }
   void truncate(u32 size);
   u32 size() const { return static_cast<u32>(code_.size()); }
   const u8* data() const { return code_.data(); }
   /// Where the rel32 fields of jumps and calls to labels stand.
   const std::vector<u32>& relatives() const { return relatives_; }
-  /// A label was bound between the first byte and the fifth.
+  /// A label was bound between the first of the watched bytes and the fifth.
   bool early_label() const { return early_label_; }
 
   void byte(u8 b) { code_.push_back(b); }
@@ -115,6 +118,9 @@ class Emitter {
   void and32(u8 reg, u32 mask);
   void and_imm(u8 reg, i32 mask);  ///< 64 bits
   void add(u8 reg, const HostMem& m);
+  void xor_(u8 reg, const HostMem& m);
+  void cmp_imm(u8 reg, i32 value);   ///< 64 bits
+  void test_imm(u8 reg, i32 mask);
   void cmp(u8 reg, const HostMem& m);
   void cmp_imm(const HostMem& m, i32 value);  ///< 64 bits of memory
   void cmp32_imm(const HostMem& m, i32 value);
@@ -137,11 +143,12 @@ class Emitter {
   void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map = 0);
   void op_rr(bool w, u8 opcode, u8 reg, u8 rm);
   void use(Label& l);
-  void note_label() { early_label_ |= size() > 0 && size() < 5; }
+  void note_label() { early_label_ |= size() > watched_ && size() - watched_ < 5; }
 
   std::vector<u8> code_;
   std::vector<u32> relatives_;
   bool early_label_ = false;
+  u32 watched_ = 0;
 };
 
 }  // namespace ring3::engine

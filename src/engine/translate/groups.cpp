@@ -268,15 +268,12 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
     follow(i, &g);
     if (!g.active) break;
   }
-  if (g.others == 0 && !must_group_) return nullptr;
+  bool stacked = g.base == RSP && g.index == kNoReg;
+  for (const Group& other : groups_) stacked &= !other.active || other.slot != frame::kStackAddend;
+  if (g.others == 0 && !must_group_ && !stacked) return nullptr;
   g.active = true;
   g.moved = 0;
-  g.slot = slot->slot;
-  if (g.base == RSP && g.index == kNoReg) {
-    bool taken = false;
-    for (const Group& other : groups_) taken |= other.active && other.slot == frame::kStackAddend;
-    if (!taken) g.slot = frame::kStackAddend;
-  }
+  g.slot = stacked ? frame::kStackAddend : slot->slot;
   *slot = g;
   return slot;
 }
@@ -299,12 +296,12 @@ void BlockBuilder::before(const DecodedInsn& i) {
 
 /// The group lies elsewhere than the stack's last accesses: its page takes that place, if it may be written.
 void BlockBuilder::stack_miss(GroupMiss& m) {
-  Address last = m.address;
-  last.disp += static_cast<i32>(m.size) - 1;
   e_.bind(m.stack);
-  emit_group_check(m.address, last, true, m.entry);
-  e_.store(HostMem::frame(frame::kStackPage), kScratch0);
+  emit_group_check(m.address, m.size, true, m.entry);
   e_.store(HostMem::frame(frame::kStackAddend), kScratch1);
+  emit_address(kScratch1, m.address);
+  e_.encode({.w = true, .opcode = 0x29, .reg = kScratch0, .rm = kScratch1});  // sub
+  e_.store(HostMem::frame(frame::kStackPage), kScratch1);
   e_.store_imm32(HostMem::frame(frame::kStackLimit), static_cast<i32>(kPageSize) - kReach + 1);
   e_.jmp(m.resume);
 }
@@ -316,28 +313,25 @@ void BlockBuilder::finish_groups() {
     Label ungrouped;
     if (m.stacked) stack_miss(m);
     e_.bind(m.entry);
-    if (m.write || !m.stacked) {
-      Label& interpret = interpret_[m.insn].entry;
-      emit_address(kScratch0, m.address);
-      one_page_or(ungrouped, m.size);
-      e_.mov_imm(kScratch1, m.size);
-      emit_fill(m.write && m.fill);
-      if (m.fill) {
-        e_.jcc(5, m.stacked ? m.stack : m.resume);
-      } else {  // a read, before a write: does the page take writes as well?
-        e_.jcc(4, interpret);
-        Address last = m.address;
-        last.disp += static_cast<i32>(m.size) - 1;
-        emit_group_check(m.address, last, true, interpret);
-        e_.jmp(m.stacked ? m.stack : m.resume);
-      }
-      if (m.fill) e_.jmp(interpret);
+    Label& interpret = interpret_[m.insn].entry;
+    Label& found = m.stacked ? m.stack : m.resume;
+    emit_address(kScratch0, m.address);
+    one_page_or(ungrouped, m.size);
+    e_.mov_imm(kScratch1, m.size);
+    emit_fill(m.write && m.fill);
+    if (m.fill && (m.write || !m.stacked)) {
+      e_.jcc(5, found);
+      e_.jmp(interpret);
+    } else {  // a read first: does the page take writes as well?
+      e_.jcc(4, interpret);
+      emit_group_check(m.address, m.size, true, m.write ? interpret : ungrouped);
+      e_.jmp(found);
     }
     e_.bind(ungrouped);
     const bool in_frame = m.flags == Flags::Frame;
     stubs_.push_back({{}, m.offset, in_frame, true});
     DirectExit x;
-    x.jump = e_.size();
+    x.field = e_.size() + 1;
     x.target = pic() ? static_cast<u64>(m.offset) : (request_->rip & kPageMask) + static_cast<u64>(m.offset);
     x.frame_flags = in_frame;
     x.ungrouped = true;

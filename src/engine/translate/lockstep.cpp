@@ -94,17 +94,15 @@ bool Lockstep::fill(u64 linear, u64 size, bool write) {
   if (p == nullptr) {
     if (used_ == pages_.size()) {
       pages_.push_back(std::make_unique<Page>());
-      pages_.back()->before.reset(new u8[kPageSize]);
-      pages_.back()->copy.reset(new u8[kPageSize]);
     }
     p = pages_[used_++].get();
     p->real = host;
     // SAFETY: a hit of the TLB says that the page is RAM.
-    std::memcpy(p->before.get(), host, kPageSize);
-    std::memcpy(p->copy.get(), p->before.get(), kPageSize);
+    std::memcpy(p->before, host, kPageSize);
+    std::memcpy(p->copy, p->before, kPageSize);
   }
   Mmu::TlbEntry& e = shadow_[i];
-  const u64 addend = reinterpret_cast<u64>(p->copy.get()) - page;
+  const u64 addend = reinterpret_cast<u64>(p->copy) - page;
   if (e.addend != addend || (e.read_tag != page && e.write_tag != page)) e = Mmu::no_entry(i);
   e.addend = addend;
   (write ? e.write_tag : e.read_tag) = page;
@@ -116,8 +114,8 @@ bool Lockstep::fill(u64 linear, u64 size, bool write) {
 void Lockstep::restore_memory() {
   for (std::size_t n = 0; n < used_; n++) {
     Page& p = *pages_[n];
-    if (std::memcmp(p.real, p.before.get(), kPageSize) != 0) std::memcpy(p.real, p.before.get(), kPageSize);
-    std::memcpy(p.copy.get(), p.before.get(), kPageSize);
+    if (std::memcmp(p.real, p.before, kPageSize) != 0) std::memcpy(p.real, p.before, kPageSize);
+    std::memcpy(p.copy, p.before, kPageSize);
   }
   clear_shadow();
 }
@@ -229,19 +227,19 @@ Lockstep::Comparison Lockstep::compare(const VcpuState& a, const VcpuState& b, u
   }
   for (std::size_t n = 0; n < used_; n++) {
     const Page& p = *pages_[n];
-    if (std::memcmp(p.real, p.copy.get(), kPageSize) == 0) continue;
+    if (std::memcmp(p.real, p.copy, kPageSize) == 0) continue;
     u64 at = 0;
     while (p.real[at] == p.copy[at]) at++;
     u64 x = 0, y = 0, was = 0;
     const std::size_t size = std::min<u64>(8, kPageSize - at);
     std::memcpy(&x, p.real + at, size);
-    std::memcpy(&y, p.copy.get() + at, size);
-    std::memcpy(&was, p.before.get() + at, size);
+    std::memcpy(&y, p.copy + at, size);
+    std::memcpy(&was, p.before + at, size);
     u64 linear = at;
     for (const unsigned i : filled_) {
       const Mmu::TlbEntry& e = shadow_[i];
       const u64 tag = e.read_tag & Mmu::kNoTag ? e.write_tag : e.read_tag;
-      if (tag + e.addend == reinterpret_cast<u64>(p.copy.get())) linear = tag + at;
+      if (tag + e.addend == reinterpret_cast<u64>(p.copy)) linear = tag + at;
     }
     say(format("memory at %llx: was %llx, interpreted %llx, translated %llx", wide(linear), wide(was), wide(x), wide(y)));
   }
@@ -326,7 +324,9 @@ void Lockstep::name_difference(const Snapshot& before, unsigned count, Translate
 }
 
 Lockstep::End Lockstep::run(const u8* code, unsigned count, TranslateMode mode, Interpreter::Result* result) {
-  if (!decode_block(s_.rip, count)) {
+  // The clock runs on between the two.
+  const auto clock = [](const DecodedInsn& i) { return i.op == Op::Rdtsc || i.op == Op::Rdtscp; };
+  if (!decode_block(s_.rip, count) || std::any_of(insns_.begin(), insns_.end(), clock)) {
     stats_.given_up++;
     bool all;
     *result = interpret(1, &all);

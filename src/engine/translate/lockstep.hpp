@@ -69,7 +69,7 @@ class Lockstep {
  private:
   struct Page {
     u8* real = nullptr;
-    std::unique_ptr<u8[]> before, copy;
+    alignas(64) u8 before[kPageSize], copy[kPageSize];  ///< aligned as accesses of the guest may want it
     bool used = false;
   };
   struct Snapshot {

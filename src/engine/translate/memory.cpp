@@ -3,10 +3,10 @@
 /// Guest addresses and the inline check.
 ///
 /// The check, for an operand of n bytes at a:
-///     r15 = tlb + entry(a);  r14 = page of a + n - 1;  r14 == [r15 + tag] ?  r15 = [r15 + addend]
-/// A tag is the page its entry stands for, or no page's address; an entry never holds another entry's page,
-/// so an access that crosses into the next page misses too. Where alignment is required, the low bits stay in
-/// the comparison, and a misaligned address misses. The operand is then at a + addend, with the instruction's
+///     r15 = tlb + entry(a);  r14 = a ^ [r15 + tag];  r14 <= 4096 - n ?  r15 = [r15 + addend]
+/// A tag is the page its entry stands for, or no page's address that belongs to the entry: the difference is the offset in
+/// the page, or more. An access that crosses into the next page misses too. Where alignment is required, a misaligned
+/// address misses. The operand is then at a + addend, with the instruction's
 /// own base register where it has one.
 ///
 /// On a miss the fill thunk gives the addend itself, also for an access in two pages where that is possible, and the
@@ -134,8 +134,6 @@ Label& BlockBuilder::interpret_label() {
 bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Access* out) {
   if (size == 0 || size > 64) return false;
   const u32 tag = kind == Kind::Write ? frame::kTlbWriteTag : frame::kTlbReadTag;
-  const i32 page_mask = aligned ? -static_cast<i32>(kPageSize) | (size - 1) : -static_cast<i32>(kPageSize);
-  const i32 reach = aligned ? 0 : size - 1;
   // Through a group's addend; the flags stay.
   const auto through = [&](const HostMem& addend) {
     e_.load(kScratch1, addend);
@@ -169,9 +167,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
         e_.bind(m.resume);
         return through(HostMem::frame(g->slot));
       }
-      Address end = a;
-      end.disp = static_cast<i32>(g->high - 1);
-      emit_group_check(m.address, end, g->write, m.entry);
+      emit_group_check(m.address, m.size, g->write, m.entry);
       e_.bind(m.resume);
       e_.store(HostMem::frame(g->slot), kScratch1);
       operand_of(a, out);
@@ -235,27 +231,19 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   const bool plain = !a.constant && !a.rip && a.segment == 0 && !a.narrow && a.bit == kNoReg;
   const bool in_registers = plain && (a.base == kNoReg || !special(a.base)) &&
                             (a.index == kNoReg || !special(a.index)) && a.disp < 0x7fff0000;
-  if (in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0) {
-    emit_rorx(kScratch1, host(a.base), frame::kTlbShift);
-  } else if (in_registers) {
-    emit_address(kScratch1, a);
-    e_.shr(kScratch1, frame::kTlbShift);
-  } else {
-    emit_address(kScratch0, a);
-    emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
-  }
+  emit_address(kScratch0, a);
+  emit_rorx(kScratch1, in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0 ? host(a.base) : kScratch0,
+            frame::kTlbShift);
   e_.and32(kScratch1, frame::kTlbMask);
   e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  if (in_registers) {
-    Address last = a;
-    last.disp += reach;
-    emit_address(kScratch0, last);
-  } else if (reach != 0) {
-    e_.lea(kScratch0, HostMem::at(kScratch0, reach));
+  e_.xor_(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
+  if (aligned) {
+    e_.test_imm(kScratch0, -static_cast<i32>(kPageSize) | (size - 1));
+    e_.jcc(5, s.entry);
+  } else {
+    e_.cmp_imm(kScratch0, static_cast<i32>(kPageSize) - size);
+    e_.jcc(7, s.entry);
   }
-  e_.and_imm(kScratch0, page_mask);
-  e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
-  e_.jcc(5, s.entry);
   e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
   e_.bind(s.resume);
   operand_of(a, out);
@@ -278,16 +266,15 @@ void BlockBuilder::operand_of(const Address& a, Access* out) {
   *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
 }
 
-/// r15 = addend, or the jump. r14: the page.
-void BlockBuilder::emit_group_check(const Address& first, const Address& last, bool write, Label& miss) {
-  emit_address(kScratch1, first);
-  e_.shr(kScratch1, frame::kTlbShift);
+/// r15 = addend, or the jump. r14: the first byte's offset in its page.
+void BlockBuilder::emit_group_check(const Address& first, u32 size, bool write, Label& miss) {
+  emit_address(kScratch0, first);
+  emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
   e_.and32(kScratch1, frame::kTlbMask);
   e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  emit_address(kScratch0, last);
-  e_.and_imm(kScratch0, -static_cast<i32>(kPageSize));
-  e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
-  e_.jcc(5, miss);
+  e_.xor_(kScratch0, HostMem::at(kScratch1, static_cast<i32>(write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
+  e_.cmp_imm(kScratch0, static_cast<i32>(kPageSize - size));
+  e_.jcc(7, miss);
   e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
 }
 

@@ -344,7 +344,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
   bool ungrouped = false;  // the block to go on in
   u64 tag_epoch = 0;
   for (;;) {
-    if (c_.retired >= limit) return Interpreter::Result::Budget;
+    if (c_.retired >= limit && !ungrouped) return Interpreter::Result::Budget;  // an instruction goes on without groups
     bool interpret = !can_enter(), begun = false;
     if (!interpret) {
       if (c_.attention.load(std::memory_order_relaxed) != 0) return Interpreter::Result::Attention;

@@ -82,7 +82,7 @@ class TinyTranslator final : public BlockTranslator {
     code.insert(code.begin(), prologue.begin(), prologue.end());
     out_->entry = size;
     for (DirectExit& e : out_->exits) {
-      e.jump += size;
+      e.field += size;
       e.slot += size;
       e.stub += size;
     }
@@ -116,8 +116,8 @@ class TinyTranslator final : public BlockTranslator {
     code.insert(code.end(), {0x4c, 0x89, 0xf9});  // ok: mov rcx, r15
     DirectExit e;
     e.target = target;
-    e.jump = static_cast<u32>(code.size());
-    e.stub = e.jump + 5;
+    e.field = static_cast<u32>(code.size()) + 1;
+    e.stub = e.field + 4;
     code.push_back(0xe9);
     put(&code, 0, 4);
     code.insert(code.end(), {0x49, 0xbe});
