@@ -8,8 +8,12 @@ using namespace ring3;
 using namespace ring3::storage;
 using qcow2::Qcow2Image;
 
-extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
+extern "C" int LLVMFuzzerInitialize(int*, char***) {
   spdlog::set_level(spdlog::level::off);
+  return 0;
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
   constexpr std::size_t kOperations = 32;
   // Offsets far out make files grow, which takes time and shows nothing: the disk under them is full early.
   constexpr u64 kDisk = u64{2} << 20;

@@ -178,15 +178,18 @@ class Checker {
     for (const auto& [k, chunk] : counts_) chunks.push_back(k);
     std::sort(chunks.begin(), chunks.end());
     for (const u64 k : chunks) {
+      const std::vector<u32>& used = counts_[k];
       for (u64 j = 0; j < kChunk; j++) {
         const u64 c = k * kChunk + j;
-        if (counts_[k][j] != 0) report_.image_end = std::max(report_.image_end, (c + 1) << h_.cluster_bits);
+        if (used[j] != 0) report_.image_end = std::max(report_.image_end, (c + 1) << h_.cluster_bits);
       }
     }
     const u64 per = i_.refcounts_->per_block();
     std::vector<u64> blocks;
     for (u64 b = 0; b < i_.refcounts_->table().size(); b++) {
-      if (i_.refcounts_->table()[b] != 0) blocks.push_back(b);
+      // What overlaps or cannot be is said already, and all of it is to be made anew.
+      const u64 at = i_.refcounts_->table()[b];
+      if (at != 0 && place_ok(at) && count(h_.cluster_of(at)) == 1) blocks.push_back(b);
     }
     const auto look = [&](u64 c) {
       u64 refs = 0;
@@ -204,6 +207,7 @@ class Checker {
       }
       if (refs > real) report_.leaks++;
       else report_.corruptions++;
+      if (report_.messages.size() >= CheckReport::kMostMessages) return 0;
       say(std::string(refs > real ? "leak" : "error") + ": cluster " + std::to_string(c) + " has refcount " + std::to_string(refs) + ", used " +
           std::to_string(real) + (real == 1 ? " time" : " times"));
       return 0;
@@ -211,13 +215,23 @@ class Checker {
     const u64 end = h_.cluster_of(i_.file_end_);
     for (const u64 b : blocks) {
       // A block wholly past the file's end can only be looked through, not used.
-      for (u64 c = b * per; c < (b + 1) * per; c++) (void)look(c);
+      for (u64 c = b * per; c < (b + 1) * per; c++) {
+        if (i_.refcounts_->next_used(c, (b + 1) * per, c) < 0) {
+          rebuild_ = true;
+          break;
+        }
+        if (c < (b + 1) * per) (void)look(c);
+      }
       if (wrong_.size() > (u64{1} << 24)) return -EFBIG;
     }
     for (const u64 k : chunks) {
+      const std::vector<u32>& used = counts_[k];
       for (u64 j = 0; j < kChunk; j++) {
         const u64 c = k * kChunk + j, b = c / per;
-        if (counts_[k][j] != 0 && c < end && (b >= i_.refcounts_->table().size() || i_.refcounts_->table()[b] == 0)) (void)look(c);
+        if (used[j] == 0) continue;
+        const bool counted = b < i_.refcounts_->table().size() && i_.refcounts_->table()[b] != 0;
+        u64 refs = 0;
+        if (counted ? i_.refcounts_->get(c, refs) == 0 && refs == 0 : c < end) (void)look(c);
       }
     }
     return copied_flags(false);

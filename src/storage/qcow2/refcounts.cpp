@@ -1,5 +1,9 @@
 #include "storage/qcow2/refcounts.hpp"
 
+#include <algorithm>
+#include <cstring>
+#include <span>
+
 #include "base/checked.hpp"
 
 namespace ring3::storage::qcow2 {
@@ -85,6 +89,33 @@ int Refcounts::get(u64 cluster, u64& v) {
   std::shared_ptr<MetaTable> t;
   if (const int r = block(cluster / per_block_, t); r < 0) return r;
   v = t ? value(*t, cluster % per_block_) : 0;
+  return 0;
+}
+
+int Refcounts::next_used(u64 cluster, u64 end, u64& found) {
+  found = end;
+  std::shared_ptr<MetaTable> t;
+  if (const int r = block(cluster / per_block_, t); r < 0 || !t) return r;
+  const u64 first = cluster / per_block_ * per_block_;
+  const std::span<const u8> bytes = t->bytes();
+  u64 i = cluster - first;
+  const u64 stop = end - first;
+  while (i < stop) {
+    // A word of zeroes at a time, where one begins here.
+    if (const u64 bit = i * bits_; bit % 64 == 0) {
+      u64 word = 0;
+      std::memcpy(&word, bytes.data() + bit / 8, std::min<u64>(sizeof word, bytes.size() - bit / 8));
+      if (word == 0) {
+        i += 64 / bits_;
+        continue;
+      }
+    }
+    if (value(*t, i) != 0) {
+      found = first + i;
+      return 0;
+    }
+    i++;
+  }
   return 0;
 }
 

@@ -24,6 +24,8 @@ class Refcounts {
   /// Reads the table. Errors: EINVAL when an entry cannot be, but for `lenient`.
   Status load(const std::string& name, bool lenient);
   int get(u64 cluster, u64& value);
+  /// The first cluster from `cluster` to before `end` whose refcount is not 0, or `end`. Both within one block's range.
+  int next_used(u64 cluster, u64 end, u64& found);
   int add(u64 cluster, i64 delta, u64* now = nullptr);
   /// Up to `want` clusters in a row with refcount 0, now 1. -ENOSPC or the host's errors.
   int allocate(u64 want, u64& first, u64& got);
