@@ -31,7 +31,7 @@ DEBIAN = os.environ.get("RING3_DEBIAN", CACHE)
 PATIENCE = 600  # seconds: busy machines are slow
 MANY = 200
 NAME, RESOLVER = "files.ring3.test", "127.53.53.53"
-APPEND = "console=ttyS0 root=/dev/vda rw"
+APPEND = "console=ttyS0 root=/dev/vda rw quiet"
 TICK = os.sysconf("SC_CLK_TCK")
 
 
