@@ -5,15 +5,14 @@
 namespace ring3::engine {
 
 void Emitter::truncate(u32 size) {
-  code_.resize(size);
+  size_ = size;
   while (!relatives_.empty() && relatives_.back() >= size) relatives_.pop_back();
 }
 void Emitter::imm32(u32 v) {
-  for (int i = 0; i < 4; i++) byte(static_cast<u8>(v >> (8 * i)));
+  std::memcpy(room(4), &v, 4);
 }
 void Emitter::imm64(u64 v) {
-  imm32(static_cast<u32>(v));
-  imm32(static_cast<u32>(v >> 32));
+  std::memcpy(room(8), &v, 8);
 }
 void Emitter::patch32(u32 at, u32 v) { std::memcpy(code_.data() + at, &v, 4); }
 
@@ -76,12 +75,13 @@ bool Emitter::encode(const Encoding& e) {
       if (mod == 1) {
         put(static_cast<u8>(m.disp));
       } else if (mod == 2 || no_base) {
-        for (int i = 0; i < 4; i++) put(static_cast<u32>(m.disp) >> (8 * i));
+        std::memcpy(out + n, &m.disp, 4);
+        n += 4;
       }
     }
   }
   for (unsigned i = 0; i < e.imm_size; i++) put(e.imm[i]);
-  code_.insert(code_.end(), out, out + n);
+  std::memcpy(room(n), out, n);
   return true;
 }
 

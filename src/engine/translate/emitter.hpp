@@ -76,7 +76,7 @@ struct Label {
 class Emitter {
  public:
   void clear() {
-    code_.clear();
+    size_ = 0;
     relatives_.clear();
     early_label_ = false;
     watched_ = 0;
@@ -84,15 +84,18 @@ class Emitter {
   /// From here on early_label() tells of the five bytes that come now.
   void watch() { watched_ = size(); }
   void truncate(u32 size);
-  u32 size() const { return static_cast<u32>(code_.size()); }
+  u32 size() const { return size_; }
   const u8* data() const { return code_.data(); }
   /// Where the rel32 fields of jumps and calls to labels stand.
   const std::vector<u32>& relatives() const { return relatives_; }
   /// A label was bound between the first of the watched bytes and the fifth.
   bool early_label() const { return early_label_; }
 
-  void byte(u8 b) { code_.push_back(b); }
-  void bytes(std::initializer_list<u8> list) { code_.insert(code_.end(), list); }
+  void byte(u8 b) { *room(1) = b; }
+  void bytes(std::initializer_list<u8> list) {
+    u8* at = room(static_cast<u32>(list.size()));
+    for (const u8 b : list) *at++ = b;
+  }
   void imm32(u32 v);
   void imm64(u64 v);
   void patch32(u32 at, u32 v);
@@ -145,7 +148,15 @@ class Emitter {
   void use(Label& l);
   void note_label() { early_label_ |= size() > watched_ && size() - watched_ < 5; }
 
-  std::vector<u8> code_;
+  /// That many bytes more; the pointer holds until the next call.
+  u8* room(u32 bytes) {
+    if (code_.size() - size_ < bytes) code_.resize(2 * code_.size() + bytes);
+    size_ += bytes;
+    return code_.data() + size_ - bytes;
+  }
+
+  std::vector<u8> code_ = std::vector<u8>(1u << 14);  ///< its first size_ bytes
+  u32 size_ = 0;
   std::vector<u32> relatives_;
   bool early_label_ = false;
   u32 watched_ = 0;
