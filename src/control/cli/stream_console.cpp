@@ -14,21 +14,11 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/event_fd.hpp"
+
 namespace ring3::control {
 
 namespace {
-
-void signal_event(const UniqueFd& fd) {
-  const u64 one = 1;
-  while (::write(fd.get(), &one, sizeof one) < 0 && errno == EINTR) {
-  }
-}
-
-void drain_event(const UniqueFd& fd) {
-  u64 count;
-  while (::read(fd.get(), &count, sizeof count) < 0 && errno == EINTR) {
-  }
-}
 
 /// A second, non-blocking description of a terminal: O_NONBLOCK on the one that was inherited would
 /// reach the shell too. Invalid when the terminal may not be reopened.
@@ -123,7 +113,7 @@ StreamConsole::~StreamConsole() {
 void StreamConsole::cancel() {
   const std::lock_guard lock(mutex_);
   cancelled_ = true;
-  signal_event(cancel_fd_);
+  signal_event(cancel_fd_.get());
   room_.notify_all();
 }
 
@@ -139,7 +129,7 @@ vmm::ConsoleInput StreamConsole::read(std::span<u8> into) {
   if (taken_ == pending_.size()) {
     pending_.clear();
     taken_ = 0;
-    drain_event(ready_fd_);
+    drain_event(ready_fd_.get());
     input.closed = closed_;
   }
   room_.notify_all();
@@ -172,7 +162,7 @@ void StreamConsole::deliver(std::span<const u8> bytes) {
   pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(taken_));
   taken_ = 0;
   pending_.insert(pending_.end(), bytes.begin(), bytes.end());
-  signal_event(ready_fd_);
+  signal_event(ready_fd_.get());
 }
 
 void StreamConsole::read_ahead() {
@@ -192,14 +182,14 @@ void StreamConsole::read_ahead() {
         const std::lock_guard lock(mutex_);
         stop_ = true;
       }
-      signal_event(ready_fd_);
+      signal_event(ready_fd_.get());
       if (callbacks_.on_stop) callbacks_.on_stop();
       break;
     }
   }
   const std::lock_guard lock(mutex_);
   closed_ = true;
-  signal_event(ready_fd_);
+  signal_event(ready_fd_.get());
 }
 
 void StreamConsole::lose_output(int code) {

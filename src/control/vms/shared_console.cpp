@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/event_fd.hpp"
 #include "control/vms/registry.hpp"
 
 namespace ring3::vms {
@@ -20,18 +21,6 @@ namespace {
 
 constexpr std::size_t kMostLine = 512;
 constexpr std::size_t kHeader = 3;
-
-void signal_event(const UniqueFd& fd) {
-  const u64 one = 1;
-  while (::write(fd.get(), &one, sizeof one) < 0 && errno == EINTR) {
-  }
-}
-
-void drain_event(const UniqueFd& fd) {
-  u64 count;
-  while (::read(fd.get(), &count, sizeof count) < 0 && errno == EINTR) {
-  }
-}
 
 }  // namespace
 
@@ -67,7 +56,7 @@ SharedConsole::~SharedConsole() {
     const std::lock_guard lock(mutex_);
     end_ = true;
   }
-  signal_event(wake_fd_);
+  signal_event(wake_fd_.get());
   if (thread_.joinable()) thread_.join();
 }
 
@@ -98,7 +87,7 @@ bool SharedConsole::write(std::span<const u8> bytes) {
     if (client->out.size() - client->sent + bytes.size() > kMostBehind) client->gone = true;
     if (!client->gone) client->out.insert(client->out.end(), bytes.begin(), bytes.end());
   }
-  if (!clients_.empty()) signal_event(wake_fd_);
+  if (!clients_.empty()) signal_event(wake_fd_.get());
   return true;
 }
 
@@ -108,8 +97,8 @@ vmm::ConsoleInput SharedConsole::read(std::span<u8> into) {
   input.bytes = std::min(into.size(), input_.size());
   if (input.bytes > 0) std::memcpy(into.data(), input_.data(), input.bytes);
   input_.erase(input_.begin(), input_.begin() + static_cast<std::ptrdiff_t>(input.bytes));
-  if (input_.empty()) drain_event(ready_fd_);
-  signal_event(wake_fd_);  // there is room again
+  if (input_.empty()) drain_event(ready_fd_.get());
+  signal_event(wake_fd_.get());  // there is room again
   return input;
 }
 
@@ -132,7 +121,7 @@ bool SharedConsole::take_frames(Client& client) {
     const u8* body = frame + kHeader;
     if (frame[0] == kInput) {
       input_.insert(input_.end(), body, body + length);
-      if (length > 0) signal_event(ready_fd_);
+      if (length > 0) signal_event(ready_fd_.get());
     } else if (frame[0] == kSize && length == 4) {
       const auto word = [&](int i) { return static_cast<u16>(body[i] | body[i + 1] << 8); };
       if (on_size_) on_size_(word(0), word(2));
@@ -192,7 +181,7 @@ void SharedConsole::serve() {
     }
     if (::poll(fds.data(), fds.size(), -1) < 0 && errno != EINTR) return;
     const std::lock_guard lock(mutex_);
-    if (fds[0].revents != 0) drain_event(wake_fd_);
+    if (fds[0].revents != 0) drain_event(wake_fd_.get());
     // Clients are added and removed on this thread only, so the order still holds.
     for (std::size_t i = 2; i < fds.size(); i++) {
       Client& client = *clients_[i - 2];

@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "base/event_fd.hpp"
+
 namespace ring3::engine::abi {
 
 i64 eventfd_identity(int fd) {
@@ -32,11 +34,6 @@ i64 eventfd_identity(int fd) {
 
 namespace {
 UniqueFd duplicate(int fd) { return UniqueFd(::fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
-void signal_eventfd(int fd) {
-  const u64 one = 1;
-  // A full counter means that the event is already there.
-  [[maybe_unused]] const ssize_t n = ::write(fd, &one, sizeof one);
-}
 }  // namespace
 
 // ---- ioeventfds ----
@@ -102,7 +99,7 @@ bool IoEventfds::View::signal_slow(bool pio, u64 address, unsigned size, const v
       const u64 mask = size >= 8 ? ~0ull : (1ull << (8 * size)) - 1;
       if ((e->datamatch & mask) != value) continue;
     }
-    signal_eventfd(e->fd.get());
+    signal_event(e->fd.get());
     return true;
   }
   return false;
@@ -112,7 +109,7 @@ bool IoEventfds::View::signal_slow(bool pio, u64 address, unsigned size, const v
 
 Irqfds::~Irqfds() {
   if (thread_.joinable()) {
-    signal_eventfd(stop_.get());
+    signal_event(stop_.get());
     thread_.join();
   }
   for (auto& [key, irqfd] : irqfds_) {
@@ -168,7 +165,7 @@ int Irqfds::assign(const kvm_irqfd& r) {
     Irqfd* raw = irqfd.get();  // the notifier is removed before the Irqfd goes away
     irqfd->notifier = chip_.add_ack_notifier(r.gsi, [this, raw] {
       chip_.set_irq(kIrqSourceResample, raw->gsi, false);
-      signal_eventfd(raw->resample.get());
+      signal_event(raw->resample.get());
     });
   }
   const u64 key = next_key_++;

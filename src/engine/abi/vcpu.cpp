@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "base/event_fd.hpp"
 #include "engine/abi/msr_list.hpp"
 #include "engine/abi/user_memory.hpp"
 #include "engine/abi/vm.hpp"
@@ -100,10 +101,7 @@ Vcpu::~Vcpu() {
 
 void Vcpu::raise(u32 bits) {
   interp_->context().attention.fetch_or(bits, std::memory_order_seq_cst);
-  if (waiting_.load(std::memory_order_seq_cst) != 0) {
-    const u64 one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(wake_fd_.get(), &one, sizeof one);
-  }
+  if (waiting_.load(std::memory_order_seq_cst) != 0) signal_event(wake_fd_.get());
 }
 
 void Vcpu::kick() {

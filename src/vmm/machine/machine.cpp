@@ -11,6 +11,7 @@
 #include <mutex>
 #include <system_error>
 
+#include "base/event_fd.hpp"
 #include "base/log.hpp"
 #include "base/unique_fd.hpp"
 #include "vmm/machine/board.hpp"
@@ -35,14 +36,6 @@ const char* to_string(Outcome::Kind kind) {
 
 namespace {
 
-void signal_event(const UniqueFd& fd) {
-  const u64 one = 1;
-  [[maybe_unused]] const ssize_t n = ::write(fd.get(), &one, sizeof one);
-}
-void clear_event(const UniqueFd& fd) {
-  u64 count;
-  [[maybe_unused]] const ssize_t n = ::read(fd.get(), &count, sizeof count);
-}
 bool is_signalled(const UniqueFd& fd) {
   pollfd p{fd.get(), POLLIN, 0};
   return ::poll(&p, 1, 0) > 0;
@@ -98,7 +91,7 @@ Status Machine::Impl::make_board() {
   events.end = [this](Outcome::Kind kind, u8 status, std::string message) { end({kind, status, std::move(message)}); };
   events.reset = [this] { end({Outcome::Kind::kReboot, 0, ""}); };
   events.console_output = [this](u8 byte) { output.put(byte); };
-  events.wake_io = [this] { signal_event(wake_fd); };
+  events.wake_io = [this] { signal_event(wake_fd.get()); };
   auto made = Board::create({config, system, kernel, initrd ? &*initrd : nullptr}, ram, std::move(events));
   if (!made) return made.error();
   std::lock_guard lock(mutex);
@@ -232,7 +225,7 @@ void Machine::Impl::io_main() {
       timeout.tv_nsec = static_cast<long>(*timer % 1'000'000'000);
     }
     if (::ppoll(fds, 3, timer ? &timeout : nullptr, nullptr) < 0) continue;
-    if (fds[0].revents) clear_event(wake_fd);
+    if (fds[0].revents) drain_event(wake_fd.get());
     if (fds[1].revents) {
       end({Outcome::Kind::kStopped, 0, ""});
       fds[1].fd = -1;
@@ -294,7 +287,7 @@ Outcome Machine::Impl::run_board() {
   }
   for (std::thread& t : threads) t.join();
   io_end.store(true);
-  signal_event(wake_fd);
+  signal_event(wake_fd.get());
   if (io.joinable()) io.join();
   std::lock_guard lock(mutex);
   return *ended;
@@ -381,7 +374,7 @@ Outcome Machine::run() {
   return outcome;
 }
 
-void Machine::request_stop() { signal_event(impl_->stop_fd); }
+void Machine::request_stop() { signal_event(impl_->stop_fd.get()); }
 
 void Machine::pause() {
   Impl& m = *impl_;

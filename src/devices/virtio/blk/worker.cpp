@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/event_fd.hpp"
 #include "base/log.hpp"
 
 namespace ring3::virtio {
@@ -38,8 +39,7 @@ BlockDevice::Worker::Worker(BlockDevice& device, u64 features, Queue& queue)
   });
   if (status && uring_) {
     status = loop_.add(uring_->event_fd(), EPOLLIN, [this](u32) {
-      u64 count;
-      [[maybe_unused]] const ssize_t n = ::read(uring_->event_fd(), &count, sizeof count);
+      drain_event(uring_->event_fd());
       reap(true);
       queue_.notify();
       serve();  // room again

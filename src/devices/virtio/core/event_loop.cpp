@@ -8,6 +8,8 @@
 
 #include <system_error>
 
+#include "base/event_fd.hpp"
+
 namespace ring3::virtio {
 
 Status EventLoop::prepare() {
@@ -72,8 +74,7 @@ void EventLoop::post(std::function<void()> task) {
     const std::lock_guard lock(mutex_);
     tasks_.push_back(std::move(task));
   }
-  const u64 one = 1;
-  if (wake_) [[maybe_unused]] const ssize_t n = ::write(wake_.get(), &one, sizeof one);
+  if (wake_) signal_event(wake_.get());
 }
 
 void EventLoop::stop() {
@@ -82,8 +83,7 @@ void EventLoop::stop() {
       const std::lock_guard lock(mutex_);
       end_ = true;
     }
-    const u64 one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(wake_.get(), &one, sizeof one);
+    signal_event(wake_.get());
     thread_.join();
   }
   handlers_.clear();
@@ -99,8 +99,7 @@ void EventLoop::run() {
     for (int i = 0; i < n; i++) {
       const int fd = events[i].data.fd;
       if (fd == wake_.get()) {
-        u64 count;
-        [[maybe_unused]] const ssize_t r = ::read(fd, &count, sizeof count);
+        drain_event(fd);
         std::vector<std::function<void()>> tasks;
         {
           const std::lock_guard lock(mutex_);

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/checked.hpp"
+#include "base/event_fd.hpp"
 #include "devices/virtio/core/ring_layout.hpp"
 
 namespace ring3::virtio {
@@ -123,10 +124,7 @@ bool Queue::bad(const char* why) {
 
 void Queue::fail(const std::string& why) { bad(why.c_str()); }
 
-void Queue::clear_kick() {
-  u64 count;
-  [[maybe_unused]] const ssize_t n = ::read(kick_fd_, &count, sizeof count);
-}
+void Queue::clear_kick() { drain_event(kick_fd_); }
 
 Queue::Pop Queue::pop(Chain& out) {
   out.clear();

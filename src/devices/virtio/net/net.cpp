@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <deque>
 
+#include "base/event_fd.hpp"
 #include "base/log.hpp"
 #include "devices/virtio/core/event_loop.hpp"
 
@@ -231,8 +232,7 @@ class Net::Pair {
       tx_.disable_kicks();
       for (int i = 0;; i++) {
         if (i == kBudget) {  // the others' turn; this queue's comes again
-          const u64 one = 1;
-          [[maybe_unused]] const ssize_t n = ::write(tx_.kick_fd(), &one, sizeof one);
+          signal_event(tx_.kick_fd());
           tx_.notify();
           return;
         }

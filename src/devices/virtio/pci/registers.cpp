@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/event_fd.hpp"
 #include "base/log.hpp"
 #include "devices/bus/device.hpp"
 #include "devices/virtio/pci/virtio_pci.hpp"
@@ -191,8 +192,7 @@ void VirtioPci::stop() {
   running_ = false;
   for (QueueRegisters& q : queues_) {
     q.queue.reset();
-    u64 count;  // a kick of before is none of the next driver
-    [[maybe_unused]] const ssize_t n = ::read(q.kick.get(), &count, sizeof count);
+    drain_event(q.kick.get());  // a kick of before is none of the next driver
   }
 }
 

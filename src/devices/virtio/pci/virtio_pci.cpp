@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/event_fd.hpp"
 #include "base/log.hpp"
 #include "devices/bus/device.hpp"
 
@@ -176,8 +177,7 @@ void VirtioPci::write_bar(u8, u64 offset, std::span<const u8> data) {
 // Without a lock: queues_ has its size for good, and so have the eventfds.
 void VirtioPci::kick(u64 index) {
   if (index >= queues_.size()) return;
-  const u64 one = 1;
-  [[maybe_unused]] const ssize_t n = ::write(queues_[index].kick.get(), &one, sizeof one);
+  signal_event(queues_[index].kick.get());
 }
 
 void VirtioPci::set_ioeventfds(bool on) {

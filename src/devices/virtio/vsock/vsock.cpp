@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/event_fd.hpp"
 #include "base/log.hpp"
 
 namespace ring3::virtio {
@@ -265,8 +266,7 @@ void Vsock::receive() {
         break;
       }
       if (budget-- == 0) {
-        const u64 one = 1;
-        [[maybe_unused]] const ssize_t n = ::write(tx_->kick_fd(), &one, sizeof one);
+        signal_event(tx_->kick_fd());
         tx_->notify();
         return;
       }
@@ -488,8 +488,7 @@ void Vsock::pump() {
   rx_->notify();
   if (held_up_ && resets_.size() < kMostResets / 2) {
     held_up_ = false;
-    const u64 one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(tx_->kick_fd(), &one, sizeof one);
+    signal_event(tx_->kick_fd());
   }
 }
 
