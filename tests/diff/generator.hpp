@@ -1,6 +1,7 @@
 #pragma once
 #include <string>
 
+#include "base/split_mix.hpp"
 #include "engine/decode/decoder.hpp"
 #include "engine/state/vcpu_state.hpp"
 #include "native.hpp"
@@ -20,22 +21,7 @@ struct Case {
   Registers regs;
 };
 
-/// splitmix64
-class Random {
- public:
-  explicit Random(u64 seed) : state_(seed) {}
-  u64 next() {
-    u64 z = (state_ += 0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  u64 below(u64 n) { return next() % n; }
-  bool one_in(u64 n) { return below(n) == 0; }
-
- private:
-  u64 state_;
-};
+using Random = SplitMix64;
 
 /// Chooses the instruction: bytes, insn and code_offset.
 void generate_instruction(Family family, bool compat32, Random& rng, Case* c);

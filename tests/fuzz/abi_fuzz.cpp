@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "base/linux_kvm.hpp"
+#include "base/split_mix.hpp"
 #include "engine/abi/provider.hpp"
 
 namespace ring3::fuzz {
@@ -35,21 +36,7 @@ namespace {
 
 using kvm::Endpoint;
 
-class Random {
- public:
-  explicit Random(u64 seed) : state_(seed) {}
-  u64 next() {
-    u64 z = (state_ += 0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  u64 below(u64 n) { return next() % n; }
-  bool one_in(u64 n) { return below(n) == 0; }
-
- private:
-  u64 state_;
-};
+using Random = SplitMix64;
 
 enum class On : u8 { System, Vm, Vcpu };
 /// What the argument is.

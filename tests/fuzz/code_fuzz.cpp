@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/linux_kvm.hpp"
+#include "base/split_mix.hpp"
 #include "engine/abi/provider.hpp"
 
 namespace ring3::fuzz {
@@ -27,21 +28,7 @@ constexpr u64 kRam = 2u << 20;
 constexpr u64 kGdt = 0x1000, kIdt = 0x2000, kTss = 0x3000, kTables = 0x10000, kCode = 0x40000, kData = 0x80000,
               kStack = 0x9f000;
 
-class Random {
- public:
-  explicit Random(u64 seed) : state_(seed) {}
-  u64 next() {
-    u64 z = (state_ += 0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  u64 below(u64 n) { return next() % n; }
-  bool one_in(u64 n) { return below(n) == 0; }
-
- private:
-  u64 state_;
-};
+using Random = SplitMix64;
 
 /// Ends every KVM_RUN after a slice: random code loops, halts and blocks.
 class Watchdog {

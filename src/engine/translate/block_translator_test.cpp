@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "base/split_mix.hpp"
 #include "engine/interp/features.hpp"
 #include "engine/interp/test_machine.hpp"
 #include "engine/translate/liveness.hpp"
@@ -20,21 +21,7 @@ using test::Bytes;
 using test::TestMachine;
 using test::TestMode;
 
-class Random {
- public:
-  explicit Random(u64 seed) : state_(seed) {}
-  u64 next() {
-    u64 z = (state_ += 0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  u64 below(u64 n) { return next() % n; }
-  bool one_in(u64 n) { return below(n) == 0; }
-
- private:
-  u64 state_;
-};
+using Random = SplitMix64;
 
 constexpr u64 kLow = 0x50000, kHigh = 0x6ff00;  // data and stack pages of the test machine
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "base/split_mix.hpp"
 #include "base/unique_fd.hpp"
 #include "base/types.hpp"
 
@@ -40,19 +41,7 @@ class Poller {
   UniqueFd fd_;
 };
 
-/// splitmix64, seeded from the host: initial sequence numbers, and hashing that a guest cannot aim at.
-class Random {
- public:
-  explicit Random(u64 seed) : state_(seed) {}
-  u64 next() { return mix(state_ += 0x9e3779b97f4a7c15); }
-  static u64 mix(u64 z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-
- private:
-  u64 state_;
-};
+/// Seeded from the host: initial sequence numbers, and hashing that a guest cannot aim at.
+using Random = SplitMix64;
 
 }  // namespace ring3::net
