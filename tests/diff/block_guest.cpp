@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "engine/interp/features.hpp"
+#include "guest_parts.hpp"
 
 namespace ring3::diff {
 
@@ -47,38 +48,6 @@ class BlockGuest::Device final : public Environment {
   u64 log = 0;
 };
 
-namespace {
-
-Segment segment(u16 selector, u8 type, u8 dpl, bool code64) {
-  Segment s;
-  s.selector = selector;
-  s.base = 0;
-  s.limit = 0xffffffff;
-  s.type = type;
-  s.dpl = dpl;
-  s.g = 1;
-  s.l = code64;
-  s.db = !code64;
-  return s;
-}
-
-Segment null_segment() {
-  Segment s;
-  s.selector = 0;
-  s.limit = 0;
-  s.unusable = 1;
-  s.present = 0;
-  return s;
-}
-
-}  // namespace
-
-u8* BlockGuest::map_ram() {
-  void* p = ::mmap(nullptr, kRamSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-  CHECK(p != MAP_FAILED);
-  return static_cast<u8*>(p);
-}
-
 VcpuState& BlockGuest::prepare() {
   const bool long64 = mode_ != BlockMode::User32, user = mode_ != BlockMode::Kernel64;
   const u8 dpl = user ? 3 : 0;
@@ -88,9 +57,9 @@ VcpuState& BlockGuest::prepare() {
   s_.cr3 = kTables;
   s_.efer = efer::SCE | efer::LME | efer::LMA | efer::NX;
   s_.xcr0 = 7;
-  s_.seg[CS] = segment(static_cast<u16>((long64 ? 0x30 : 0x20) | dpl), 11, dpl, long64);
-  s_.seg[SS] = segment(static_cast<u16>(0x28 | dpl), 3, dpl, false);
-  for (Seg r : {DS, ES}) s_.seg[r] = long64 ? null_segment() : segment(0x2b, 3, 3, false);
+  s_.seg[CS] = flat_segment(static_cast<u16>((long64 ? 0x30 : 0x20) | dpl), 11, dpl, long64);
+  s_.seg[SS] = flat_segment(static_cast<u16>(0x28 | dpl), 3, dpl, false);
+  for (Seg r : {DS, ES}) s_.seg[r] = long64 ? null_segment() : flat_segment(0x2b, 3, 3, false);
   for (Seg r : {FS, GS}) s_.seg[r] = null_segment();
   s_.seg[FS].base = long64 ? kData + 0x2000 : 0;
   s_.seg[GS].base = long64 ? kData + 0x4000 : 0;
@@ -101,24 +70,11 @@ VcpuState& BlockGuest::prepare() {
 }
 
 void BlockGuest::map(u64 linear, u64 gpa, bool present, bool writable) {
-  u64 table = kTables;
-  for (unsigned shift = 39; shift > 12; shift -= 9) {
-    u64 entry;
-    u8* at = ram_ + table + 8 * (linear >> shift & 0x1ff);
-    std::memcpy(&entry, at, 8);
-    if (!(entry & 1)) {
-      entry = next_table_ | 7;
-      next_table_ += 0x1000;
-      std::memcpy(at, &entry, 8);
-    }
-    table = entry & 0xffffffffff000;
-  }
-  const u64 entry = present ? gpa | 5 | (writable ? 2 : 0) : 0;
-  std::memcpy(ram_ + table + 8 * (linear >> 12 & 0x1ff), &entry, 8);
+  map_page(ram_, kTables, &next_table_, linear, present ? gpa | 5 | (writable ? 2 : 0) : 0);
 }
 
 BlockGuest::BlockGuest(BlockMode mode, Translation translation)
-    : mode_(mode), ram_(map_ram()), tracker_(memory_), mmu_(prepare(), memory_, tracker_, 0),
+    : mode_(mode), ram_(map_guest_ram(kRamSize)), tracker_(memory_), mmu_(prepare(), memory_, tracker_, 0),
       device_(std::make_unique<Device>()) {
   CHECK(memory_.set_region(0, 0, Gpa(0), kRamSize, Hva(reinterpret_cast<u64>(ram_))) == 0);
   mmu_.set_port(device_.get());

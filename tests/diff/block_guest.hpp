@@ -57,7 +57,6 @@ class BlockGuest {
  private:
   static constexpr u64 kCodeGpa = 0x10000, kDataGpa = 0x20000, kReadOnlyGpa = 0x30000, kStackGpa = 0x38000;
   class Device;
-  u8* map_ram();
   engine::VcpuState& prepare();
   void map(u64 linear, u64 gpa, bool present, bool writable);
   End ended(engine::Interpreter::Result result);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "engine/interp/features.hpp"
+#include "guest_parts.hpp"
 
 namespace ring3::diff {
 
@@ -31,38 +32,6 @@ class GuestRunner::NoEnvironment final : public Environment {
   void retired() override {}
 };
 
-namespace {
-
-Segment flat(u16 selector, u8 type, bool code64, bool code32) {
-  Segment s;
-  s.selector = selector;
-  s.base = 0;
-  s.limit = 0xffffffff;
-  s.type = type;
-  s.dpl = 3;
-  s.g = 1;
-  s.l = code64;
-  s.db = code32;
-  return s;
-}
-
-Segment null_segment() {
-  Segment s;
-  s.selector = 0;
-  s.limit = 0;
-  s.unusable = 1;
-  s.present = 0;
-  return s;
-}
-
-}  // namespace
-
-u8* GuestRunner::map_ram() {
-  void* p = ::mmap(nullptr, kRamSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-  CHECK(p != MAP_FAILED);
-  return static_cast<u8*>(p);
-}
-
 VcpuState& GuestRunner::prepare() {
   s_.reset();
   s_.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
@@ -70,9 +39,9 @@ VcpuState& GuestRunner::prepare() {
   s_.cr3 = kTables;
   s_.efer = efer::SCE | efer::LME | efer::LMA | efer::NX;
   s_.xcr0 = 7;
-  s_.seg[CS] = flat(compat32_ ? 0x23 : 0x33, 11, !compat32_, compat32_);
-  s_.seg[SS] = flat(0x2b, 3, false, true);
-  for (Seg r : {DS, ES}) s_.seg[r] = compat32_ ? flat(0x2b, 3, false, true) : null_segment();
+  s_.seg[CS] = flat_segment(compat32_ ? 0x23 : 0x33, 11, 3, !compat32_);
+  s_.seg[SS] = flat_segment(0x2b, 3, 3, false);
+  for (Seg r : {DS, ES}) s_.seg[r] = compat32_ ? flat_segment(0x2b, 3, 3, false) : null_segment();
   for (Seg r : {FS, GS}) s_.seg[r] = null_segment();
   s_.tr.limit = 0x20;  // no I/O permission bitmap
   s_.gdtr = {0xffff800000000000, 0x7f};  // not mapped: no instruction under test gets that far
@@ -81,24 +50,11 @@ VcpuState& GuestRunner::prepare() {
 }
 
 void GuestRunner::map(u64 linear, u64 gpa, bool writable) {
-  u64 table = kTables;
-  for (unsigned shift = 39; shift > 12; shift -= 9) {
-    u64 entry;
-    u8* at = ram_ + table + 8 * (linear >> shift & 0x1ff);
-    std::memcpy(&entry, at, 8);
-    if (!(entry & 1)) {
-      entry = next_table_ | 7;
-      next_table_ += 0x1000;
-      std::memcpy(at, &entry, 8);
-    }
-    table = entry & 0xffffffffff000;
-  }
-  const u64 entry = gpa | 5 | (writable ? 2 : 0);
-  std::memcpy(ram_ + table + 8 * (linear >> 12 & 0x1ff), &entry, 8);
+  map_page(ram_, kTables, &next_table_, linear, gpa | 5 | (writable ? 2 : 0));
 }
 
 GuestRunner::GuestRunner(bool compat32, bool translated)
-    : compat32_(compat32), ram_(map_ram()), tracker_(memory_), mmu_(prepare(), memory_, tracker_, 0),
+    : compat32_(compat32), ram_(map_guest_ram(kRamSize)), tracker_(memory_), mmu_(prepare(), memory_, tracker_, 0),
       env_(std::make_unique<NoEnvironment>()) {
   CHECK(memory_.set_region(0, 0, Gpa(0), kRamSize, Hva(reinterpret_cast<u64>(ram_))) == 0);
   mmu_.set_port(env_.get());

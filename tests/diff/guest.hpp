@@ -31,7 +31,6 @@ class GuestRunner {
   static constexpr u64 kCodeGpa = 0x10000, kDataGpa = 0x20000, kReadOnlyGpa = 0x30000, kTables = 0x40000;
 
   class NoEnvironment;
-  u8* map_ram();
   engine::VcpuState& prepare();
   void map(u64 linear, u64 gpa, bool writable);
 
