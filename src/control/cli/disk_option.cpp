@@ -7,16 +7,7 @@
 namespace ring3::control {
 
 Result<DiskOption> parse_disk_option(const std::string& text) {
-  std::vector<std::string> words(1);
-  for (std::size_t i = 0; i < text.size(); i++) {
-    if (text[i] != ',') {
-      words.back() += text[i];
-    } else if (words.size() == 1 && i + 1 < text.size() && text[i + 1] == ',') {
-      words.back() += text[i++];
-    } else {
-      words.emplace_back();
-    }
-  }
+  const std::vector<std::string> words = option_words(text);
   const auto bad = [&](const std::string& why) { return Error::of(EINVAL, "--disk " + printable(words[0]) + ": " + why); };
   DiskOption disk;
   disk.path = words[0];

@@ -8,16 +8,7 @@
 namespace ring3::control {
 
 Result<ShareOption> parse_share_option(const std::string& text) {
-  std::vector<std::string> words(1);
-  for (std::size_t i = 0; i < text.size(); i++) {
-    if (text[i] != ',') {
-      words.back() += text[i];
-    } else if (words.size() == 1 && i + 1 < text.size() && text[i + 1] == ',') {
-      words.back() += text[i++];
-    } else {
-      words.emplace_back();
-    }
-  }
+  const std::vector<std::string> words = option_words(text);
   ShareOption share;
   share.directory = words[0];
   if (const auto colon = words[0].rfind(':'); colon != std::string::npos) {

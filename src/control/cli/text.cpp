@@ -113,6 +113,20 @@ Result<u64> parse_count(std::string_view text, const std::string& what, u64 min,
   return *value;
 }
 
+std::vector<std::string> option_words(std::string_view text) {
+  std::vector<std::string> words(1);
+  for (std::size_t i = 0; i < text.size(); i++) {
+    if (text[i] != ',') {
+      words.back() += text[i];
+    } else if (words.size() == 1 && i + 1 < text.size() && text[i + 1] == ',') {
+      words.back() += text[i++];
+    } else {
+      words.emplace_back();
+    }
+  }
+  return words;
+}
+
 std::string format_size(u64 bytes) {
   static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   std::size_t unit = 0;

@@ -1,6 +1,7 @@
 #pragma once
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/result.hpp"
 #include "base/types.hpp"
@@ -15,6 +16,9 @@ Result<u64> parse_size(std::string_view text);
 
 /// A decimal number in [min, max]. `what` names it in errors ("--cpus").
 Result<u64> parse_count(std::string_view text, const std::string& what, u64 min, u64 max);
+
+/// An option's value at its commas, at least one word. In the first word, a path, ",," is a comma.
+std::vector<std::string> option_words(std::string_view text);
 
 /// "512 MiB", "1.5 GiB": for people.
 std::string format_size(u64 bytes);
