@@ -1,4 +1,5 @@
 #include "control/cli/seed.hpp"
+#include "base/temporary_directory.hpp"
 
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -11,12 +12,7 @@ namespace {
 
 class Seed : public ::testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/ring3-seed-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    root = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(root); }
+  void SetUp() override { ASSERT_FALSE(root.empty()); }
   std::string put(const std::string& name, const std::string& text) {
     std::ofstream(root + "/" + name) << text;
     return root + "/" + name;
@@ -24,7 +20,8 @@ class Seed : public ::testing::Test {
   static bool holds(const std::vector<u8>& image, const std::string& text) {
     return std::string(image.begin(), image.end()).find(text) != std::string::npos;
   }
-  std::string root;
+  const TemporaryDirectory place;
+  const std::string root = place.path();
 };
 
 TEST_F(Seed, UserDataAndKeys) {

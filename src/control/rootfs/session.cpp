@@ -17,6 +17,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "base/event_fd.hpp"
 #include "control/rootfs/initramfs.hpp"
 #include "vmm/machine/threads.hpp"
 
@@ -196,9 +197,7 @@ void Session::pass_output() {
 
 std::optional<int> Session::finish() {
   if (output_.joinable()) {
-    const u64 one = 1;
-    while (::write(end_fd_.get(), &one, sizeof one) < 0 && errno == EINTR) {
-    }
+    signal_event(end_fd_.get());
     output_.join();
   }
   const std::string text = get(control_ + "/status", 8);

@@ -14,6 +14,7 @@
 #include <fstream>
 #include <random>
 
+#include "base/temporary_directory.hpp"
 #include "control/vms/boot_stage.hpp"
 #include "control/vms/registry.hpp"
 #include "control/vms/shared_console.hpp"
@@ -23,12 +24,7 @@ namespace {
 
 class Directory : public ::testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/ring3-vms-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    root = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(root); }
+  void SetUp() override { ASSERT_FALSE(root.empty()); }
 
   /// A child that claims the name and then waits for a signal (its value) or for ever.
   pid_t child_claims(const std::string& name, int* value_pipe = nullptr) {
@@ -63,7 +59,8 @@ class Directory : public ::testing::Test {
     return pid;
   }
 
-  std::string root;
+  const TemporaryDirectory place;
+  const std::string root = place.path();
 };
 
 using Registry = Directory;

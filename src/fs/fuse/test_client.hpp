@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/temporary_directory.hpp"
 #include "fs/fuse/server.hpp"
 
 /// The kernel's side of FUSE, for tests: messages made by hand.
@@ -29,17 +30,13 @@ inline void append_text(Bytes& to, const std::string& text) {
 /// A directory with a directory beside it that nothing may reach.
 struct Tree {
   Tree() {
-    char name[] = "/tmp/ring3-fs-XXXXXX";
-    base = mkdtemp(name) != nullptr ? name : "";
     std::filesystem::create_directories(base + "/share");
     std::filesystem::create_directories(base + "/outside");
     root = base + "/share";
   }
-  ~Tree() {
-    std::error_code ignored;
-    std::filesystem::remove_all(base, ignored);
-  }
-  std::string base, root;
+  const TemporaryDirectory directory;
+  const std::string base = directory.path();
+  std::string root;
 };
 
 class Client {

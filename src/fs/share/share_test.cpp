@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/temporary_directory.hpp"
 #include "fs/fuse/server.hpp"
 #include "fs/share/process.hpp"
 
@@ -23,16 +24,11 @@ namespace {
 class Share : public ::testing::Test {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/ring3-share-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    root = name;
+    ASSERT_FALSE(root.empty());
     std::ofstream(root + "/x") << "content";
     start({});
   }
-  void TearDown() override {
-    process.reset();
-    std::filesystem::remove_all(root);
-  }
+  void TearDown() override { process.reset(); }
   void start(ShareProcess::Config config) {
     config.directory = root;
     auto made = ShareProcess::start(config);
@@ -88,7 +84,8 @@ class Share : public ::testing::Test {
     return "";
   }
 
-  std::string root;
+  const TemporaryDirectory place;
+  const std::string root = place.path();
   std::unique_ptr<ShareProcess> process;
   int error = 0;
 };

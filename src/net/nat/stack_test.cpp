@@ -595,9 +595,6 @@ TEST(Hostile, RandomFrames) {
 }
 
 TEST(Process, ServesFramesAndEndsWithItsLink) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  GTEST_SKIP() << "the jailed process does not live with a sanitizer's runtime yet; the stack itself is tested in this process";
-#endif
   NatConfig c;
   auto link = NatLink::start(c, 2);
   ASSERT_TRUE(link);

@@ -1,4 +1,5 @@
 #include "storage/iso/iso.hpp"
+#include "base/temporary_directory.hpp"
 
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -113,12 +114,13 @@ TEST(Iso, IsoinfoReadsIt) {
   if (std::system("command -v isoinfo > /dev/null 2>&1") != 0) GTEST_SKIP() << "isoinfo is not installed";
   auto image = build("cidata", kSeed, 1'000'000'000);
   ASSERT_TRUE(image);
-  char name[] = "/tmp/ring3-iso-XXXXXX";
-  const int fd = mkstemp(name);
-  ASSERT_GE(fd, 0);
-  ASSERT_EQ(::write(fd, image->data(), image->size()), static_cast<ssize_t>(image->size()));
-  close(fd);
-  const std::string path = name;
+  const TemporaryDirectory directory;
+  ASSERT_FALSE(directory.path().empty());
+  const std::string path = directory.path() + "/seed.iso";
+  {
+    std::ofstream file(path, std::ios::binary);
+    ASSERT_TRUE(file.write(reinterpret_cast<const char*>(image->data()), static_cast<std::streamsize>(image->size())).flush());
+  }
   const std::string about = output_of("isoinfo -d -i " + path);
   EXPECT_NE(about.find("Volume id: cidata"), std::string::npos) << about;
   EXPECT_NE(about.find("Joliet with UCS level 3 found"), std::string::npos) << about;
@@ -127,7 +129,6 @@ TEST(Iso, IsoinfoReadsIt) {
   EXPECT_EQ(output_of("isoinfo -J -x /meta-data -i " + path), kSeed[1].content);
   EXPECT_EQ(output_of("isoinfo -R -x /network-config.yaml -i " + path), kSeed[4].content);
   EXPECT_EQ(output_of("isoinfo -x '/USER_DAT.;1' -i " + path), kSeed[0].content);
-  std::filesystem::remove(path);
 }
 
 }  // namespace

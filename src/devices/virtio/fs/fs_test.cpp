@@ -11,6 +11,7 @@
 #include <random>
 #include <thread>
 
+#include "base/temporary_directory.hpp"
 #include "devices/virtio/core/test_driver.hpp"
 
 namespace ring3::virtio {
@@ -28,9 +29,7 @@ class FsDevice : public ::testing::Test {
  protected:
   static constexpr u64 kRequest = 0x20000, kReply = 0x60000;
   void SetUp() override {
-    char name[] = "/tmp/ring3-virtiofs-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    root = name;
+    ASSERT_FALSE(root.empty());
     auto made = fs::ShareProcess::start({root, false, std::nullopt, 0});
     ASSERT_TRUE(made) << made.error().message;
     process = std::shared_ptr<fs::ShareProcess>(std::move(*made));
@@ -41,7 +40,6 @@ class FsDevice : public ::testing::Test {
   void TearDown() override {
     device.reset();
     process.reset();
-    std::filesystem::remove_all(root);
   }
   void start() {
     kick.reset(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -97,7 +95,8 @@ class FsDevice : public ::testing::Test {
     return call(FUSE_INIT, 0, std::string(reinterpret_cast<const char*>(words), sizeof words));
   }
 
-  std::string root;
+  const TemporaryDirectory directory;
+  const std::string root = directory.path();
   test::Guest guest;
   FakeTransport transport;
   std::shared_ptr<fs::ShareProcess> process;
