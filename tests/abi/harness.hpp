@@ -63,6 +63,7 @@ GUEST(doorbell);
 GUEST(work32);
 GUEST(work64);
 GUEST(hypercall);
+GUEST(spin64);
 }  // namespace guests
 
 struct VmOptions {

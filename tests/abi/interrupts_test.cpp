@@ -126,6 +126,42 @@ TEST_P(Interrupts, Msi) {
   EXPECT_GE(m.at<u32>(0x504), 50u);
 }
 
+// What comes while the VMM has the vCPU in the middle of an instruction is taken when that is done, also before code that
+// never leaves the engine by itself.
+TEST_P(Interrupts, ComesInTheMiddleOfAnInstruction) {
+  HARDWARE_OR_SOFT;
+  for (const bool from_vmm : {true, false}) {
+    TestVm m(system(), {.irqchip = true});
+    Watchdog dog(m.vcpu());  // a kick makes the engine look at everything: the time tells
+    m.start_flat(guests::spin64, true);
+    auto sregs = m.vcpu().sregs();
+    ASSERT_TRUE(sregs.ok());
+    sregs->idt.base = 0x34000;
+    sregs->idt.limit = 0xfff;
+    sregs->gdt.base = 0x35000;
+    sregs->gdt.limit = 0x17;
+    ASSERT_TRUE(m.vcpu().set_sregs(*sregs).ok());
+    m.put<u64>(0x35008, 0x00af9b000000ffff);
+    m.put<u64>(0x35010, 0x00cf93000000ffff);
+    m.put<u64>(0x34000 + 0x30 * 16, (u64{0x1040} & 0xffff) | u64{0x8e000008} << 16);
+    m.put<u64>(0x34000 + 0x30 * 16 + 8, 0);
+    m.expect_io(0x90, true, 0xff);
+    const auto begin = std::chrono::steady_clock::now();
+    kvm_msi msi{};
+    msi.address_lo = 0xfee00000;
+    msi.data = 0x30;
+    if (from_vmm) {
+      EXPECT_GE(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), 0);
+      m.expect_end();
+    } else {
+      std::thread sender([&] { EXPECT_GE(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), 0); });
+      m.expect_end();
+      sender.join();
+    }
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, 15s);
+  }
+}
+
 TEST_P(Interrupts, Irqfd) {
   HARDWARE_OR_SOFT;
   TestVm m(system(), {.irqchip = true});

@@ -200,6 +200,7 @@ class Vcpu final : private DirtySink {
   std::optional<u8> eoi_exit_;
   bool triple_fault_pending_ = false;
   bool delivering_ = false;          // what the environment replays is the delivery of an event
+  u32 put_off_ = 0;  ///< bits of attention that came while an instruction was half done, for when it is done
   bool want_window_ = false, look_for_signals_ = false;
   bool set_tpr_exit_ = false;        // CR8 was lowered without an irqchip
   u32 guest_debug_ = 0;

@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
@@ -271,14 +272,17 @@ long Vcpu::run_uninitialised() {
 /// Before guest code runs. Again: look at everything once more; Exit: KVM_RUN returns *result; Run: go.
 Vcpu::Step Vcpu::prepare(long* result) {
   kvm_run& run = *run_page();
-  const u32 bits = interp_->context().attention.exchange(0, std::memory_order_seq_cst);
+  const u32 bits = interp_->context().attention.exchange(0, std::memory_order_seq_cst) | std::exchange(put_off_, 0);
   mmu_.serve_requests();
   env_.msr_hooks = vm_.msr_filter().active();
   if (bits & kAttendClock) {
     pvclock_.update();
     update_guest_time(true);
   }
-  if (env_.replaying && !delivering_) return Step::Run;  // an instruction is half done: nothing comes before its end
+  if (env_.replaying && !delivering_) {  // an instruction is half done: nothing comes before its end, all of it right after
+    put_off_ = bits & ~kAttendClock;
+    return Step::Run;
+  }
 
   if (eoi_exit_) {
     run.exit_reason = KVM_EXIT_IOAPIC_EOI;
@@ -358,10 +362,12 @@ long Vcpu::run_loop() {
       case Step::Run: break;
     }
     c.interrupt_window = want_window_;
-    const u64 quantum = vm_.config().quantum;
+    const bool one = put_off_ != 0;  // guest code that never comes back by itself may follow
+    const u64 quantum = one ? 1 : vm_.config().quantum;
     switch (translator_ ? translator_->run(quantum) : interp_->run(quantum)) {
       case Interpreter::Result::Attention: break;
       case Interpreter::Result::Budget:
+        if (one) break;
         look_for_signals_ = true;
         update_guest_time(false);
         break;
