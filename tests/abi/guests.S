@@ -498,4 +498,52 @@ guest hypercall
     hlt
 end_guest hypercall
 
+# A loop of which another vCPU changes the immediate, aligned, at LOAD + 4: what it reads goes to 0x20000, anything but
+# the two values that are written to 0x20010. 0x20008 ends it.
+guest patched
+    nop
+    nop
+    nop
+1:  movl $0x11111111, %eax
+    movl %eax, 0x20000
+    cmpl $0x11111111, %eax
+    je 2f
+    cmpl $0x22222222, %eax
+    je 2f
+    movl %eax, 0x20010
+2:  cmpl $0, 0x20008
+    je 1b
+    outb %al, $0xf4
+    hlt
+end_guest patched
+
+# Writes one value and the other in turn into the loop above, R8D times, and waits each time until it is seen.
+guest patcher
+    movl $0x22222222, %ebx
+1:  movl %ebx, LOAD + 4
+2:  cmpl %ebx, 0x20000
+    je 3f
+    pause
+    cmpl $0, 0x20008          # the test gave up
+    je 2b
+    hlt
+3:  xorl $0x33333333, %ebx
+    incl 0x20004
+    decl %r8d
+    jnz 1b
+    movl $1, 0x20008
+    outb %al, $0xf4
+    hlt
+end_guest patcher
+
+# The VMM changes the immediate at LOAD + 4 while it has the vCPU.
+guest dma
+    nop
+    nop
+    nop
+1:  movl $0x11111111, %eax
+    outb %al, $0x90
+    jmp 1b
+end_guest dma
+
     .section .note.GNU-stack,"",@progbits
