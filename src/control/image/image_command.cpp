@@ -154,6 +154,9 @@ Result<std::optional<Format>> format_given(const std::string& text) {
   return std::optional<Format>(*f);
 }
 
+/// What to do about an error, behind its message.
+const char* advice(int code) { return code == ENOSPC || code == EDQUOT ? "; free some room on the host and try again" : ""; }
+
 /// Makes an empty image of that size and opens it for writing.
 Result<std::unique_ptr<Image>> make_image(const std::string& path, Format format, u64 size, FormatOptions o) {
   HostFile::Options host;
@@ -163,18 +166,20 @@ Result<std::unique_ptr<Image>> make_image(const std::string& path, Format format
   if (format == Format::kRaw) {
     if (const int r = (*file)->truncate(size); r < 0) return Error::from_errno("'" + path + "'", -r);
     if (o.preallocation != Qcow2Image::Preallocation::kOff) {
-      if (const int r = (*file)->reserve(0, size); r < 0) return Error::from_errno("reserving space for '" + path + "'", -r);
+      if (const int r = (*file)->reserve(0, size); r < 0) return Error::of(-r, "reserving space for '" + path + "': " + std::strerror(-r) + advice(-r));
     }
     return std::unique_ptr<Image>(std::make_unique<RawImage>(std::move(*file), size, true));
   }
   o.create.size = size;
-  if (auto r = Qcow2Image::create(**file, o.create); !r) return r.error();
+  if (auto r = Qcow2Image::create(**file, o.create); !r) {
+    return Error::of(r.error().code, "'" + path + "': " + r.error().message + advice(r.error().code));
+  }
   auto image = Qcow2Image::open(std::move(*file), "'" + path + "'", {true, false});
   if (!image) return image.error();
   if (o.preallocation != Qcow2Image::Preallocation::kOff) {
     Progress bar("allocating", size);
     if (const int r = (*image)->preallocate(o.preallocation, 0, size, [&](u64 n) { bar.at(n); }); r < 0) {
-      return Error::from_errno("reserving space for '" + path + "'", -r);
+      return Error::of(-r, "reserving space for '" + path + "': " + std::strerror(-r) + advice(-r));
     }
   }
   return std::unique_ptr<Image>(std::move(*image));
@@ -371,7 +376,7 @@ int convert(const Wanted& w) {
   if (!to) return say_error(to.error().message);
   Progress bar("converting", (*from)->size());
   if (const int r = copy(**from, **to, w.compress, bar); r < 0) {
-    return say_error("converting '" + w.path + "' to '" + w.other + "': " + std::strerror(-r) + "; the new image is not complete");
+    return say_error("converting '" + w.path + "' to '" + w.other + "': " + std::strerror(-r) + "; the new image is not complete" + advice(-r));
   }
   return 0;
 }
