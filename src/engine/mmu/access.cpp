@@ -147,7 +147,10 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
     bank.gpa[i] = w.gpa.value & kPageMask;
     bank.shift[i] = w.shift;
     e.addend = addend;
-    if (w.global) bank.global.set(i);
+    if (w.global) {
+      bank.global.set(i);
+      space->low_global |= linear >> 47 == 0;
+    }
     if (w.shift != kPageShift) {
       bank.large.set(i);
       bank.note_large(linear, w.shift);

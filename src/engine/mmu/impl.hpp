@@ -46,6 +46,7 @@ struct Mmu::Impl {
     bool stale = false;  ///< flush before use
     u64 used = 0;
     u64 exec_epoch = 0;
+    bool low_global = false;  ///< a global page of the lower half was filled
     u64 generation = 0;  ///< Mmu::fetch_generation() of user mode while this space is the current one
     PageFilter executed;  ///< pages that generation may stand for
   };

@@ -221,8 +221,11 @@ void Mmu::flush_non_global() {
 }
 
 void Mmu::flush_page(u64 linear) {
-  for (auto& sp : impl_->spaces)
-    if (sp->pcid >= 0) impl_->flush_page_of(*sp, linear);
+  for (auto& sp : impl_->spaces) {
+    // Of the others only global pages, which an ordinary system has in its upper half alone.
+    const bool concerned = sp.get() == impl_->space || sp->low_global || linear >> 47 != 0;
+    if (sp->pcid >= 0 && concerned) impl_->flush_page_of(*sp, linear);
+  }
   if (impl_->supervisor_executed.may_hold(linear)) impl_->renew_supervisor();
 }
 

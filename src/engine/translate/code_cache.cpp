@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/split_mix.hpp"
+
 namespace ring3::engine {
 
 Result<std::unique_ptr<CodeCache>> CodeCache::create(std::size_t arena_bytes) {
@@ -15,7 +17,7 @@ Result<std::unique_ptr<CodeCache>> CodeCache::create(std::size_t arena_bytes) {
 }
 
 CodeCache::CodeCache(std::unique_ptr<CodeArena> arena)
-    : arena_(std::move(arena)), hash_(1u << kHashBits, nullptr) {
+    : arena_(std::move(arena)) {
   for (Space& sp : spaces_) sp.jumps.reset(static_cast<JumpEntry*>(std::calloc(kJumpEntries, sizeof(JumpEntry))));
 }
 
@@ -51,14 +53,13 @@ u64 CodeCache::bias(u8 mode, u64 fetch_generation) {
   return *b;
 }
 
-unsigned CodeCache::bucket(Gpa gpa, u64 rip, u8 mode) {
-  return static_cast<unsigned>(((gpa.value ^ rip << 17 ^ u64{mode} << 60) * 0x9e3779b97f4a7c15ull) >> (64 - kHashBits));
+u64 CodeCache::hash(Gpa gpa, u64 rip, u8 mode) {
+  return SplitMix64::mix(gpa.value ^ rip << 17 ^ u64{mode} << 56);
 }
 
 CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode) const {
-  for (CodeBlock* b = hash_[bucket(gpa, rip, mode)]; b != nullptr; b = b->hash_next)
-    if (b->rip == rip && b->gpa == gpa && b->mode == mode) return b;
-  return nullptr;
+  return index_.find(hash(gpa, rip, mode),
+                     [&](const CodeBlock& b) { return b.rip == rip && b.gpa == gpa && b.mode == mode; });
 }
 
 CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest) {
@@ -111,9 +112,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.faults = static_cast<u32>(faults_.size());
   b.fault_count = static_cast<u16>(block.faults.size());
   faults_.insert(faults_.end(), block.faults.begin(), block.faults.end());
-  CodeBlock*& head = hash_[bucket(gpa, rip, mode)];
-  b.hash_next = head;
-  head = &b;
+  index_.add(hash(gpa, rip, mode), &b);
   pages_[gpa.frame()].push_back(&b);
   stats_.built++;
   return &b;
@@ -201,9 +200,7 @@ u64 CodeCache::block_rip(u64 pc, u64 page) const {
 void CodeCache::kill(CodeBlock* block) {
   if (block->dead) return;
   block->dead = true;
-  CodeBlock** at = &hash_[bucket(block->gpa, block->rip, block->mode)];
-  while (*at != nullptr && *at != block) at = &(*at)->hash_next;
-  if (*at == block) *at = block->hash_next;
+  index_.remove(hash(block->gpa, block->rip, block->mode), block);
   for (u32 tag = block->incoming; tag != kNone;) {
     Exit& x = exits_[tag];
     tag = x.next_incoming;
@@ -257,11 +254,7 @@ void CodeCache::validate(Gpa page, const u8* host) {
 }
 
 void CodeCache::flush() {
-  if (blocks_.size() < kFewBlocks) {
-    for (const CodeBlock& b : blocks_) hash_[bucket(b.gpa, b.rip, b.mode)] = nullptr;
-  } else {
-    std::fill(hash_.begin(), hash_.end(), nullptr);
-  }
+  index_.clear();
   for (Space& sp : spaces_) std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
   blocks_.clear();
   exits_.clear();

@@ -7,6 +7,7 @@
 
 #include "base/result.hpp"
 #include "engine/codecache/code_arena.hpp"
+#include "engine/translate/block_index.hpp"
 #include "engine/translate/block_translator.hpp"
 
 /// The translated blocks of one vCPU: lookup, linking, invalidation.
@@ -46,7 +47,6 @@ struct CodeBlock {
   u8 mode = 0;            ///< TranslateMode::bits(), and kUngrouped
   bool dead = false;
   bool pic = false, user = false;
-  CodeBlock* hash_next = nullptr;
 };
 
 class CodeCache {
@@ -96,9 +96,7 @@ class CodeCache {
   u64 epoch() const { return stats_.flushes; }
 
  private:
-  static constexpr unsigned kHashBits = 17;
   static constexpr u32 kNone = ~0u;
-  static constexpr std::size_t kFewBlocks = 1024;
 
   struct Exit {
     const u8* field = nullptr;  ///< the rel32 of its jump
@@ -117,7 +115,7 @@ class CodeCache {
 
   explicit CodeCache(std::unique_ptr<CodeArena> arena);
   const CodeBlock* block_at(u64 pc) const;
-  static unsigned bucket(Gpa gpa, u64 rip, u8 mode);
+  static u64 hash(Gpa gpa, u64 rip, u8 mode);
   void kill(CodeBlock* block);
   void unlink(u32 tag);
   /// guard: what a link to another page holds under; 0: never.
@@ -139,7 +137,7 @@ class CodeCache {
   Space* space_ = spaces_;
   u64 uses_ = 0;
   u64 next_bias_ = 0;
-  std::vector<CodeBlock*> hash_;
+  BlockIndex index_;
   std::deque<CodeBlock> blocks_;  ///< in the order of their code
   std::vector<Exit> exits_;       ///< by tag
   std::vector<HostFaultPoint> faults_;
