@@ -97,6 +97,19 @@ TEST_F(TlbTest, PcidSwitchesKeepAndFlush) {
   m.mmu->flush_all();
   m.mmu->set_cr3(a, true);
   EXPECT_EQ(value_at(m, 0x400000), 6u);
+  // INVLPG reaches global pages under every PCID, of the lower half as well; others under the current one alone.
+  t.map(0x400000, page(8), kRW);
+  m.mmu->set_cr3(b, true);
+  m.mmu->flush_page(0x400000);
+  m.mmu->set_cr3(a, true);
+  EXPECT_EQ(value_at(m, 0x400000), 6u);
+  t.map(0x600000, page(7), kRW | pte::G);
+  EXPECT_EQ(value_at(m, 0x600000), 7u);
+  t.map(0x600000, page(8), kRW | pte::G);
+  m.mmu->set_cr3(b, true);
+  m.mmu->flush_page(0x600000);
+  m.mmu->set_cr3(a, true);
+  EXPECT_EQ(value_at(m, 0x600000), 8u);
 }
 
 TEST_F(TlbTest, ManyPcids) {
