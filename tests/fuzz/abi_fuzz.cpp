@@ -584,6 +584,7 @@ class Worker {
         std::memmove(arena_ + kArena - size, arg_, size);
         arg = reinterpret_cast<u64>(arena_ + kArena - size + rng_.below(size + 1));
       }
+      if (holds_addresses(request)) arg = shaped(arg, size);
     }
     const long r = on.ioctl(request, arg);
     check(r, "ioctl", request);
@@ -593,6 +594,25 @@ class Worker {
       ::close(static_cast<int>(r));
     }
     static_cast<void>(vcpu);
+  }
+
+  static bool holds_addresses(unsigned long request) {
+    return request == KVM_SET_USER_MEMORY_REGION || request == KVM_GET_DIRTY_LOG || request == KVM_CLEAR_DIRTY_LOG ||
+           request == KVM_X86_SET_MSR_FILTER || request == KVM_GET_DEVICE_ATTR || request == KVM_SET_DEVICE_ATTR ||
+           request == KVM_HAS_DEVICE_ATTR;
+  }
+
+  /// The engine and guests write where such a struct says, and the fuzzer's own heap must not be there: what can be read
+  /// at the argument is what shape() has made, not what another call left.
+  u64 shaped(u64 arg, u64 size) {
+    if (arg == reinterpret_cast<u64>(arg_)) return arg;
+    const auto in = [&](const u8* base, u64 bytes) {
+      return arg >= reinterpret_cast<u64>(base) && arg < reinterpret_cast<u64>(base) + bytes;
+    };
+    u8* const tail = arena_ + kArena - size;
+    std::memmove(tail, arg_, size);
+    if (in(s_.memory.readonly, Memory::kRam) || in(s_.memory.half, Memory::kRam)) return reinterpret_cast<u64>(tail);
+    return arg;
   }
 
   void check(long r, const char* what, unsigned long request = 0) {
