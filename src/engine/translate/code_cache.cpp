@@ -113,7 +113,9 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.fault_count = static_cast<u16>(block.faults.size());
   faults_.insert(faults_.end(), block.faults.begin(), block.faults.end());
   index_.add(hash(gpa, rip, mode), &b);
-  pages_[gpa.frame()].push_back(&b);
+  CodePage& page = pages_[gpa.frame()];
+  page.blocks.push_back(&b);
+  if (page.image != nullptr && std::memcmp(page.image.get() + gpa.page_offset(), guest, block.bytes) != 0) page.image.reset();
   stats_.built++;
   return &b;
 }
@@ -225,7 +227,7 @@ template <class F>
 void CodeCache::sweep(u64 frame, F&& doomed) {
   const auto page = pages_.find(frame);
   if (page == pages_.end()) return;
-  std::vector<CodeBlock*>& list = page->second;
+  std::vector<CodeBlock*>& list = page->second.blocks;
   std::erase_if(list, [&](CodeBlock* b) {
     if (!doomed(*b)) return false;
     kill(b);
@@ -243,14 +245,20 @@ void CodeCache::written(Gpa gpa, unsigned size) {
 }
 
 void CodeCache::validate(Gpa page, const u8* host) {
-  if (pages_.find(page.frame()) == pages_.end()) return;
-  // An image: an access to guest memory that has vanished is cut off (GuestMemoryTrap), which sweep() would not survive.
-  // SAFETY: host has a page of bytes, and no block reaches past the end of its page.
-  u8 image[kPageSize];
-  std::memcpy(image, host, sizeof image);
+  const auto found = pages_.find(page.frame());
+  if (found == pages_.end()) return;
+  CodePage& p = found->second;
+  // SAFETY: host has a page of bytes, and no block reaches past the end of its page. An access to guest memory that has
+  // vanished is cut off (GuestMemoryTrap): nothing may be half done then.
+  if (p.image != nullptr && std::memcmp(p.image.get(), host, kPageSize) == 0) return;
+  spare_ = std::move(p.image);
+  if (spare_ == nullptr) spare_.reset(new u8[kPageSize]);
+  std::memcpy(spare_.get(), host, kPageSize);
   sweep(page.frame(), [&](const CodeBlock& b) {
-    return std::memcmp(image + b.gpa.page_offset(), guest_.data() + b.guest_bytes, b.bytes) != 0;
+    return std::memcmp(spare_.get() + b.gpa.page_offset(), guest_.data() + b.guest_bytes, b.bytes) != 0;
   });
+  const auto left = pages_.find(page.frame());
+  if (left != pages_.end()) left->second.image = std::move(spare_);
 }
 
 void CodeCache::flush() {

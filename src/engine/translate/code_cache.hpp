@@ -142,7 +142,13 @@ class CodeCache {
   std::vector<Exit> exits_;       ///< by tag
   std::vector<HostFaultPoint> faults_;
   std::vector<u8> guest_;
-  std::unordered_map<u64, std::vector<CodeBlock*>> pages_;
+  struct CodePage {
+    std::vector<CodeBlock*> blocks;
+    /// The whole page as it was last looked at, or null; each of the blocks was made from these bytes.
+    std::unique_ptr<u8[]> image;
+  };
+  std::unordered_map<u64, CodePage> pages_;
+  std::unique_ptr<u8[]> spare_;  ///< of the page that is being looked at: what is cut off runs no destructors
   Stats stats_;
 };
 
