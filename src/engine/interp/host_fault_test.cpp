@@ -29,7 +29,9 @@ TEST(HostFault, AHandlerThatGivesUpEndsTheProcess) {
   EXPECT_EXIT(
       {
         alarm(20);
+        signal(SIGFPE, SIG_DFL);  // not a sanitizer's
         const HostFaultRange range(code, code + sizeof code, code);
+        arm_host_faults();
         put_over([](int sig, siginfo_t*, void*) {
           sigaction(sig, &g_found, nullptr);
           raise(sig);
@@ -44,7 +46,9 @@ TEST(HostFault, AHandlerThatCallsWhatItFoundEndsTheProcess) {
   EXPECT_EXIT(
       {
         alarm(20);
+        signal(SIGFPE, SIG_DFL);  // not a sanitizer's
         const HostFaultRange range(code, code + sizeof code, code);
+        arm_host_faults();
         put_over([](int sig, siginfo_t* info, void* context) { g_found.sa_sigaction(sig, info, context); });
         raise(SIGFPE);
         _exit(1);
