@@ -138,15 +138,7 @@ void BlockBuilder::emit_setup(const Stream& s, u32 slot, bool first) {
     e_.test8_imm(kScratch0, static_cast<u8>(size - 1));
     e_.jcc(5, start);
   }
-  emit_address(kScratch1, stream_address(s, low));
-  e_.shr(kScratch1, frame::kTlbShift);
-  e_.and32(kScratch1, frame::kTlbMask);
-  e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  emit_address(kScratch0, stream_address(s, s.group.high - 1));
-  e_.and_imm(kScratch0, -static_cast<i32>(kPageSize));
-  e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(s.group.write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
-  e_.jcc(5, start);
-  e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+  emit_group_check(stream_address(s, low), static_cast<u32>(bytes), s.group.write, start);
   e_.store(HostMem::frame(slot), kScratch1);
   if (s.step == 0 && !first) return;
   // r15 = how far the stream may go in its direction.
