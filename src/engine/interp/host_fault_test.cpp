@@ -24,36 +24,29 @@ void put_over(void (*f)(int, siginfo_t*, void*)) {
   arm_host_faults();
 }
 
+/// In a process of its own: the signal ends it whatever has been handling it, with f over the engine's handler.
+[[noreturn]] void raise_with(void (*f)(int, siginfo_t*, void*)) {
+  alarm(20);
+  signal(SIGFPE, SIG_DFL);  // not a sanitizer's
+  const HostFaultRange range(code, code + sizeof code, code);
+  arm_host_faults();
+  put_over(f);
+  raise(SIGFPE);
+  _exit(1);
+}
+
 // A handler of crashes: puts back what it found, and raises the signal again for that.
 TEST(HostFault, AHandlerThatGivesUpEndsTheProcess) {
-  EXPECT_EXIT(
-      {
-        alarm(20);
-        signal(SIGFPE, SIG_DFL);  // not a sanitizer's
-        const HostFaultRange range(code, code + sizeof code, code);
-        arm_host_faults();
-        put_over([](int sig, siginfo_t*, void*) {
-          sigaction(sig, &g_found, nullptr);
-          raise(sig);
-        });
-        raise(SIGFPE);
-        _exit(1);
-      },
-      testing::KilledBySignal(SIGFPE), "");
+  const auto gives_up = [](int sig, siginfo_t*, void*) {
+    sigaction(sig, &g_found, nullptr);
+    raise(sig);
+  };
+  EXPECT_EXIT(raise_with(gives_up), testing::KilledBySignal(SIGFPE), "");
 }
 
 TEST(HostFault, AHandlerThatCallsWhatItFoundEndsTheProcess) {
-  EXPECT_EXIT(
-      {
-        alarm(20);
-        signal(SIGFPE, SIG_DFL);  // not a sanitizer's
-        const HostFaultRange range(code, code + sizeof code, code);
-        arm_host_faults();
-        put_over([](int sig, siginfo_t* info, void* context) { g_found.sa_sigaction(sig, info, context); });
-        raise(SIGFPE);
-        _exit(1);
-      },
-      testing::KilledBySignal(SIGFPE), "");
+  const auto calls = [](int sig, siginfo_t* info, void* context) { g_found.sa_sigaction(sig, info, context); };
+  EXPECT_EXIT(raise_with(calls), testing::KilledBySignal(SIGFPE), "");
 }
 
 TEST(HostFault, AHandlerThatStaysIsCalledEachTime) {
