@@ -10,6 +10,17 @@ guest_\name:
     .macro end_guest name
 guest_\name\()_end:
     .endm
+    # x2APIC on, software enable. Clobbers eax, ecx, edx.
+    .macro x2apic_on
+    movl $0x1b, %ecx
+    rdmsr
+    orl $0xc00, %eax
+    wrmsr
+    movl $0x80f, %ecx
+    xorl %edx, %edx
+    movl $0x1ff, %eax
+    wrmsr
+    .endm
     # Address of a label of guest \g, loaded at 0x1000.
     .set LOAD, 0x1000
 
@@ -168,14 +179,7 @@ guest irq
     movb $0xff, %al
     outb %al, $0xa1
     # x2APIC on, software enable, LINT0 = ExtINT
-    movl $0x1b, %ecx
-    rdmsr
-    orl $0xc00, %eax
-    wrmsr
-    movl $0x80f, %ecx
-    xorl %edx, %edx
-    movl $0x1ff, %eax
-    wrmsr
+    x2apic_on
     movl $0x835, %ecx
     movl $0x700, %eax
     wrmsr
@@ -257,14 +261,7 @@ guest bsp
     xorw %ax, %ax
     movw $1f - guest_bsp + LOAD, 0x30 * 4
     movw %ax, 0x30 * 4 + 2
-    movl $0x1b, %ecx
-    rdmsr
-    orl $0xc00, %eax
-    wrmsr
-    movl $0x80f, %ecx
-    xorl %edx, %edx
-    movl $0x1ff, %eax
-    wrmsr
+    x2apic_on
     movl $0x830, %ecx
     movl $1, %edx
     movl $0x4500, %eax        # INIT
@@ -304,14 +301,7 @@ guest ap
     movw %cs, 0x510
     movw $1f - guest_ap, 0x31 * 4
     movw %cs, 0x31 * 4 + 2
-    movl $0x1b, %ecx
-    rdmsr
-    orl $0xc00, %eax
-    wrmsr
-    movl $0x80f, %ecx
-    xorl %edx, %edx
-    movl $0x1ff, %eax
-    wrmsr
+    x2apic_on
     movl $0x830, %ecx
     xorl %edx, %edx
     movl $0x4030, %eax        # the first ball
@@ -454,14 +444,7 @@ end_guest work64
 
 # Interrupts on, port 0x90, then a loop that nothing but an interrupt ends: its handler stands 64 bytes in.
 guest spin64
-    movl $0x1b, %ecx
-    rdmsr
-    orl $0xc00, %eax
-    wrmsr
-    movl $0x80f, %ecx
-    xorl %edx, %edx
-    movl $0x1ff, %eax
-    wrmsr
+    x2apic_on
     sti
     nop
     outb %al, $0x90

@@ -103,21 +103,50 @@ TEST_P(Vanished, PageTablesAndCodeThatVanish) {
   }
 }
 
+/// A memslot at kExtra over memory that is not there; from start() to stop() another thread deletes it and makes it again.
+class BlinkingHole {
+ public:
+  explicit BlinkingHole(TestVm& vm) : vm_(vm) {
+    EXPECT_NE(hole_, MAP_FAILED);
+    set(kSize);
+  }
+  BlinkingHole(const BlinkingHole&) = delete;
+  BlinkingHole& operator=(const BlinkingHole&) = delete;
+  ~BlinkingHole() {
+    stop();
+    ::munmap(hole_, kSize);
+  }
+  void start() {
+    changer_ = std::thread([this] {
+      while (!over_.load()) {
+        set(0);
+        set(kSize);
+      }
+    });
+  }
+  void stop() {
+    over_.store(true);
+    if (changer_.joinable()) changer_.join();
+  }
+
+ private:
+  static constexpr u64 kSize = 0x2000;
+  void set(u64 size) {
+    EXPECT_TRUE(vm_.vm().set_user_memory_region(1, Gpa(kExtra), size, Hva(reinterpret_cast<u64>(hole_))).ok());
+  }
+
+  TestVm& vm_;
+  void* const hole_ = ::mmap(nullptr, kSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  std::atomic<bool> over_{false};
+  std::thread changer_;
+};
+
 TEST_P(Vanished, AMemslotThatIsDeletedWhileTheGuestFaultsInIt) {
   SOFT_ONLY("the kernel's own");
   TestVm vm(system());
-  void* hole = ::mmap(nullptr, 0x2000, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  ASSERT_NE(hole, MAP_FAILED);
-  const Hva at(reinterpret_cast<u64>(hole));
-  ASSERT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
+  BlinkingHole hole(vm);
   vm.start_flat(guest(kReader), true);
-  std::atomic<bool> over{false};
-  std::thread changer([&] {
-    while (!over.load()) {
-      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0, at).ok());
-      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
-    }
-  });
+  hole.start();
   // The load finds the hole, or no memory: a read of a device then.
   int faults = 0, devices = 0;
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(1);
@@ -132,32 +161,21 @@ TEST_P(Vanished, AMemslotThatIsDeletedWhileTheGuestFaultsInIt) {
       devices++;
     }
   }
-  over.store(true);
-  changer.join();
+  hole.stop();
   EXPECT_GT(faults, 0);
   EXPECT_GT(devices, 0);
-  ::munmap(hole, 0x2000);
 }
 
 TEST_P(Vanished, AMemslotThatIsDeletedWhileItsPageTablesAreRead) {
   SOFT_ONLY("the kernel's own");
   TestVm vm(system());
-  void* hole = ::mmap(nullptr, 0x2000, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  ASSERT_NE(hole, MAP_FAILED);
-  const Hva at(reinterpret_cast<u64>(hole));
-  ASSERT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
+  BlinkingHole hole(vm);
   vm.start_flat(guest(kReader), true);
   auto sregs = vm.vcpu().sregs();
   ASSERT_TRUE(sregs.ok());
   sregs->cr3 = kExtra;
   ASSERT_TRUE(vm.vcpu().set_sregs(*sregs).ok());
-  std::atomic<bool> over{false};
-  std::thread changer([&] {
-    while (!over.load()) {
-      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0, at).ok());
-      EXPECT_TRUE(vm.vm().set_user_memory_region(1, Gpa(kExtra), 0x2000, at).ok());
-    }
-  });
+  hole.start();
   int faults = 0, none = 0;
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(1);
   while (std::chrono::steady_clock::now() < end) {
@@ -172,11 +190,9 @@ TEST_P(Vanished, AMemslotThatIsDeletedWhileItsPageTablesAreRead) {
       none++;
     }
   }
-  over.store(true);
-  changer.join();
+  hole.stop();
   EXPECT_GT(faults, 0);
   EXPECT_GT(none, 0);
-  ::munmap(hole, 0x2000);
 }
 
 INSTANTIATE_TEST_SUITE_P(Providers, Vanished, testing::Values(Provider::Interpreter, Provider::Translator, Provider::Kernel),
