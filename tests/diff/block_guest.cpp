@@ -120,7 +120,25 @@ void BlockGuest::changed() {
 
 void BlockGuest::protect(unsigned page, bool present, bool writable) {
   map(kData + page * kPageSize, kDataGpa + page * kPageSize, present, writable);
+  absent_ = (absent_ & ~(1u << page)) | (present ? 0 : 1u << page);
   mmu_.set_cr3(s_.cr3, false);
+}
+
+std::span<const u8> BlockGuest::fetched(u64 linear) const {
+  struct Region {
+    u64 linear, gpa, pages;
+  };
+  constexpr Region kRegions[] = {{kCode, kCodeGpa, kBlockCodePages},
+                                 {kData, kDataGpa, kBlockDataPages},
+                                 {kBlockReadOnly, kReadOnlyGpa, 1},
+                                 {kBlockStack, kStackGpa, kBlockStackPages}};
+  for (const Region& r : kRegions) {
+    const u64 offset = linear - r.linear;
+    if (offset >= r.pages * kPageSize) continue;
+    if (r.gpa == kDataGpa && (absent_ >> (offset / kPageSize) & 1) != 0) return {};
+    return {ram_ + r.gpa + offset, static_cast<std::size_t>(kPageSize - offset % kPageSize)};
+  }
+  return {};
 }
 
 u64 BlockGuest::device_log() const { return device_->log; }

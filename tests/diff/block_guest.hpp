@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <span>
 #include <string>
 
 #include "engine/interp/interpreter.hpp"
@@ -43,6 +44,8 @@ class BlockGuest {
   u8* stack() { return ram_ + kStackGpa; }
   static constexpr u64 kRamSize = 1u << 20, kTables = 0x40000 /* page tables, from there on */;
   u64 tables_end() const { return next_table_; }
+  /// The bytes at a linear address as the guest would fetch them, up to the end of their page; empty: nothing there.
+  std::span<const u8> fetched(u64 linear) const;
   /// Sets what a page of the data region may be used for, and flushes.
   void protect(unsigned page, bool present, bool writable);
 
@@ -71,6 +74,7 @@ class BlockGuest {
   std::unique_ptr<Device> device_;
   std::unique_ptr<engine::Interpreter> interpreter_;
   std::unique_ptr<engine::TranslatorVcpu> translator_;
+  u32 absent_ = 0;  ///< data pages that are not present
   bool has_event_ = false;
   engine::Event event_;
 };

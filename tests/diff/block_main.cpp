@@ -5,10 +5,12 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <ctime>
+#include <span>
 #include <string>
 
 #include "block_program.hpp"
@@ -44,17 +46,26 @@ void arm(unsigned microseconds) {
   ::setitimer(ITIMER_REAL, &t, nullptr);
 }
 
+/// The instruction at rip, wherever it lies: programs also run what they find in their data.
+bool decode_at(const BlockGuest& g, BlockMode mode, u64 rip, DecodedInsn* i) {
+  u8 bytes[15];
+  std::size_t count = 0;
+  for (std::span<const u8> part; count < sizeof bytes && !(part = g.fetched(rip + count)).empty();) {
+    const std::size_t more = std::min(part.size(), sizeof bytes - count);
+    std::memcpy(bytes + count, part.data(), more);
+    count += more;
+  }
+  const CodeMode code_mode = mode == BlockMode::User32 ? CodeMode::Bits32 : CodeMode::Bits64;
+  return decode(bytes, static_cast<unsigned>(count), code_mode, false, true, i) == DecodeResult::Ok;
+}
+
 /// Status flags that code from rip on overwrites before it reads them: where a block was left in its middle they may
 /// differ (docs/adr/0004).
 u64 dead_flags(BlockGuest& g, BlockMode mode, u64 rip) {
   u64 dead = 0, live = 0;
   for (unsigned n = 0; n < 64; n++) {
-    const u64 offset = rip - kCode;
-    if (offset >= kBlockCodePages * kPageSize - 15) break;
     DecodedInsn i;
-    if (decode(g.code() + offset, 15, mode == BlockMode::User32 ? CodeMode::Bits32 : CodeMode::Bits64, false, true, &i) !=
-        DecodeResult::Ok)
-      break;
+    if (!decode_at(g, mode, rip, &i)) break;
     const FlagUse use = flag_use(i);
     live |= use.reads & ~dead;
     dead |= use.writes & ~live;
@@ -202,12 +213,8 @@ class Comparison {
   }
 
   bool repeats(BlockGuest& g) const {
-    const u64 offset = g.state().rip - kCode;
-    if (offset >= kBlockCodePages * kPageSize - 15) return false;
     DecodedInsn i;
-    return decode(g.code() + offset, 15, mode_ == BlockMode::User32 ? CodeMode::Bits32 : CodeMode::Bits64, false, true, &i) ==
-               DecodeResult::Ok &&
-           i.has(kRep | kRepne) && i.op >= Op::Movs && i.op <= Op::Stos;
+    return decode_at(g, mode_, g.state().rip, &i) && i.has(kRep | kRepne) && i.op >= Op::Movs && i.op <= Op::Stos;
   }
 
   bool same_registers(u64 dead, std::string* why) {
@@ -268,6 +275,12 @@ class Comparison {
                 static_cast<unsigned long long>(before.rip), static_cast<unsigned long long>(before.rflags),
                 static_cast<unsigned long long>(a.rip), static_cast<unsigned long long>(a.rflags),
                 static_cast<unsigned long long>(b.rip), static_cast<unsigned long long>(b.rflags));
+    if (faulted_) std::printf("  event: %s\n", describe(subject_).c_str());
+    if (const std::span<const u8> bytes = reference_.fetched(a.rip); !bytes.empty()) {
+      std::printf("  there:");
+      for (std::size_t n = 0; n < 32 && n < bytes.size(); n++) std::printf(" %02x", bytes[n]);
+      std::printf("\n");
+    }
     for (unsigned n = 0; n < 16; n++)
       if (a.gpr[n] != b.gpr[n])
         std::printf("  register %u: %llx before; interpreter %llx, translator %llx\n", n, static_cast<unsigned long long>(before.gpr[n]),
