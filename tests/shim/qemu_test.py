@@ -19,6 +19,9 @@ RING3 = FILES = None
 QEMU = "qemu-system-x86_64"
 HERE = os.path.dirname(os.path.abspath(__file__))
 SKIPPED = 77
+# The generic kernel's drivers of emulated devices, each after what it needs.
+DRIVERS = ("crct10dif_common crct10dif_generic crc-t10dif crc64 crc64_rocksoft_generic crc64-rocksoft t10-pi scsi_common scsi_mod "
+           "sd_mod libata ata_piix libahci ahci e1000 e1000e").split()
 COUNT = 'i=0; while [ $i -lt 2000 ]; do echo tick $i; i=$((i+1)); usleep 100000; done'
 
 
@@ -199,6 +202,40 @@ class Devices(QemuTest):
                 "-M", "q35", "-cpu", "host", "-drive", f"file={disk.name},format=raw,if=virtio", "-nic", "user,model=virtio-net-pci"))
             self.assertRegex(text, r"(?m)^16384$", text[-3000:])
             self.assertRegex(text, r"(?m)\beth0\b|\benp\w+|\bens\w+", text[-3000:])
+
+
+class Emulated(QemuTest):
+    """What PCs have had for long, and the generic kernel's drivers of it."""
+
+    def emulated(self, card, *options):
+        """A disk is written and read back, an address asked for and the gateway pinged, by what PCs of their time have."""
+        modules = os.path.join(FILES, "modules-generic")
+        if not os.path.exists(os.path.join(modules, "e1000.ko")):
+            self.skipTest("the generic kernel's drivers are not there: scripts/fetch-kernels --update generic")
+        with tempfile.TemporaryDirectory(prefix="ring3-emulated-") as work:
+            initramfs, disk = os.path.join(work, "initramfs.gz"), os.path.join(work, "disk")
+            where = "lib/modules/" + os.path.basename(os.path.realpath(modules))
+            command = [os.path.join(HERE, "../../scripts/make-initramfs"), "-o", initramfs]
+            for driver in DRIVERS:
+                command += ["--add", f"{modules}/{driver}.ko:{where}/{driver}.ko"]
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            with open(disk, "wb") as f:
+                f.truncate(8 << 20)
+            test = (f"load {' '.join(DRIVERS)}; n=0; until [ -b /dev/sda ] || [ $n -ge 300 ]; do sleep 0.1; n=$((n+1)); done; "
+                    "cat /sys/block/sda/size; dd if=/dev/urandom of=/tmp/x bs=64k count=32; dd if=/tmp/x of=/dev/sda bs=64k conv=fsync; "
+                    "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/sda bs=64k count=32 | cmp - /tmp/x && echo disk the same; "
+                    "basename $(readlink /sys/class/net/eth0/device/driver); udhcpc -i eth0 -n -q -t 60 && ping -c 1 -W 60 10.0.2.2")
+            text = self.expect_end(self.machine(
+                "-kernel", os.path.join(FILES, "vmlinuz-generic"), "-initrd", initramfs, "-append", f'console=ttyS0 quiet ring3.test="{test}"',
+                "-drive", f"file={disk},format=raw,if=ide", "-nic", f"user,model={card}", *options), 500)
+            for line in ("16384", "disk the same", card, "1 packets transmitted, 1 packets received, 0% packet loss"):
+                self.assertRegex(text, f"(?m)^{line}$", text[-3000:])
+
+    def test_ide_and_e1000(self):
+        self.emulated("e1000", "-M", "pc", "-cpu", "host")
+
+    def test_ahci_and_e1000e(self):
+        self.emulated("e1000e", "-M", "q35", "-smp", "2")
 
 
 class Disks(QemuTest):
