@@ -193,7 +193,7 @@ class Failing(Disk):
 
     ROUNDS = 60
 
-    def fail(self, path, fault):
+    def failing_writes(self, path, fault):
         """Blocks written with an fsync each, some twice; what dd said of each; then read again."""
         # The address of a block, and its bytes, follow from the number of its write.
         test = ("for i in $(seq %d); do yes w$i | head -c 65536 > /tmp/b; "
@@ -229,17 +229,38 @@ class Failing(Disk):
 
     def test_raw(self):
         for fault in ("7:enospc", "23:eio"):
-            self.fail(self.create("d%s.raw" % fault[0], "16M"), fault)
+            self.failing_writes(self.create("d%s.raw" % fault[0], "16M"), fault)
 
     def test_qcow2(self):
         for fault in ("7:enospc", "11:enospc", "61:eio"):
-            self.fail(self.create("d%s.qcow2" % fault.replace(":", ""), "16M"), fault)
+            self.failing_writes(self.create("d%s.qcow2" % fault.replace(":", ""), "16M"), fault)
 
     def test_a_backing_file(self):
         base = self.create("base.raw", "16M")
         over = self.path("over.qcow2")
         self.assertEqual(self.image("create", "--backing", base, "--backing-format", "raw", over).returncode, 0)
-        self.fail(over, "13:enospc")
+        self.failing_writes(over, "13:enospc")
+
+    def test_a_read_that_fails_is_told(self):
+        """A third of the host's reads fail: what the guest reads is right, or is an error, and never other bytes."""
+        blocks = 40
+        content = b"".join((b"r%d\n" % i * 4096)[:4096] for i in range(blocks))
+        raw = self.create("r.raw", "%dK" % (4 * blocks))
+        with open(raw, "r+b") as f:
+            f.write(content)
+        qcow2 = self.path("r.qcow2")
+        self.assertEqual(self.image("convert", raw, qcow2).returncode, 0)
+        # Past the guest's page cache, which would ask again by itself.
+        test = ("for i in $(seq 0 %d); do while ! dd if=/dev/vda iflag=direct bs=4k skip=$i count=1 of=/tmp/b 2>/dev/null; do echo unread $i; done; "
+                "echo block $i $(sha256sum < /tmp/b); done" % (blocks - 1))
+        for path in (raw, qcow2):
+            result = subprocess.run(self.command(test, "--disk", path + ",ro,fail=3:eio"), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+            out = result.stdout.decode(errors="replace").replace("\r", "")
+            self.assertRegex(out, r"(?m)^ring3-test: status 0$", out[-2000:] + result.stderr.decode())
+            sums = re.findall(r"(?m)^block (\d+) ([0-9a-f]{64}) -$", out)
+            self.assertEqual(sums, [(str(i), hashlib.sha256(content[i * 4096:(i + 1) * 4096]).hexdigest()) for i in range(blocks)])
+            self.assertGreater(len(re.findall(r"(?m)^unread \d+$", out)), 0, "the guest was told of nothing")
+            self.assertRegex(result.stderr.decode(), r"(?m)^ring3: --disk .*the guest gets I/O errors")
 
     def test_a_full_host(self):
         """A real one: the file system under the image has no room."""

@@ -91,6 +91,21 @@ class Qemu(unittest.TestCase):
         run("qemu-img", "check", "-q", "o.qcow2")
         self.assertEqual(json.loads(image("info", "--json", "o.qcow2").stdout)["virtual-size"], 5 << 20)
 
+    def test_what_was_made_is_told_to_programs(self):
+        def told(*words):
+            image_now = json.loads(image(*words, "--json").stdout)
+            theirs = json.loads(run("qemu-img", "info", "-f", image_now["format"], "--output=json", image_now["filename"]).stdout)
+            for key in ("filename", "format", "virtual-size", "cluster-size", "backing-filename"):
+                self.assertEqual(image_now.get(key), theirs.get(key), key)
+            return image_now
+        self.assertEqual(told("create", "-o", "cluster_size=4K", "j.qcow2", "16M")["cluster-size"], 4096)
+        self.assertEqual(told("create", "-b", "a.raw", "-F", "raw", "o.qcow2")["backing-filename"], "a.raw")
+        self.assertEqual(told("create", "j.raw", "3M")["virtual-size"], 3 << 20)
+        self.assertEqual(told("convert", "a.raw", "c.qcow2")["format"], "qcow2")
+        self.assertEqual(told("convert", "o.qcow2", "d.raw")["virtual-size"], os.stat("a.raw").st_size)
+        self.assertEqual(told("resize", "j.qcow2", "+1M")["virtual-size"], 17 << 20)
+        self.assertEqual(image("resize", "--json", "j.qcow2", "1M", status=2).stdout, "")
+
     def test_locks_are_qemus(self):
         image("create", "b.qcow2", "16M")
         # qemu-io holds the image while its input is open.

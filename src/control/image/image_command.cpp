@@ -185,44 +185,8 @@ Result<std::unique_ptr<Image>> make_image(const std::string& path, Format format
   return std::unique_ptr<Image>(std::move(*image));
 }
 
-int create(const Wanted& w) {
-  auto given = format_given(w.format);
-  if (!given) return say_error(given.error().message);
-  const Format format = given->value_or(format_of_name(w.path));
-  auto o = parse_options(w.options, format == Format::kRaw);
-  if (!o) return say_error(o.error().message);
-  u64 size = 0;
-  if (!w.backing.empty()) {
-    if (format == Format::kRaw) return say_error("raw images have no backing file; use qcow2");
-    if (!qcow2::plain_path(w.backing)) return say_error("--backing wants a plain local file");
-    if (w.backing_format.empty()) return say_error("say what the backing file is: --backing-format raw or qcow2");
-    auto f = parse_format(w.backing_format);
-    if (!f) return say_error(f.error().message);
-    o->create.backing_file = w.backing;
-    o->create.backing_format = w.backing_format;
-    OpenOptions below;
-    below.format = *f;
-    auto image = open_image(resolve_backing(w.path, w.backing), below);
-    if (!image) return say_error("backing file: " + image.error().message);
-    size = (*image)->size();
-  } else if (w.size.empty()) {
-    return say_error("say how large the disk is: ring3 image create " + w.path + " 20G");
-  }
-  if (!w.size.empty()) {
-    auto n = size_of(w.size);
-    if (!n) return say_error(n.error().message);
-    size = *n;
-  }
-  if (size % 512 != 0) return say_error("a disk's size is a multiple of 512 bytes");
-  auto image = make_image(w.path, format, size, *o);
-  if (!image) return say_error(image.error().message);
-  if (const int r = (*image)->close(); r < 0) return say_error("'" + w.path + "': " + std::strerror(-r));
-  return 0;
-}
-
-json describe(const Wanted& w, const std::string& path, Format format, Status& status) {
+json describe(const std::string& path, Format format, Status& status) {
   json out;
-  struct stat info {};
   HostFile::Options host;
   auto file = HostFile::open(path, host);
   if (!file) {
@@ -272,8 +236,55 @@ json describe(const Wanted& w, const std::string& path, Format format, Status& s
     out["snapshots"].push_back({{"id", s.id}, {"name", s.name}, {"vm-state-size", s.vm_state_size},
                                 {"date-sec", s.seconds}, {"date-nsec", s.nanoseconds}, {"disk-size", s.disk_size}});
   }
-  (void)w, (void)info;
   return out;
+}
+
+std::string pretty(const json& value) { return value.dump(4, ' ', true, json::error_handler_t::replace); }
+
+/// What a verb that made or changed an image, and closed it, ends with: with --json, the image as `info --json` shows it.
+int done(const Wanted& w, const std::string& path, Format format) {
+  if (!w.json) return 0;
+  Status status = Ok{};
+  const json image = describe(path, format, status);
+  if (!status) return say_error(status.error().message);
+  std::printf("%s\n", pretty(image).c_str());
+  return 0;
+}
+
+int create(const Wanted& w) {
+  auto given = format_given(w.format);
+  if (!given) return say_error(given.error().message);
+  const Format format = given->value_or(format_of_name(w.path));
+  auto o = parse_options(w.options, format == Format::kRaw);
+  if (!o) return say_error(o.error().message);
+  u64 size = 0;
+  if (!w.backing.empty()) {
+    if (format == Format::kRaw) return say_error("raw images have no backing file; use qcow2");
+    if (!qcow2::plain_path(w.backing)) return say_error("--backing wants a plain local file");
+    if (w.backing_format.empty()) return say_error("say what the backing file is: --backing-format raw or qcow2");
+    auto f = parse_format(w.backing_format);
+    if (!f) return say_error(f.error().message);
+    o->create.backing_file = w.backing;
+    o->create.backing_format = w.backing_format;
+    OpenOptions below;
+    below.format = *f;
+    auto image = open_image(resolve_backing(w.path, w.backing), below);
+    if (!image) return say_error("backing file: " + image.error().message);
+    size = (*image)->size();
+  } else if (w.size.empty()) {
+    return say_error("say how large the disk is: ring3 image create " + w.path + " 20G");
+  }
+  if (!w.size.empty()) {
+    auto n = size_of(w.size);
+    if (!n) return say_error(n.error().message);
+    size = *n;
+  }
+  if (size % 512 != 0) return say_error("a disk's size is a multiple of 512 bytes");
+  auto image = make_image(w.path, format, size, *o);
+  if (!image) return say_error(image.error().message);
+  if (const int r = (*image)->close(); r < 0) return say_error("'" + w.path + "': " + std::strerror(-r));
+  image->reset();
+  return done(w, w.path, format);
 }
 
 std::string safe(const json& value) { return value.dump(-1, ' ', true, json::error_handler_t::replace); }
@@ -286,7 +297,7 @@ int info(const Wanted& w) {
   json all = json::array();
   for (int depth = 0; depth < 65; depth++) {
     Status status = Ok{};
-    json one = describe(w, path, format, status);
+    json one = describe(path, format, status);
     if (!status) return say_error(status.error().message);
     all.push_back(one);
     if (!w.chain || !one.contains("full-backing-filename")) break;
@@ -297,7 +308,7 @@ int info(const Wanted& w) {
     if (depth == 64) return say_error("more than 64 backing files");
   }
   if (w.json) {
-    std::printf("%s\n", (w.chain ? all : all[0]).dump(4, ' ', true, json::error_handler_t::replace).c_str());
+    std::printf("%s\n", pretty(w.chain ? all : all[0]).c_str());
     return 0;
   }
   for (const json& one : all) {
@@ -378,7 +389,8 @@ int convert(const Wanted& w) {
   if (const int r = copy(**from, **to, w.compress, bar); r < 0) {
     return say_error("converting '" + w.path + "' to '" + w.other + "': " + std::strerror(-r) + "; the new image is not complete" + advice(-r));
   }
-  return 0;
+  to->reset();
+  return done(w, w.other, format);
 }
 
 int check(const Wanted& w) {
@@ -398,7 +410,7 @@ int check(const Wanted& w) {
                       {"total-clusters", report->total_clusters}, {"allocated-clusters", report->allocated_clusters},
                       {"compressed-clusters", report->compressed_clusters}, {"fragmented-clusters", report->fragmented_clusters},
                       {"check-errors", 0}, {"messages", report->messages}};
-    std::printf("%s\n", out.dump(4, ' ', true, json::error_handler_t::replace).c_str());
+    std::printf("%s\n", pretty(out).c_str());
   } else {
     for (const auto& m : report->messages) std::printf("%s\n", m.c_str());
     if (report->corruptions_fixed + report->leaks_fixed != 0) {
@@ -435,7 +447,8 @@ int resize(const Wanted& w) {
     if (const int r = raw->file().truncate(size); r < 0) return say_error("'" + w.path + "': " + std::strerror(-r));
   }
   const int r = (*image)->close();
-  return r < 0 ? say_error("'" + w.path + "': " + std::strerror(-r)) : 0;
+  image->reset();
+  return r < 0 ? say_error("'" + w.path + "': " + std::strerror(-r)) : done(w, w.path, given->value_or(format_of_name(w.path)));
 }
 
 int snapshot(const Wanted& w) {
@@ -455,7 +468,7 @@ int snapshot(const Wanted& w) {
       out.push_back({{"id", s.id}, {"name", s.name}, {"date-sec", s.seconds}, {"disk-size", s.disk_size}, {"vm-state-size", s.vm_state_size}});
       if (!w.json) std::printf("%s\t%s\t%s\n", safe(s.id).c_str(), safe(s.name).c_str(), human(s.disk_size).c_str());
     }
-    if (w.json) std::printf("%s\n", out.dump(4, ' ', true, json::error_handler_t::replace).c_str());
+    if (w.json) std::printf("%s\n", pretty(out).c_str());
     return 0;
   }
   timespec now{};
@@ -532,9 +545,10 @@ int image_command(const std::vector<std::string>& arguments) {
   };
   CLI::App* c = verb("create", "make an empty image");
   c->add_option("-f,--format", w.format, "raw or qcow2 [by the name]");
-  c->add_option("-o,--option", w.options, "KEY=VALUE[,...]: cluster_size, preallocation, compat, ...");
+  c->add_option("-o,--option", w.options, "KEY=VALUE[,...]: cluster_size, preallocation, compat, ...")->allow_extra_args(false);
   c->add_option("-b,--backing", w.backing, "what the disk holds at first: an image that is only read");
   c->add_option("-F,--backing-format", w.backing_format, "its format");
+  c->add_flag("--json", w.json, "print what the image is, for programs");
   c->add_option("FILE", w.path)->required();
   c->add_option("SIZE", w.size, "512M, 20G");
   CLI::App* i = verb("info", "what an image is");
@@ -545,10 +559,11 @@ int image_command(const std::vector<std::string>& arguments) {
   CLI::App* v = verb("convert", "copy an image, in another format or more compact");
   v->add_option("-f,--format", w.format, "format of FILE [by the name]");
   v->add_option("-O,--to", w.out_format, "format of OUTPUT [by the name]");
-  v->add_option("-o,--option", w.options, "as for create");
+  v->add_option("-o,--option", w.options, "as for create")->allow_extra_args(false);
   v->add_option("-l,--snapshot", w.snapshot, "copy this snapshot");
   v->add_flag("-c,--compress", w.compress, "compress each cluster");
   v->add_flag("--no-backing", w.no_backing, "refuse an image that names a backing file");
+  v->add_flag("--json", w.json, "print what the image is, for programs");
   v->add_option("FILE", w.path)->required();
   v->add_option("OUTPUT", w.other)->required();
   CLI::App* k = verb("check", "look for errors in a qcow2 image (status 3: leaks, 4: corrupt)");
@@ -558,6 +573,7 @@ int image_command(const std::vector<std::string>& arguments) {
   CLI::App* z = verb("resize", "change a disk's size");
   z->add_option("-f,--format", w.format, "raw or qcow2 [by the name]");
   z->add_flag("--shrink", w.shrink, "allow a smaller size");
+  z->add_flag("--json", w.json, "print what the image is, for programs");
   z->add_option("FILE", w.path)->required();
   z->add_option("SIZE", w.size, "30G, +10G, -5G")->required();
   CLI::App* s = verb("snapshot", "the snapshots in a qcow2 image");
