@@ -100,7 +100,92 @@ const Row kRows[] = {
     {"the vAPIC without LAPIC", On::Vcpu, KVM_SET_VAPIC_ADDR, With::Struct, 0, -EINVAL},
 };
 
+// What is not offered: its capability is 0, and its ioctls are unknown ones: ENOTTY on a VM, EINVAL elsewhere. A kernel of the host may
+// offer them.
+struct Lacking {
+  const char* what;
+  u64 capability;
+  On on;
+  unsigned long request;  // 0: none
+  With with = With::Struct;
+};
+
+constexpr unsigned long kNone = 0;
+
+const Lacking kLacking[] = {
+    {"a PMU's event filter", KVM_CAP_PMU_EVENT_FILTER, On::Vm, KVM_SET_PMU_EVENT_FILTER},
+    {"a PMU's event filter, from nowhere", KVM_CAP_PMU_EVENT_FILTER, On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Null},
+    {"a PMU to switch off", KVM_CAP_PMU_CAPABILITY, On::Vm, kNone},
+    {"Hyper-V", KVM_CAP_HYPERV, On::Vm, kNone},
+    {"Hyper-V's spinlocks", KVM_CAP_HYPERV_SPIN, On::Vm, kNone},
+    {"Hyper-V's vAPIC", KVM_CAP_HYPERV_VAPIC, On::Vm, kNone},
+    {"Hyper-V's clock", KVM_CAP_HYPERV_TIME, On::Vm, kNone},
+    {"Hyper-V's CPUID", KVM_CAP_HYPERV_CPUID, On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID},
+    {"Hyper-V's CPUID of the system", KVM_CAP_SYS_HYPERV_CPUID, On::System, KVM_GET_SUPPORTED_HV_CPUID},
+    {"Hyper-V's doorbells", KVM_CAP_HYPERV_EVENTFD, On::Vm, KVM_HYPERV_EVENTFD},
+    {"Hyper-V's interrupt controller", KVM_CAP_HYPERV_SYNIC, On::Vcpu, kNone},
+    {"Hyper-V's interrupt controller, second form", KVM_CAP_HYPERV_SYNIC2, On::Vcpu, kNone},
+    {"Hyper-V's flushes", KVM_CAP_HYPERV_TLBFLUSH, On::Vm, kNone},
+    {"Hyper-V's IPIs", KVM_CAP_HYPERV_SEND_IPI, On::Vm, kNone},
+    {"Hyper-V's CPUID enforced", KVM_CAP_HYPERV_ENFORCE_CPUID, On::Vcpu, kNone},
+    {"Hyper-V inside VMX", KVM_CAP_HYPERV_ENLIGHTENED_VMCS, On::Vcpu, kNone},
+    {"Xen's hypercalls", KVM_CAP_XEN_HVM, On::Vm, KVM_XEN_HVM_CONFIG},
+    {"Xen's attributes", KVM_CAP_XEN_HVM, On::Vm, KVM_XEN_HVM_SET_ATTR},
+    {"Xen's attributes of a vCPU", KVM_CAP_XEN_HVM, On::Vcpu, KVM_XEN_VCPU_SET_ATTR},
+    {"nested state", KVM_CAP_NESTED_STATE, On::Vcpu, KVM_GET_NESTED_STATE},
+    {"system management mode", KVM_CAP_X86_SMM, On::Vcpu, KVM_SMI},
+    {"encrypted memory", KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, On::Vm, KVM_MEMORY_ENCRYPT_OP},
+};
+
 class ErrorNumbers : public AbiTest {};
+
+TEST_P(ErrorNumbers, OfWhatIsNotOffered) {
+  SOFT_ONLY("a kernel may offer it");
+  TestVm vm(system());
+  std::vector<u64> bytes(8192);
+  for (const Lacking& row : kLacking) {
+    SCOPED_TRACE(row.what);
+    EXPECT_EQ(system().endpoint().ioctl(KVM_CHECK_EXTENSION, row.capability), 0);
+    EXPECT_EQ(vm.vm().endpoint().ioctl(KVM_CHECK_EXTENSION, row.capability), 0);
+    kvm_enable_cap cap{};
+    cap.cap = static_cast<u32>(row.capability);
+    for (const u64 value : {0, 1}) {
+      cap.args[0] = value;
+      EXPECT_EQ(vm.vm().endpoint().ioctl(KVM_ENABLE_CAP, arg(cap)), -EINVAL);
+      EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_ENABLE_CAP, arg(cap)), -EINVAL);
+    }
+    if (row.request == kNone) continue;
+    Endpoint& on = row.on == On::System ? system().endpoint() : row.on == On::Vcpu ? vm.vcpu().endpoint() : vm.vm().endpoint();
+    EXPECT_EQ(on.ioctl(row.request, row.with == With::Null ? 0 : reinterpret_cast<u64>(bytes.data())), row.on == On::Vm ? -ENOTTY : -EINVAL);
+  }
+  // The guest is not told of them either.
+  auto cpuid = system().supported_cpuid();
+  ASSERT_TRUE(cpuid.ok());
+  for (const auto& e : *cpuid) {
+    if (e.function == 0xa) {
+      EXPECT_EQ(e.eax | e.ebx | e.ecx | e.edx, 0u) << "a PMU";
+    }
+    if (e.function == 0x80000001) {
+      EXPECT_EQ(e.ecx & (1u << 23), 0u) << "a core's performance counters";
+      EXPECT_EQ(e.ecx & (1u << 2), 0u) << "SVM";
+    }
+    if (e.function == 1) {
+      EXPECT_EQ(e.ecx & (1u << 5 | 1u << 15), 0u) << "VMX, PMU capabilities";
+    }
+    if (e.function == 0x40000000) {
+      EXPECT_EQ(e.ebx, 0x4b4d564bu) << "not KVM's signature";
+    }
+  }
+  struct {
+    kvm_msrs head;
+    kvm_msr_entry entry;
+  } msrs{};
+  msrs.head.nmsrs = 1;
+  msrs.entry.index = 0x40000000;  // HV_X64_MSR_GUEST_OS_ID
+  msrs.entry.data = 1;
+  EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_SET_MSRS, arg(msrs)), 0);
+  EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_GET_MSRS, arg(msrs)), 0);
+}
 
 TEST_P(ErrorNumbers, AreTheKernels) {
   std::vector<u64> bytes(8192);

@@ -454,6 +454,38 @@ guest spin64
     hlt
 end_guest spin64
 
+# Interrupts on, port 0x90, then waiting. The handler 64 bytes in counts at 0x504 and ends its interrupt; that 128 bytes in
+# counts at 0x508 and tells by port 0x91.
+guest lapic64
+    x2apic_on
+    sti
+    nop
+    outb %al, $0x90
+1:  hlt
+    jmp 1b
+    .macro end_of_interrupt
+    pushq %rax
+    pushq %rcx
+    pushq %rdx
+    movl $0x80b, %ecx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    wrmsr
+    popq %rdx
+    popq %rcx
+    popq %rax
+    .endm
+    .org guest_lapic64 + 64
+    incl 0x504
+    end_of_interrupt
+    iretq
+    .org guest_lapic64 + 128
+    incl 0x508
+    end_of_interrupt
+    outb %al, $0x91
+    iretq
+end_guest lapic64
+
 guest hypercall
     movl $0x4b564d01, %ecx    # kvmclock page at 0x22000
     xorl %edx, %edx

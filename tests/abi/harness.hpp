@@ -64,6 +64,7 @@ GUEST(work32);
 GUEST(work64);
 GUEST(hypercall);
 GUEST(spin64);
+GUEST(lapic64);
 }  // namespace guests
 
 struct VmOptions {

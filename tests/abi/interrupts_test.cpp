@@ -55,6 +55,34 @@ void prepare(TestVm& m, u8 pic_mask, u8 timer, u32 events) {
   expect_ready(m);
 }
 
+/// 64-bit code with an IDT: each vector's handler stands so many bytes into the guest.
+void start_long(TestVm& m, const Guest& guest, std::initializer_list<std::pair<u8, u64>> handlers) {
+  m.start_flat(guest, true);
+  auto sregs = m.vcpu().sregs();
+  ASSERT_TRUE(sregs.ok());
+  sregs->idt.base = 0x34000;
+  sregs->idt.limit = 0xfff;
+  sregs->gdt.base = 0x35000;
+  sregs->gdt.limit = 0x17;
+  ASSERT_TRUE(m.vcpu().set_sregs(*sregs).ok());
+  m.put<u64>(0x35008, 0x00af9b000000ffff);
+  m.put<u64>(0x35010, 0x00cf93000000ffff);
+  for (const auto& [vector, offset] : handlers) {
+    m.put<u64>(0x34000 + vector * 16u, (0x1000 + offset) | u64{0x8e000008} << 16);
+    m.put<u64>(0x34000 + vector * 16u + 8, 0);
+  }
+}
+
+/// An MSI of a vector, edge or level, to APIC 0.
+kvm_irq_routing_entry msi_route(u32 gsi, u8 vector, bool level = false) {
+  kvm_irq_routing_entry route{};
+  route.gsi = gsi;
+  route.type = KVM_IRQ_ROUTING_MSI;
+  route.u.msi.address_lo = 0xfee00000;
+  route.u.msi.data = vector | (level ? 0xc000u : 0u);
+  return route;
+}
+
 TEST_P(Interrupts, Pit) {
   HARDWARE_OR_SOFT;
   TestVm m(system(), {.irqchip = true, .pit = true});
@@ -133,18 +161,7 @@ TEST_P(Interrupts, ComesInTheMiddleOfAnInstruction) {
   for (const bool from_vmm : {true, false}) {
     TestVm m(system(), {.irqchip = true});
     Watchdog dog(m.vcpu());  // a kick makes the engine look at everything: the time tells
-    m.start_flat(guests::spin64, true);
-    auto sregs = m.vcpu().sregs();
-    ASSERT_TRUE(sregs.ok());
-    sregs->idt.base = 0x34000;
-    sregs->idt.limit = 0xfff;
-    sregs->gdt.base = 0x35000;
-    sregs->gdt.limit = 0x17;
-    ASSERT_TRUE(m.vcpu().set_sregs(*sregs).ok());
-    m.put<u64>(0x35008, 0x00af9b000000ffff);
-    m.put<u64>(0x35010, 0x00cf93000000ffff);
-    m.put<u64>(0x34000 + 0x30 * 16, (u64{0x1040} & 0xffff) | u64{0x8e000008} << 16);
-    m.put<u64>(0x34000 + 0x30 * 16 + 8, 0);
+    ASSERT_NO_FATAL_FAILURE(start_long(m, guests::spin64, {{0x30, 64}}));
     m.expect_io(0x90, true, 0xff);
     const auto begin = std::chrono::steady_clock::now();
     kvm_msi msi{};
@@ -167,11 +184,7 @@ TEST_P(Interrupts, Irqfd) {
   TestVm m(system(), {.irqchip = true});
   Watchdog dog(m.vcpu());
   prepare(m, 0xff, 0, 50);
-  kvm_irq_routing_entry route{};
-  route.gsi = 30;
-  route.type = KVM_IRQ_ROUTING_MSI;
-  route.u.msi.address_lo = 0xfee00000;
-  route.u.msi.data = 0x30;
+  const kvm_irq_routing_entry route = msi_route(30, 0x30);
   ASSERT_TRUE(m.vm().set_gsi_routing({&route, 1}).ok());
   const int fd = eventfd_make();
   kvm_irqfd irqfd{};
@@ -430,22 +443,118 @@ TEST_P(Interrupts, HaltedStateIsSeenAndRestored) {
 }
 
 // Split irqchip: the LAPIC here, the rest in the VMM, which is told of EOIs.
-TEST_P(Interrupts, SplitIrqchip) {
+TEST_P(Interrupts, SplitIrqchipErrors) {
   SOFT_ONLY("an optional capability");
-  auto vm = system().create_vm();
-  ASSERT_TRUE(vm.ok());
-  ASSERT_TRUE(vm->enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24).ok());
-  kvm_enable_cap again{};
-  again.cap = KVM_CAP_SPLIT_IRQCHIP;
-  again.args[0] = 24;
-  EXPECT_EQ(vm->endpoint().ioctl(KVM_ENABLE_CAP, arg(again)), -EEXIST);
+  const auto make = [&] { return std::move(*system().create_vm()); };
+  const auto split = [&](Vm& vm, u64 pins) {
+    kvm_enable_cap cap{};
+    cap.cap = KVM_CAP_SPLIT_IRQCHIP;
+    cap.args[0] = pins;
+    return vm.endpoint().ioctl(KVM_ENABLE_CAP, arg(cap));
+  };
+  Vm vm = make();
+  const long routes = vm.endpoint().ioctl(KVM_CHECK_EXTENSION, KVM_CAP_IRQ_ROUTING);
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_CHECK_EXTENSION, KVM_CAP_SPLIT_IRQCHIP), 1);
+  EXPECT_EQ(split(vm, static_cast<u64>(routes) + 1), -EINVAL);
+  EXPECT_EQ(split(vm, ~0ull), -EINVAL);
+  // Without an irqchip: irqfds are not there yet, and what would end is not looked for.
+  const int fd = eventfd_make();
+  kvm_irqfd irqfd{};
+  irqfd.fd = static_cast<u32>(fd);
+  irqfd.gsi = 5;
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_IRQFD, arg(irqfd)), -EAGAIN);
+  irqfd.flags = KVM_IRQFD_FLAG_DEASSIGN;
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  irqfd.flags = 1 << 8;
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_IRQFD, arg(irqfd)), -EINVAL);
+
+  ASSERT_EQ(split(vm, 120), 0);  // other VMMs' IOAPICs have more than 24
+  EXPECT_EQ(split(vm, 24), -EEXIST);
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_CREATE_IRQCHIP, 0), -EEXIST);
   kvm_pit_config pit{};
-  EXPECT_EQ(vm->endpoint().ioctl(KVM_CREATE_PIT2, arg(pit)), -ENOENT);
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_CREATE_PIT2, arg(pit)), -ENOENT);
   kvm_irqchip chip{};
-  EXPECT_EQ(vm->endpoint().ioctl(KVM_GET_IRQCHIP, arg(chip)), -ENXIO);
-  auto vcpu = vm->create_vcpu(0);
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_GET_IRQCHIP, arg(chip)), -ENXIO);
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_SET_IRQCHIP, arg(chip)), -ENXIO);
+  // Its routes are MSIs, and a line that is never lowered by it cannot be sampled again.
+  kvm_irq_routing_entry route{};
+  route.gsi = 5;
+  route.type = KVM_IRQ_ROUTING_IRQCHIP;
+  route.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
+  route.u.irqchip.pin = 5;
+  const auto error_of = [](const auto& result) { return result.ok() ? 0 : result.error().code; };
+  EXPECT_EQ(error_of(vm.set_gsi_routing({&route, 1})), EINVAL);
+  kvm_irq_routing_entry twice[] = {msi_route(5, 0x30), msi_route(5, 0x31)};
+  EXPECT_EQ(error_of(vm.set_gsi_routing({twice, 2})), EINVAL);
+  EXPECT_TRUE(vm.set_gsi_routing({twice, 1}).ok());
+  irqfd.flags = KVM_IRQFD_FLAG_RESAMPLE;
+  irqfd.resamplefd = static_cast<u32>(fd);
+  EXPECT_EQ(vm.endpoint().ioctl(KVM_IRQFD, arg(irqfd)), -EINVAL);
+  auto vcpu = vm.create_vcpu(0);
   ASSERT_TRUE(vcpu.ok());
   EXPECT_TRUE(vcpu->lapic().ok());
+
+  Vm late = make();
+  ASSERT_TRUE(late.create_vcpu(0).ok());
+  EXPECT_EQ(split(late, 24), -EEXIST);
+  Vm full = make();
+  ASSERT_TRUE(full.create_irqchip().ok());
+  EXPECT_EQ(split(full, 24), -EEXIST);
+  ::close(fd);
+}
+
+TEST_P(Interrupts, SplitIrqchipTellsOfEois) {
+  SOFT_ONLY("an optional capability");
+  TestVm m(system(), {.split = true});
+  Watchdog dog(m.vcpu());
+  ASSERT_NO_FATAL_FAILURE(start_long(m, guests::lapic64, {{0x30, 64}, {0x31, 128}, {0x32, 64}, {0x41, 64}}));
+  // Pin 5 is level-triggered, pin 6 is not; GSI 24 is, but is no pin.
+  kvm_irq_routing_entry routes[] = {msi_route(5, 0x30, true), msi_route(6, 0x31), msi_route(24, 0x32, true)};
+  ASSERT_TRUE(m.vm().set_gsi_routing({routes, 3}).ok());
+  m.expect_io(0x90, true, 0xff);
+  const auto expect_eoi = [&](u8 vector) {
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_IOAPIC_EOI});
+    EXPECT_EQ(m.vcpu().run_page().eoi.vector, vector);
+  };
+  const auto expect_none = [&] {  // of the two, the other vector comes last
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+    ASSERT_EQ(m.vcpu().run_page().io.port, 0x91);
+  };
+  // By line, which the chip does not hold: an MSI at each rise.
+  for (u32 i = 1; i <= 3; i++) {
+    ASSERT_TRUE(m.vm().irq_line(5, true).ok());
+    ASSERT_NO_FATAL_FAILURE(expect_eoi(0x30));
+    EXPECT_EQ(m.at<u32>(0x504), i);
+    ASSERT_TRUE(m.vm().irq_line(5, false).ok());
+  }
+  ASSERT_TRUE(m.vm().irq_line(6, true).ok());
+  ASSERT_TRUE(m.vm().irq_line(24, true).ok());
+  ASSERT_NO_FATAL_FAILURE(expect_none());
+  EXPECT_EQ(m.at<u32>(0x504), 4u);
+  EXPECT_EQ(m.at<u32>(0x508), 1u);
+  // By irqfd, while the vCPU waits in HLT.
+  const int fd = eventfd_make();
+  kvm_irqfd irqfd{};
+  irqfd.fd = static_cast<u32>(fd);
+  irqfd.gsi = 5;
+  ASSERT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  const u64 one = 1;
+  ASSERT_EQ(::write(fd, &one, 8), 8);
+  ASSERT_NO_FATAL_FAILURE(expect_eoi(0x30));
+  // A route that changes takes its vector along, for the same irqfd.
+  routes[0] = msi_route(5, 0x41, true);
+  ASSERT_TRUE(m.vm().set_gsi_routing({routes, 2}).ok());
+  ASSERT_EQ(::write(fd, &one, 8), 8);
+  ASSERT_NO_FATAL_FAILURE(expect_eoi(0x41));
+  // And one that is no longer level-triggered says nothing.
+  routes[0] = msi_route(5, 0x41);
+  ASSERT_TRUE(m.vm().set_gsi_routing({routes, 2}).ok());
+  ASSERT_TRUE(m.vm().irq_line(5, true).ok());
+  ASSERT_TRUE(m.vm().irq_line(6, true).ok());
+  ASSERT_NO_FATAL_FAILURE(expect_none());
+  EXPECT_EQ(m.at<u32>(0x504), 7u);
+  EXPECT_EQ(m.at<u32>(0x508), 2u);
+  ::close(fd);
 }
 
 }  // namespace

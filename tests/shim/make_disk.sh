@@ -19,8 +19,8 @@ LABEL linux
   INITRD initrd.gz
   APPEND $append
 END
-# The UEFI shell takes a quote inside an argument with a caret before it.
-printf 'fs0:\r\n\\vmlinuz.efi initrd=\\initrd.gz console=ttyS0 quiet ring3.test=^"nproc^"\r\n' > "$work/startup.nsh"
+# One word: the UEFI shell hands quotes and carets on as it likes.
+printf 'fs0:\r\n\\vmlinuz.efi initrd=\\initrd.gz console=ttyS0 quiet ring3.test=nproc\r\n' > "$work/startup.nsh"
 truncate -s 64M "$work/disk"
 mformat -i "$work/disk" -F -h 64 -s 32 ::
 mcopy -i "$work/disk" "$files/vmlinuz-cloud" ::vmlinuz

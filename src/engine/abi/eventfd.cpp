@@ -117,8 +117,19 @@ Irqfds::~Irqfds() {
   }
 }
 
+namespace {
+constexpr u32 kIrqfdFlags = KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE;
+}  // namespace
+
+int Irqfds::without_irqchip(const kvm_irqfd& r) {
+  if (r.flags & ~kIrqfdFlags) return -EINVAL;
+  if (!(r.flags & KVM_IRQFD_FLAG_DEASSIGN)) return -EAGAIN;
+  const i64 id = eventfd_identity(static_cast<int>(r.fd));
+  return id < 0 ? static_cast<int>(id) : 0;
+}
+
 int Irqfds::change(const kvm_irqfd& r) {
-  if (r.flags & ~(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE)) return -EINVAL;
+  if (r.flags & ~kIrqfdFlags) return -EINVAL;
   return r.flags & KVM_IRQFD_FLAG_DEASSIGN ? deassign(r) : assign(r);
 }
 

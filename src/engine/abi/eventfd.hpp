@@ -74,6 +74,8 @@ class Irqfds {
 
   /// KVM_IRQFD. 0 or -errno. After a DEASSIGN returns, no event of it is being delivered.
   int change(const kvm_irqfd& request);
+  /// The same of a VM that has no irqchip, and so no irqfds.
+  static int without_irqchip(const kvm_irqfd& request);
 
  private:
   struct Irqfd {

@@ -191,7 +191,7 @@ long Vm::enable_cap(u64 arg) {
   const u64 value = cap.args[0];
   switch (cap.cap) {
     case KVM_CAP_SPLIT_IRQCHIP:
-      if (value > IoApic::kPins) return -EINVAL;
+      if (value > RoutingTable::kMaxRoutes) return -EINVAL;
       return create_irqchip(IrqChip::Mode::kSplit, static_cast<unsigned>(value));
     case KVM_CAP_X2APIC_API:
       if (value & ~u64{KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK}) return -EINVAL;
@@ -341,8 +341,7 @@ long Vm::irq_ioctl(unsigned long request, u64 arg) {
       kvm_irqfd irqfd;
       if (!copy_in(arg, &irqfd)) return -EFAULT;
       std::lock_guard lock(mutex_);
-      if (!irqfds_) return irqfd.flags & KVM_IRQFD_FLAG_DEASSIGN ? -EINVAL : -EAGAIN;
-      return irqfds_->change(irqfd);
+      return irqfds_ ? irqfds_->change(irqfd) : Irqfds::without_irqchip(irqfd);
     }
     default:
       return -ENOTTY;
