@@ -45,7 +45,8 @@ void Mmu::Impl::activate(u16 pcid) {
 void Mmu::Impl::renew_supervisor() {
   supervisor_generation = ++last_generation;
   supervisor_executed.clear();
-  for_each_bank([&](Bank& b) { note_executable(b, &supervisor_executed); });
+  for (auto& sp : spaces)
+    for (unsigned b = kUser + 1; sp->pcid >= 0 && b < kBanks; b++) note_executable(sp->bank[b], &supervisor_executed);
   name_fetches();
 }
 

@@ -37,8 +37,8 @@ struct IndexSet {
   }
 };
 
-/// The pages that were fetched from, as far as a flush of one page must know: may say yes to others. A page of
-/// a large one stands for all of it, and for all between it and other large ones.
+/// The pages that were fetched from, as far as a flush of one page must know: may say yes to others of the same half of
+/// the address space. A page of a large one stands for all of it, and for all between it and other large ones.
 class PageFilter {
  public:
   void add(u64 linear, unsigned shift) {
@@ -65,11 +65,12 @@ class PageFilter {
   }
 
  private:
+  /// The halves apart: a system flushes pages of the lower one all the time, and has its own code in the upper one.
   static unsigned hash(u64 linear) {
-    return static_cast<unsigned>((linear >> kPageShift) * 0x9e3779b97f4a7c15ull >> 51);
+    return static_cast<unsigned>((linear >> kPageShift) * 0x9e3779b97f4a7c15ull >> 51 | linear >> 63 << 13);
   }
   static constexpr unsigned kFew = 16;
-  std::array<u64, 128> bits_{};
+  std::array<u64, 256> bits_{};
   u8 few_[kFew] = {};  ///< the words in use, as long as there are no more
   unsigned used_ = 0;  ///< kFew + 1: more
   u64 low_ = ~0ull, high_ = 0;

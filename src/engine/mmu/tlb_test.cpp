@@ -243,8 +243,6 @@ TEST_F(TlbTest, FetchesAreValidatedAtEachFill) {
   EXPECT_EQ(m.mmu->stop().payload, 0x402000u);
 }
 
-/// Random mappings, sizes, address spaces and accesses; after every change the flush the SDM asks for. The
-/// model keeps only the mappings.
 /// The name of the execute translations changes when one of them may have become wrong, and only then.
 TEST_F(TlbTest, FetchGenerations) {
   t.map(0x400000, page(1), kRW);                                     // code of this address space
@@ -282,6 +280,39 @@ TEST_F(TlbTest, FetchGenerations) {
   EXPECT_EQ(m.mmu->fetch_generation(), first);
 }
 
+/// However many pages a kernel and its programs run in, flushes of the lower half's leave the kernel's translations alone.
+TEST_F(TlbTest, HalvesAreFlushedApart) {
+  constexpr u64 kKernel = 0xffffffff80000000, kUser = 0x400000;
+  for (u64 i = 0; i < 600; i++) {
+    t.map(kKernel + i * kPageSize, page(i % 8), kRW | pte::G);
+    t.map(kUser + i * kPageSize, page(i % 8), kRW | pte::U);
+  }
+  Gpa gpa;
+  const u8* host;
+  const auto run_in = [&](u64 base, u8 cpl) {
+    m.set_cpl(cpl);
+    for (u64 i = 0; i < 600; i++) ASSERT_TRUE(m.mmu->fetch(base + i * kPageSize, &gpa, &host));
+  };
+  run_in(kUser, 3);
+  run_in(kKernel, 0);
+  u64 kernel = m.mmu->fetch_generation();
+  const auto flush_lower = [&] {
+    for (u64 i = 0; i < 4096; i++) m.mmu->flush_page(kUser + i * kPageSize);
+  };
+  flush_lower();
+  EXPECT_EQ(m.mmu->fetch_generation(), kernel);
+  // The same after the kernel's were named anew.
+  run_in(kUser, 3);
+  run_in(kKernel, 0);
+  m.mmu->flush_page(kKernel);
+  EXPECT_NE(m.mmu->fetch_generation(), kernel);
+  kernel = m.mmu->fetch_generation();
+  flush_lower();
+  EXPECT_EQ(m.mmu->fetch_generation(), kernel);
+}
+
+/// Random mappings, sizes, address spaces and accesses; after every change the flush the SDM asks for. The
+/// model keeps only the mappings.
 TEST_F(TlbTest, RandomChangesWithProperFlushes) {
   std::mt19937_64 rng(77);
   struct Mapping {
