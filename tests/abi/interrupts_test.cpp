@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
 #include <thread>
 
 #include "harness.hpp"
@@ -212,6 +213,88 @@ TEST_P(Interrupts, Irqfd) {
   irqfd.flags = 1 << 8;
   EXPECT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), -EINVAL);
   ::close(fd);
+}
+
+// An irqfd ends with the last of its eventfd's fds, no sooner.
+TEST_P(Interrupts, IrqfdAndItsEventfdsFds) {
+  HARDWARE_OR_SOFT;
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  ASSERT_NO_FATAL_FAILURE(start_long(m, guests::lapic64, {{0x30, 64}, {0x31, 128}}));
+  const kvm_irq_routing_entry routes[] = {msi_route(30, 0x30), msi_route(31, 0x31)};
+  ASSERT_TRUE(m.vm().set_gsi_routing({routes, 2}).ok());
+  m.expect_io(0x90, true, 0xff);
+  const auto change = [&](int fd, u32 gsi, u32 flags = 0) {
+    kvm_irqfd irqfd{};
+    irqfd.fd = static_cast<u32>(fd);
+    irqfd.gsi = gsi;
+    irqfd.flags = flags;
+    return m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd));
+  };
+  const auto write_to = [](int fd) {
+    const u64 one = 1;
+    EXPECT_EQ(::write(fd, &one, 8), 8);
+  };
+  const auto expect_told = [&](u32 times) {
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+    ASSERT_EQ(m.vcpu().run_page().io.port, 0x91);
+    EXPECT_EQ(m.at<u32>(0x508), times);
+  };
+  const auto count = [] {
+    u32 n = 0;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      std::error_code error;
+      n += std::filesystem::read_symlink(entry.path(), error).string() == "anon_inode:[eventfd]" ? 1 : 0;
+    }
+    return n;
+  };
+  int fd = eventfd_make();
+  ASSERT_EQ(change(fd, 31), 0);
+  write_to(fd);
+  ASSERT_NO_FATAL_FAILURE(expect_told(1));
+  u64 left = 0;
+  EXPECT_EQ(::read(fd, &left, 8), -1) << "what was delivered has been read";
+  ::close(fd);
+  const u32 before = count();
+  for (int i = 0; i < 10; i++) {  // never deassigned; numbers come again
+    fd = eventfd_make();
+    ASSERT_EQ(change(fd, 30), 0);
+    EXPECT_EQ(change(fd, 30), -EBUSY);
+    ::close(fd);
+  }
+  EXPECT_EQ(count(), before);
+
+  // Through another fd, while the first is another file, which nobody reads.
+  fd = eventfd_make();
+  ASSERT_EQ(change(fd, 31), 0);
+  const int copy = ::dup(fd);
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  ASSERT_EQ(::dup2(ends[0], fd), fd);
+  write_to(ends[1]);
+  for (u32 i = 2; i <= 5; i++) {
+    write_to(copy);
+    ASSERT_NO_FATAL_FAILURE(expect_told(i));
+  }
+  EXPECT_EQ(change(copy, 31), -EBUSY);
+  EXPECT_EQ(::read(fd, &left, 8), 8);
+  // What could not be read looks as if it were still to come.
+  EXPECT_EQ(change(copy, 31, KVM_IRQFD_FLAG_DEASSIGN), 0);
+  ASSERT_NO_FATAL_FAILURE(expect_told(6));
+  // Back on its number: what epoll has of it still is taken over.
+  ASSERT_EQ(::dup2(copy, fd), fd);
+  ASSERT_EQ(change(fd, 31), 0);
+  ::close(copy);
+  write_to(fd);
+  ASSERT_NO_FATAL_FAILURE(expect_told(7));
+  // What was written before DEASSIGN comes.
+  for (u32 i = 8; i < 50; i++) {
+    write_to(fd);
+    EXPECT_EQ(change(fd, 31, KVM_IRQFD_FLAG_DEASSIGN), 0);
+    ASSERT_NO_FATAL_FAILURE(expect_told(i));
+    ASSERT_EQ(change(fd, 31), 0);
+  }
+  for (const int end : {fd, ends[0], ends[1]}) ::close(end);
 }
 
 // A level-triggered irqfd with resampling: the line goes down at the EOI and the VMM is told.

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 
 #include "base/event_fd.hpp"
 
@@ -118,6 +119,15 @@ Irqfds::~Irqfds() {
 }
 
 namespace {
+constexpr u64 kStopKey = 0, kProbeKey = ~0ull;  // of epoll's events; others are irqfds'
+
+/// Reads an eventfd that may block, and that somebody else may read as well: looks before.
+bool take_event(int fd) {
+  u64 count = 0;
+  pollfd ready{fd, POLLIN, 0};
+  return ::poll(&ready, 1, 0) > 0 && ::read(fd, &count, sizeof count) == sizeof count;
+}
+
 constexpr u32 kIrqfdFlags = KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE;
 }  // namespace
 
@@ -140,7 +150,7 @@ int Irqfds::start_locked() {
   if (!epoll_ || !stop_) return -errno;
   epoll_event event{};
   event.events = EPOLLIN;
-  event.data.u64 = 0;
+  event.data.u64 = kStopKey;
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, stop_.get(), &event) < 0) return -errno;
   sigset_t all, old;
   sigfillset(&all);
@@ -150,15 +160,49 @@ int Irqfds::start_locked() {
   return 0;
 }
 
+// Whether the VMM's fd is still the file that epoll has by this number. Nothing is read from one that is not.
+bool Irqfds::watched_locked(int fd) {
+  epoll_event none{};
+  none.data.u64 = kProbeKey;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &none) < 0) return errno == EEXIST;
+  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+  return false;
+}
+
+// epoll lists what it has in /proc; where there is none, nothing is forgotten.
+void Irqfds::forget_closed_locked() {
+  char path[48];
+  std::snprintf(path, sizeof path, "/proc/self/fdinfo/%d", epoll_.get());
+  std::FILE* const info = std::fopen(path, "re");
+  if (info == nullptr) return;
+  std::set<u64> there;
+  char line[256];
+  while (std::fgets(line, sizeof line, info) != nullptr) {
+    const char* const data = std::strstr(line, "data:");
+    if (data != nullptr) there.insert(std::strtoull(data + 5, nullptr, 16));
+  }
+  std::fclose(info);
+  for (auto it = irqfds_.begin(); it != irqfds_.end();) it = there.count(it->first) != 0 ? std::next(it) : erase_locked(it);
+}
+
+Irqfds::Map::iterator Irqfds::erase_locked(Map::iterator it) {
+  const Irqfd& irqfd = *it->second;
+  if (irqfd.notifier != 0) {
+    chip_.remove_ack_notifier(irqfd.notifier);
+    chip_.set_irq(kIrqSourceResample, irqfd.gsi, false);
+  }
+  return irqfds_.erase(it);
+}
+
 int Irqfds::assign(const kvm_irqfd& r) {
   const bool resample = r.flags & KVM_IRQFD_FLAG_RESAMPLE;
+  const int fd = static_cast<int>(r.fd);
   if (r.gsi >= RoutingTable::kMaxRoutes) return -EINVAL;
   if (resample && chip_.mode() != IrqChip::Mode::kFull) return -EINVAL;
-  const i64 id = eventfd_identity(static_cast<int>(r.fd));
+  const i64 id = eventfd_identity(fd);
   if (id < 0) return static_cast<int>(id);
   auto irqfd = std::make_shared<Irqfd>();
-  irqfd->fd = duplicate(static_cast<int>(r.fd));
-  if (!irqfd->fd) return -errno;
+  irqfd->fd = fd;
   irqfd->id = static_cast<u64>(id);
   irqfd->gsi = r.gsi;
   if (resample) {
@@ -168,10 +212,14 @@ int Irqfds::assign(const kvm_irqfd& r) {
     if (!irqfd->resample) return -errno;
   }
   std::lock_guard lock(mutex_);
-  for (const auto& [key, other] : irqfds_) {
-    if (other->id == irqfd->id) return -EBUSY;  // an eventfd has one consumer
-  }
   if (const int error = start_locked(); error != 0) return error;
+  const auto busy = [&] {  // an eventfd has one consumer
+    return std::any_of(irqfds_.begin(), irqfds_.end(), [&](const auto& other) { return other.second->id == irqfd->id; });
+  };
+  if (busy()) {
+    forget_closed_locked();  // numbers come again
+    if (busy()) return -EBUSY;
+  }
   if (resample) {
     Irqfd* raw = irqfd.get();  // the notifier is removed before the Irqfd goes away
     irqfd->notifier = chip_.add_ack_notifier(r.gsi, [this, raw] {
@@ -181,9 +229,13 @@ int Irqfds::assign(const kvm_irqfd& r) {
   }
   const u64 key = next_key_++;
   epoll_event event{};
-  event.events = EPOLLIN;
+  // By edges: one that cannot be read, because only another process has it still, says each write once.
+  event.events = EPOLLIN | EPOLLET;
   event.data.u64 = key;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, irqfd->fd.get(), &event) < 0) {
+  int done = ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event);
+  // One whose fd was another file's when it was deassigned is still there.
+  if (done < 0 && errno == EEXIST) done = ::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event);
+  if (done < 0) {
     const int error = errno;
     if (irqfd->notifier != 0) chip_.remove_ack_notifier(irqfd->notifier);
     return -error;
@@ -193,23 +245,36 @@ int Irqfds::assign(const kvm_irqfd& r) {
 }
 
 int Irqfds::deassign(const kvm_irqfd& r) {
-  const i64 id = eventfd_identity(static_cast<int>(r.fd));
+  const int fd = static_cast<int>(r.fd);
+  const i64 id = eventfd_identity(fd);
   if (id < 0) return static_cast<int>(id);
   std::lock_guard lock(mutex_);
   for (auto it = irqfds_.begin(); it != irqfds_.end();) {
-    Irqfd& irqfd = *it->second;
+    const Irqfd& irqfd = *it->second;
     if (irqfd.id != static_cast<u64>(id) || irqfd.gsi != r.gsi) {
       ++it;
       continue;
     }
-    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, irqfd.fd.get(), nullptr);
-    if (irqfd.notifier != 0) {
-      chip_.remove_ack_notifier(irqfd.notifier);
-      chip_.set_irq(kIrqSourceResample, irqfd.gsi, false);
-    }
-    it = irqfds_.erase(it);
+    if (take_event(fd)) deliver_locked(irqfd);  // written before
+    if (watched_locked(irqfd.fd)) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, irqfd.fd, nullptr);
+    it = erase_locked(it);
   }
   return 0;  // the kernel does not tell whether there was one
+}
+
+// Takes what was written, or what somebody else took meanwhile; false then. By a copy, so that it is the eventfd that is read.
+bool Irqfds::consume_locked(const Irqfd& irqfd) {
+  if (!watched_locked(irqfd.fd)) return true;
+  const UniqueFd copy = duplicate(irqfd.fd);
+  return !copy || !watched_locked(irqfd.fd) || take_event(copy.get());
+}
+
+void Irqfds::deliver_locked(const Irqfd& irqfd) {
+  if (irqfd.resample) {
+    chip_.set_irq(kIrqSourceResample, irqfd.gsi, true);
+  } else {
+    chip_.pulse(irqfd.gsi);
+  }
 }
 
 void Irqfds::thread_main() {
@@ -220,20 +285,9 @@ void Irqfds::thread_main() {
     if (n < 0 && errno != EINTR) return;
     std::lock_guard lock(mutex_);
     for (int i = 0; i < n; i++) {
-      if (events[i].data.u64 == 0) return;
+      if (events[i].data.u64 == kStopKey) return;
       const auto it = irqfds_.find(events[i].data.u64);
-      if (it == irqfds_.end()) continue;
-      Irqfd& irqfd = *it->second;
-      // The VMM's fd may be a blocking one that someone else has read meanwhile: look before reading.
-      u64 count = 0;
-      pollfd ready{irqfd.fd.get(), POLLIN, 0};
-      if (::poll(&ready, 1, 0) <= 0) continue;
-      if (::read(irqfd.fd.get(), &count, sizeof count) != sizeof count) continue;
-      if (irqfd.resample) {
-        chip_.set_irq(kIrqSourceResample, irqfd.gsi, true);
-      } else {
-        chip_.pulse(irqfd.gsi);
-      }
+      if (it != irqfds_.end() && consume_locked(*it->second)) deliver_locked(*it->second);
     }
   }
 }

@@ -16,8 +16,8 @@
 /// eventfds tied to a VM: ioeventfds (a guest write signals one) and irqfds (one raises a GSI).
 ///
 /// Spec:      virt/kvm/api KVM_IOEVENTFD, KVM_IRQFD.
-/// Ownership: each registration holds a duplicate of the caller's fd, so that closing the fd does not end
-///            it (the kernel ends an irqfd then; here it ends with DEASSIGN or the VM).
+/// Ownership: an ioeventfd holds a duplicate of the caller's fd. An irqfd holds none: it ends with DEASSIGN, the VM, or the
+///            last of the eventfd's fds in any process, as the kernel's.
 /// Threading: any thread.
 namespace ring3::engine::abi {
 
@@ -64,7 +64,7 @@ class IoEventfds {
   std::atomic<u64> generation_{1};
 };
 
-/// A thread waits for the eventfds; it starts with the first one.
+/// A thread waits for the eventfds by epoll, which forgets a file with its last fd; it starts with the first one.
 class Irqfds {
  public:
   explicit Irqfds(IrqChip& chip) : chip_(chip) {}
@@ -79,19 +79,26 @@ class Irqfds {
 
  private:
   struct Irqfd {
-    UniqueFd fd, resample;
+    int fd = -1;  // the VMM's: it may be closed by now, and another file's
+    UniqueFd resample;
     u64 id = 0;
     u32 gsi = 0;
     u64 notifier = 0;  // of a resampler
   };
+  using Map = std::map<u64, std::shared_ptr<Irqfd>>;  // by the key that epoll has
   int assign(const kvm_irqfd& request);
   int deassign(const kvm_irqfd& request);
   void thread_main();
   int start_locked();
+  bool watched_locked(int fd);
+  bool consume_locked(const Irqfd& irqfd);
+  void deliver_locked(const Irqfd& irqfd);
+  void forget_closed_locked();
+  Map::iterator erase_locked(Map::iterator it);
 
   IrqChip& chip_;
   std::mutex mutex_;  // held while events are delivered
-  std::map<u64, std::shared_ptr<Irqfd>> irqfds_;  // by key given to epoll
+  Map irqfds_;        // those whose eventfd was closed stand until somebody looks
   u64 next_key_ = 1;
   UniqueFd epoll_, stop_;
   std::thread thread_;
