@@ -204,6 +204,31 @@ class Devices(QemuTest):
             self.assertRegex(text, r"(?m)\beth0\b|\benp\w+|\bens\w+", text[-3000:])
 
 
+    @unittest.skipIf(shutil.which("qemu-storage-daemon") is None, "qemu-storage-daemon is not installed")
+    def test_vhost_user_block(self):
+        """The device is another process: guest memory is shared, kicks are ioeventfds, interrupts irqfds."""
+        with tempfile.TemporaryDirectory(prefix="ring3-vhost-") as work:
+            disk, path = os.path.join(work, "disk"), os.path.join(work, "socket")
+            with open(disk, "wb") as f:
+                f.truncate(16 << 20)
+            daemon = subprocess.Popen(
+                ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=disk,filename={disk}",
+                 "--export", f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={path},writable=on"])
+            self.addCleanup(daemon.wait)
+            self.addCleanup(daemon.kill)
+            while not os.path.exists(path):
+                self.assertIsNone(daemon.poll())
+                time.sleep(0.05)
+            text = self.expect_end(self.linux(
+                "load virtio_blk; cat /sys/block/vda/size; dd if=/dev/urandom of=/tmp/x bs=64k count=32; "
+                "dd if=/tmp/x of=/dev/vda bs=64k conv=fsync; echo 3 > /proc/sys/vm/drop_caches; "
+                "dd if=/dev/vda bs=64k count=32 | cmp - /tmp/x && echo disk the same",
+                "-M", "q35,memory-backend=ram", "-object", "memory-backend-memfd,id=ram,size=512M,share=on", "-cpu", "host", "-nic", "none",
+                "-chardev", f"socket,id=backend,path={path}", "-device", "vhost-user-blk-pci,chardev=backend"))
+            for line in ("32768", "disk the same"):
+                self.assertRegex(text, f"(?m)^{line}$", text[-3000:])
+
+
 class Emulated(QemuTest):
     """What PCs have had for long, and the generic kernel's drivers of it."""
 
