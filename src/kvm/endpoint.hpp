@@ -44,6 +44,14 @@ class Endpoint {
   /// as it is. Any thread, async-signal-safe. Does nothing where the provider sees signals by itself.
   virtual void signal_came() {}
 
+  /// VM only: from now on the caller tells, by stored(), of everything that it stores to guest memory itself, for as long
+  /// as the VM exists. A provider that cannot see such stores need not look for them, at each KVM_RUN and after each
+  /// HLT, in the code that it keeps translations of. Before the first vCPU runs.
+  virtual void announces_stores() {}
+  /// VM only: [start, start + size) of guest memory was stored to by the caller, by system calls or with its own hands: after
+  /// the stores, and before the guest can learn of them (a ring's index, an interrupt). Any thread; does not wait.
+  virtual void stored(Gpa start, u64 size) { static_cast<void>(start), static_cast<void>(size); }
+
   /// vCPU only: the memory that mmap(2) of the vCPU's fd shows from this offset on (bytes, page aligned). It is shared
   /// memory, so that mremap(2) of old size 0 maps it a second time; its pages are not one mapping. Empty where
   /// nothing is, and on other objects. Owned by the endpoint.

@@ -1,5 +1,6 @@
 #pragma once
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -80,7 +81,15 @@ class GuestMemory {
   bool read(Gpa from, void* to, u64 size) const;
   bool write(Gpa to, const void* from, u64 size) const;
 
+  /// Who wants to know of stores by devices: set before there are any. Called on their threads.
+  void observe_stores(std::function<void(Gpa, u64)> observer) { observer_ = std::move(observer); }
+  /// A device stored to [start, start + size), all of it memory, and the guest has not been told yet. Any thread.
+  void stored(Gpa start, u64 size) const {
+    if (observer_) observer_(start, size);
+  }
+
  private:
+  std::function<void(Gpa, u64)> observer_;
   mutable std::mutex mutex_;
   std::shared_ptr<const SlotTable> table_;  // guarded by std::atomic_load/store
   std::atomic<u64> generation_{1};

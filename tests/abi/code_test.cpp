@@ -10,6 +10,7 @@ namespace guests {
 GUEST(patched);
 GUEST(patcher);
 GUEST(dma);
+GUEST(dma_running);
 }  // namespace guests
 namespace {
 
@@ -54,14 +55,47 @@ TEST_P(Code, AnotherVcpuPatchesARunningLoop) {
   EXPECT_EQ(seen(m, 0x20010), 0u);
 }
 
-TEST_P(Code, TheVmmWritesIntoCode) {
-  TestVm m(system());
+void vmm_writes_into_code(TestVm& m, bool tells) {
   m.start_flat(guests::dma, true);
   m.expect_io(0x90, true, 0x11);
   for (u32 i = 0; i < 300; i++) {
     m.put<u32>(0x1004, i);
+    if (tells) m.vm().endpoint().stored(Gpa(0x1004), 4);
     m.expect_io(0x90, true, i & 0xff);
   }
+}
+
+TEST_P(Code, TheVmmWritesIntoCode) {
+  TestVm m(system());
+  vmm_writes_into_code(m, false);
+}
+
+TEST_P(Code, TheVmmWritesIntoCodeAndTells) {
+  TestVm m(system());
+  m.vm().endpoint().announces_stores();
+  vmm_writes_into_code(m, true);
+}
+
+// A store that is told of is seen by a vCPU that neither exits nor sleeps.
+TEST_P(Code, TheVmmWritesIntoARunningLoopAndTells) {
+  TestVm m(system());
+  m.vm().endpoint().announces_stores();
+  m.start_flat(guests::dma_running, true);
+  std::thread writer([&] {
+    u32 i = 0x11111111;
+    for (u32 last = i + 300;;) {
+      const auto end = std::chrono::steady_clock::now() + 60s;
+      while (seen(m, 0x20000) != i && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+      EXPECT_EQ(seen(m, 0x20000), i);
+      if (HasFailure() || i == last) break;
+      __atomic_store_n(reinterpret_cast<u32*>(m.ram() + 0x1004), ++i, __ATOMIC_RELEASE);
+      // Across a page's end: what has no code is passed over.
+      m.vm().endpoint().stored(Gpa(0xff8), 0x10);
+    }
+    __atomic_store_n(reinterpret_cast<u32*>(m.ram() + 0x20004), 1, __ATOMIC_RELEASE);
+  });
+  m.expect_end();
+  writer.join();
 }
 
 }  // namespace

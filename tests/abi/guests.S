@@ -561,4 +561,17 @@ guest dma
     jmp 1b
 end_guest dma
 
+# The VMM changes the immediate at LOAD + 4 while this runs; a word at 0x20004 ends it.
+guest dma_running
+    nop
+    nop
+    nop
+1:  movl $0x11111111, %eax
+    movl %eax, 0x20000
+    cmpl $0, 0x20004
+    je 1b
+    outb %al, $0xf4
+    hlt
+end_guest dma_running
+
     .section .note.GNU-stack,"",@progbits

@@ -48,6 +48,8 @@ class VmEndpoint final : public kvm::Endpoint {
   }
   kvm_run* run_page() override { return nullptr; }
   void kick() override {}
+  void announces_stores() override { vm_->announce_stores(); }
+  void stored(Gpa start, u64 size) override { vm_->tracker().host_wrote(start, size); }
 
  private:
   std::shared_ptr<Vm> vm_;

@@ -324,7 +324,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
     const bool no_signal = wait();
     update_guest_time(true);
     vm_.tracker().enter_guest(index_);
-    mmu_.expire_fetches();  // a device may have written while the vCPU slept
+    if (!vm_.stores_announced()) mmu_.expire_fetches();  // a device may have written while the vCPU slept
     if (!no_signal) {
       *result = interrupted();
       return Step::Exit;
@@ -458,7 +458,7 @@ long Vcpu::run() {
     result = -EINTR;
   } else {
     vm_.tracker().enter_guest(index_);
-    mmu_.expire_fetches();
+    if (!vm_.stores_announced()) mmu_.expire_fetches();
     if (steal_.read_msr() & 1) update_guest_time(vm_.config().clock->monotonic_ns() - last_steal_ns_ >= kStealEntryNs);
     static_cast<void>(trap_.take_hit());
     result = 0;

@@ -76,6 +76,9 @@ class Vm final : public VcpuSink {
   u64 disabled_quirks() const { return disabled_quirks_.load(std::memory_order_relaxed); }
   /// Entries of a vCPU's dirty ring; 0: the dirty log is bitmaps. Fixed before the first vCPU.
   u32 dirty_ring_entries() const { return dirty_ring_entries_; }
+  /// Whether the VMM tells of its stores to guest memory (Endpoint::announces_stores).
+  bool stores_announced() const { return stores_announced_.load(std::memory_order_relaxed); }
+  void announce_stores() { stores_announced_.store(true, std::memory_order_relaxed); }
   unsigned reserved_ioapic_pins() const { return split_pins_; }
 
   /// Whether a memslot has the host address, or one that vCPUs may still use. In a signal handler, where code that touches
@@ -131,7 +134,7 @@ class Vm final : public VcpuSink {
   u64 max_vcpu_id_ = 0;  // KVM_CAP_MAX_VCPU_ID; 0: not set
   u32 default_tsc_khz_ = 0;
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
-  std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
+  std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, stores_announced_{false};
   std::atomic<u32> manual_dirty_log_{0};
   std::atomic<u64> disabled_quirks_{0};
   u32 dirty_ring_entries_ = 0;

@@ -224,8 +224,8 @@ class Mmu {
   // ---- translations ----
 
   /// Drops all execute tags, so that pages are validated again on their next fetch. Called at every
-  /// KVM_RUN entry, and at interrupt delivery while paging is off: the points at which a guest can
-  /// learn that a device has written code without a TLB fill of its own.
+  /// KVM_RUN entry and after HLT unless the VMM announces its stores, and at interrupt delivery while paging is
+  /// off: the points at which a guest can learn that a device has written code without a TLB fill of its own.
   void expire_fetches();
   /// Names the execute translations in force: another value when one that fetch() gave may have become
   /// wrong (every flush_*, expire_fetches), and per address space, so that a return to a space whose

@@ -68,6 +68,9 @@ Result<std::unique_ptr<Board>> Board::create(const Sources& s, GuestRam& ram, Bo
     }
     return board->vm_.set_user_memory_region(n, Gpa(start), m.size(), Hva(reinterpret_cast<u64>(m.data())));
   };
+  // All that stores to RAM while the guest runs goes through queues, which tell; load() stores before it runs.
+  board->vm_.endpoint().announces_stores();
+  board->dma_memory_.observe_stores([vm = &board->vm_.endpoint()](Gpa start, u64 size) { vm->stored(start, size); });
   if (auto r = slot(0, 0, ram.low); !r) return r.error();
   if (ram.high) {
     if (auto r = slot(1, boot::layout::kHoleEnd, ram.high); !r) return r.error();

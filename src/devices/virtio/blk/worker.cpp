@@ -49,10 +49,15 @@ BlockDevice::Worker::Worker(BlockDevice& device, u64 features, Queue& queue)
   if (!status) queue_.fail("no thread for it: " + status.error().message);
 }
 
-// After the thread has ended, accesses may still fly into guest memory: they are waited for, not answered.
+// After the thread has ended, accesses may still fly into guest memory: they are waited for, and never published.
 BlockDevice::Worker::~Worker() {
   loop_.stop();
-  if (uring_) uring_->drain([this](void* tag, int) { config_.image->end_direct(static_cast<Request*>(tag)->direct); });
+  if (!uring_) return;
+  uring_->drain([this](void* tag, int) {
+    Request& r = *static_cast<Request*>(tag);
+    config_.image->end_direct(r.direct);
+    if (!r.write) queue_.complete(r.chain, static_cast<u32>(r.length));
+  });
 }
 
 BlockDevice::Worker::Request& BlockDevice::Worker::take() {

@@ -31,6 +31,11 @@ class MemoryView {
   bool read(Gpa from, void* to, u64 size) const;
 
   void mark_dirty(Gpa start, u64 size) const;
+  /// The device stored there, in what the guest may run: marked, and told to who observes stores.
+  void stored(Gpa start, u64 size) const {
+    mark_dirty(start, size);
+    memory_->stored(start, size);
+  }
 
  private:
   const memory::GuestMemory* memory_;

@@ -210,15 +210,14 @@ bool Queue::add_indirect(Chain& out, const Descriptor& d, u32& count) {
 }
 
 void Queue::complete(const Chain& chain, u32 written) {
-  if (broken()) return;
   // What the device says it wrote, and no more than there was.
   u64 left = std::min<u64>(written, chain.writable_bytes_);
-  if (staged_.size() >= setup_.size) publish();
-  if (!refresh()) return;
-  staged_.push_back({chain.id_, static_cast<u32>(left), chain.descriptors_});
+  if (!broken() && staged_.size() >= setup_.size) publish();
+  if (!broken() && refresh()) staged_.push_back({chain.id_, static_cast<u32>(left), chain.descriptors_});
+  // Of a queue that is broken by now too: the bytes have changed.
   for (std::size_t i = 0; i < chain.writable_.size() && left != 0; i++) {
     const u64 n = std::min<u64>(left, chain.writable_[i].iov_len);
-    view_.mark_dirty(chain.writable_at_[i], n);
+    view_.stored(chain.writable_at_[i], n);
     left -= n;
   }
 }

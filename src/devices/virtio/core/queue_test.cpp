@@ -245,6 +245,22 @@ TEST_P(Rings, WhatIsWrittenIsMarkedDirty) {
   EXPECT_TRUE(dirty(setup.packed ? setup.descriptors.value : setup.device.value));
 }
 
+TEST_P(Rings, WhatIsWrittenIsTold) {
+  make(4);
+  std::vector<std::pair<u64, u64>> stored;
+  guest->memory().observe_stores([&](Gpa start, u64 size) { stored.emplace_back(start.value, size); });
+  ASSERT_TRUE(driver->add({{Guest::kSlot - 100, 200, true}, {0x50000, 4096, true}}));
+  ASSERT_EQ(queue->pop(chain), Queue::Pop::kChain);
+  queue->fail("on purpose");
+  EXPECT_TRUE(stored.empty());
+  queue->complete(chain, 250);  // the bytes are there, though nobody will be told
+  const std::vector<std::pair<u64, u64>> expected{{Guest::kSlot - 100, 100}, {Guest::kSlot, 100}, {0x50000, 50}};
+  EXPECT_EQ(stored, expected);
+  queue->complete(chain, 0);
+  EXPECT_EQ(stored, expected);
+  guest->memory().observe_stores(nullptr);
+}
+
 TEST_P(Rings, HostileRings) {
   struct Case {
     const char* name;
