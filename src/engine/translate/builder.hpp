@@ -150,9 +150,12 @@ class BlockBuilder {
   void emit_flags_restore(u8 scratch);
 
   // ---- memory.cpp ----
-  static bool special(u8 guest) { return guest >= R13 && guest <= R15; }
-  static u8 host(u8 guest) { return guest == RSP ? static_cast<u8>(kHostR13) : guest; }
-  static HostMem slot(u8 guest) { return HostMem::frame(frame::kR13 + 8u * (guest - R13)); }
+  // Where the guest's registers stand: frame.hpp.
+  static bool special(u8 guest) { return (guest >= R9 && guest <= R11) || guest == R15; }
+  static u8 host(u8 guest) {
+    return guest == RSP ? u8{kHostR13} : guest == R13 ? u8{kHostR10} : guest == R14 ? u8{kHostR11} : guest;
+  }
+  static HostMem slot(u8 guest) { return HostMem::frame(guest == R15 ? frame::kR15 : frame::kR9 + 8u * (guest - R9)); }
   bool address_of(const DecodedInsn& i, Address* out) const;
   bool code32() const { return request_->mode.code32; }
   /// Bytes of a stack slot, of RIP and of a near branch's operand.

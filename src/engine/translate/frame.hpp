@@ -8,9 +8,11 @@
 /// What translated code and the run loop share: one JitFrame per vCPU, at the host's gs base.
 ///
 /// Host registers in translated code (at instruction boundaries):
-///   rax rcx rdx rbx rbp rsi rdi r8..r12   the guest's registers of the same name
+///   rax rcx rdx rbx rbp rsi rdi r8 r12    the guest's registers of the same name
+///   r10, r11                              the guest's r13, r14
 ///   r13                                   the guest's rsp
-///   gs:[kR13], gs:[kR14], gs:[kR15]       the guest's r13, r14, r15
+///   r9                                    &JitFrame + RING3_FRAME_CENTRE
+///   in the frame                          the guest's r9, r10, r11, r15: those that compilers use least
 ///   r14, r15                              scratch
 ///   rsp                                   the host's stack, with the shadow stack of returns on its end: 8-byte
 ///                                         aligned; `call` to a fill thunk is all right, and push/pop when
@@ -24,18 +26,32 @@
 ///         is the address on top makes a host RET, which the host predicts. Any exit, and any C++ that changes
 ///         mode, address space or translations, leaves it empty (rsp = shadow_base), with a pair below that
 ///         matches nothing.
-/// Memory: a frame slot is addressed as gs:[disp32] (65, ModRM.rm = 100b, SIB = 25h, disp32).
+/// Memory: a frame slot is addressed as [r9 + disp], in four bytes where it is one of the first 256, or as gs:[disp32]
+///         (65, ModRM.rm = 100b, SIB = 25h, disp32).
 namespace ring3::engine {
 
 struct alignas(64) JitFrame {
-  u64 r13 = 0, r14 = 0, r15 = 0;
+  u64 r9 = 0, r10 = 0, r11 = 0, r15 = 0;
   u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank; only STAC and CLAC change it in a block
   u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
-  u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
-  u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
-  u64 kernel_gs_base = 0;  ///< the guest's MSR
+  u64 page = 0;         ///< linear address of the page that runs, for position-independent code
   u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
   u64 jump_bias = 0;    ///< in its top 16 bits: which address space and mode entries must be of
+  u64 flags = 0;        ///< status flags as LAHF and SETO leave them (AH, AL): where a block is entered with them
+  u64 shadow_limit = 0; ///< the host stack does not grow below this by guest calls
+  u64 shadow_base = 0;  ///< rsp of an empty shadow stack
+  u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
+  /// The page that the stack was last checked in, for writing: linear addresses stack_page + [0, stack_limit) may be
+  /// the start of a group (groups.cpp). Limit 0: none. C++ that may change translations, mode or the TLB's bank while
+  /// code runs sets 0; entering does.
+  u64 stack_page = 0, stack_limit = 0, stack_addend = 0;
+  u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
+  u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
+  u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
+  u32 bias_high = 0;    ///< jump_bias >> 48: what links to other pages are made for
+  u32 bias_negated = 0; ///< -bias_high
+
+  u64 kernel_gs_base = 0;  ///< the guest's MSR
   u64 exit_rip = 0;
   u32 exit_reason = 0;  ///< RING3_REASON_*
   u32 exit_tag = 0;
@@ -47,12 +63,8 @@ struct alignas(64) JitFrame {
   u32 host_mxcsr = 0;
   u32 vectors = 1;      ///< 0: the guest's vectors and MXCSR stay in VcpuState (TranslateMode::lazy)
   u64 saved_rax = 0;    ///< the exits' own
-  u64 flags = 0;        ///< status flags as LAHF and SETO leave them (AH, AL): where a block is entered with them
-  u64 shadow_limit = 0; ///< the host stack does not grow below this by guest calls
-  u64 shadow_base = 0;  ///< rsp of an empty shadow stack
-  u32 bias_high = 0;    ///< jump_bias >> 48: what links to other pages are made for
-  u32 bias_negated = 0; ///< -bias_high
   u64 sentinel = 0;     ///< a non-canonical address: the return address on an empty shadow stack
+  u64 pointer = 0;      ///< what r9 holds
 
   // Thunks: jumped to with `jmp gs:[offset]` (fills: `call gs:[offset]`), from anywhere in the arena. For all:
   // guest registers, flags and vectors in place.
@@ -81,7 +93,6 @@ struct alignas(64) JitFrame {
   u64 exit_next_frame = 0, exit_indirect_frame = 0, exit_attention_frame = 0;
   /// In: r14 = RIP of a block that was killed, the status flags in `flags`: the jump table still leads to it.
   u64 exit_dead_frame = 0;
-  u64 page = 0;  ///< linear address of the page that runs, for position-independent code
   /// As exit_interpret; r15d = number of the decoded instruction (TranslatorVcpu's), which nothing stands around.
   u64 exit_left = 0;
   u64 exit_interpret_frame = 0;  ///< as exit_interpret, with the status flags in `flags`
@@ -90,12 +101,6 @@ struct alignas(64) JitFrame {
   u64 exit_return = 0;
 
   u8 bounce[64] = {};  ///< bytes of a read in two pages
-  u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
-  /// The page that the stack was last checked in, for writing: linear addresses stack_page + [0, stack_limit) may be
-  /// the start of a group (groups.cpp). Limit 0: none. C++ that may change translations, mode or the TLB's bank while
-  /// code runs sets 0; entering does.
-  u64 stack_page = 0, stack_limit = 0, stack_addend = 0;
-  u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
 };
 
 /// What the fill thunks are called with in place of a size, for system instructions (system_ops.cpp). r14 is the
@@ -119,7 +124,7 @@ enum class SystemOp : u32 {
 };
 
 namespace frame {
-inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING3_FRAME_R15, kTlb = RING3_FRAME_TLB,
+inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_FRAME_R11, kR15 = RING3_FRAME_R15, kTlb = RING3_FRAME_TLB,
                      kAttention = RING3_FRAME_ATTENTION, kFsBase = RING3_FRAME_FS_BASE,
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
@@ -135,14 +140,17 @@ inline constexpr u32 kR13 = RING3_FRAME_R13, kR14 = RING3_FRAME_R14, kR15 = RING
                      kExitLeft = RING3_FRAME_EXIT_LEFT, kExitInterpretFrame = RING3_FRAME_EXIT_INTERPRET_FRAME,
                      kExitReturn = RING3_FRAME_EXIT_RETURN, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE;
 inline constexpr u32 kNoTag = ~0u;
+static_assert(offsetof(JitFrame, loop_room) < 2 * RING3_FRAME_CENTRE);
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
 inline constexpr u32 kStackPage = offsetof(JitFrame, stack_page), kStackLimit = offsetof(JitFrame, stack_limit),
                      kStackAddend = offsetof(JitFrame, stack_addend);
 inline constexpr u32 kLoopStart = offsetof(JitFrame, loop_start), kLoopRoom = offsetof(JitFrame, loop_room);
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))
-RING3_CHECK_OFFSET(r13, RING3_FRAME_R13);
-RING3_CHECK_OFFSET(r14, RING3_FRAME_R14);
+RING3_CHECK_OFFSET(pointer, RING3_FRAME_POINTER);
+RING3_CHECK_OFFSET(r9, RING3_FRAME_R9);
+RING3_CHECK_OFFSET(r10, RING3_FRAME_R10);
+RING3_CHECK_OFFSET(r11, RING3_FRAME_R11);
 RING3_CHECK_OFFSET(r15, RING3_FRAME_R15);
 RING3_CHECK_OFFSET(tlb, RING3_FRAME_TLB);
 RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);

@@ -75,10 +75,10 @@ ring3_jit_enter:
     mov GPR(6)(%r14), %rsi
     mov GPR(7)(%r14), %rdi
     mov GPR(8)(%r14), %r8
-    mov GPR(9)(%r14), %r9
-    mov GPR(10)(%r14), %r10
-    mov GPR(11)(%r14), %r11
     mov GPR(12)(%r14), %r12
+    mov GPR(13)(%r14), %r10
+    mov GPR(14)(%r14), %r11
+    mov %gs:RING3_FRAME_POINTER, %r9
     jmp *%r15
     .size ring3_jit_enter, . - ring3_jit_enter
 
@@ -156,10 +156,9 @@ leave:
     mov %rsi, GPR(6)(%r14)
     mov %rdi, GPR(7)(%r14)
     mov %r8, GPR(8)(%r14)
-    mov %r9, GPR(9)(%r14)
-    mov %r10, GPR(10)(%r14)
-    mov %r11, GPR(11)(%r14)
     mov %r12, GPR(12)(%r14)
+    mov %r10, GPR(13)(%r14)
+    mov %r11, GPR(14)(%r14)
     lahf
     seto %al
     movzbl %ah, %ecx

@@ -97,6 +97,7 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
       has_feature_(new bool[kMaxInsns]) {
   fill_thunks(&frame_);
   // Not canonical, and nothing that a guest could guess.
+  frame_.pointer = reinterpret_cast<u64>(&frame_) + RING3_FRAME_CENTRE;
   frame_.sentinel = (std::random_device{}() | static_cast<u64>(std::random_device{}()) << 32) >> 17 | 1ull << 63;
   frame_.attention = reinterpret_cast<u64>(&c_.attention);
   frame_.state_gpr = reinterpret_cast<u64>(s_.gpr);
@@ -309,8 +310,9 @@ CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode, bool ungrouped) {
 }
 
 void TranslatorVcpu::enter(const u8* code) {
-  frame_.r13 = s_.gpr[R13];
-  frame_.r14 = s_.gpr[R14];
+  frame_.r9 = s_.gpr[R9];
+  frame_.r10 = s_.gpr[R10];
+  frame_.r11 = s_.gpr[R11];
   frame_.r15 = s_.gpr[R15];
   frame_.fs_base = s_.seg[FS].base;
   frame_.gs_base = s_.seg[GS].base;
@@ -320,8 +322,9 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.stack_limit = 0;
   frame_.tlb = reinterpret_cast<u64>(shadow != nullptr ? shadow : mmu_.tlb());
   enter_translated(code);
-  s_.gpr[R13] = frame_.r13;
-  s_.gpr[R14] = frame_.r14;
+  s_.gpr[R9] = frame_.r9;
+  s_.gpr[R10] = frame_.r10;
+  s_.gpr[R11] = frame_.r11;
   s_.gpr[R15] = frame_.r15;
   s_.seg[GS].base = frame_.gs_base;
   s_.msr.kernel_gs_base = frame_.kernel_gs_base;
