@@ -181,6 +181,8 @@ class BlockBuilder {
   void add_segment(u8 to, const Address& a);
   bool access(const Address& a, u8 size, Kind kind, bool aligned, Access* out);
   void operand_of(const Address& a, Access* out);
+  void emit_tlb_mask();
+  void emit_start_compare(u32 size);
   void emit_rorx(u8 to, u8 from, u8 count);
   void one_page_or(Label& otherwise, u32 size);
   void emit_fill(bool write);

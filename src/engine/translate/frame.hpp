@@ -47,7 +47,8 @@ struct alignas(64) JitFrame {
   u64 stack_page = 0, stack_limit = 0, stack_addend = 0;
   u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
   u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
-  u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
+  u64 tlb_mask = (Mmu::kTlbSize - 1) * sizeof(Mmu::TlbEntry);  ///< frame::kTlbMask
+  u64 last_start[5] = {4095, 4094, 4092, 4088, 4080};  ///< in its page, where an access of 1, 2, 4, 8 or 16 bytes may start
   u32 bias_high = 0;    ///< jump_bias >> 48: what links to other pages are made for
   u32 bias_negated = 0; ///< -bias_high
 
@@ -100,6 +101,7 @@ struct alignas(64) JitFrame {
   /// `flags`. Polls attention, then goes on through the jump table, with an empty shadow stack.
   u64 exit_return = 0;
 
+  u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
   u8 bounce[64] = {};  ///< bytes of a read in two pages
 };
 
@@ -140,7 +142,7 @@ inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_
                      kExitLeft = RING3_FRAME_EXIT_LEFT, kExitInterpretFrame = RING3_FRAME_EXIT_INTERPRET_FRAME,
                      kExitReturn = RING3_FRAME_EXIT_RETURN, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE;
 inline constexpr u32 kNoTag = ~0u;
-static_assert(offsetof(JitFrame, loop_room) < 2 * RING3_FRAME_CENTRE);
+static_assert(offsetof(JitFrame, last_start) + 40 <= 2 * RING3_FRAME_CENTRE);
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
 inline constexpr u32 kStackPage = offsetof(JitFrame, stack_page), kStackLimit = offsetof(JitFrame, stack_limit),
                      kStackAddend = offsetof(JitFrame, stack_addend);
@@ -156,6 +158,8 @@ RING3_CHECK_OFFSET(tlb, RING3_FRAME_TLB);
 RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
 RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
 RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
+RING3_CHECK_OFFSET(tlb_mask, RING3_FRAME_TLB_MASK);
+RING3_CHECK_OFFSET(last_start, RING3_FRAME_LAST_START);
 RING3_CHECK_OFFSET(scratch, RING3_FRAME_SCRATCH);
 RING3_CHECK_OFFSET(jump_table, RING3_FRAME_JUMP_TABLE);
 RING3_CHECK_OFFSET(jump_bias, RING3_FRAME_JUMP_BIAS);

@@ -16,7 +16,8 @@
 #define RING3_FRAME_SHADOW_BASE 88
 #define RING3_FRAME_FS_BASE 96
 #define RING3_FRAME_GS_BASE 104
-#define RING3_FRAME_SCRATCH 200 /* 6 slots */
+#define RING3_FRAME_TLB_MASK 200
+#define RING3_FRAME_LAST_START 208 /* 5 slots */
 #define RING3_FRAME_BIAS_HIGH 248
 #define RING3_FRAME_BIAS_NEGATED 252
 #define RING3_FRAME_KERNEL_GS_BASE 256
@@ -49,6 +50,7 @@
 #define RING3_FRAME_EXIT_LEFT 456
 #define RING3_FRAME_EXIT_INTERPRET_FRAME 464
 #define RING3_FRAME_EXIT_RETURN 472
+#define RING3_FRAME_SCRATCH 480 /* 6 slots */
 
 /* Bytes of host stack that the shadow stack of returns may take. */
 #define RING3_SHADOW_BYTES 16384

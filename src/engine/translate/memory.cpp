@@ -218,7 +218,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     emit_rip(kScratch0, static_cast<i64>(a.value) - at);
     e_.mov(kScratch1, kScratch0);
     e_.shr(kScratch1, frame::kTlbShift);
-    e_.and32(kScratch1, frame::kTlbMask);
+    emit_tlb_mask();
     e_.add(kScratch1, HostMem::frame(frame::kTlb));
     e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
     e_.jcc(5, s.entry);
@@ -234,14 +234,14 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   emit_address(kScratch0, a);
   emit_rorx(kScratch1, in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0 ? host(a.base) : kScratch0,
             frame::kTlbShift);
-  e_.and32(kScratch1, frame::kTlbMask);
+  emit_tlb_mask();
   e_.add(kScratch1, HostMem::frame(frame::kTlb));
   e_.xor_(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
   if (aligned) {
     e_.test_imm(kScratch0, -static_cast<i32>(kPageSize) | (size - 1));
     e_.jcc(5, s.entry);
   } else {
-    e_.cmp_imm(kScratch0, static_cast<i32>(kPageSize) - size);
+    emit_start_compare(size);
     e_.jcc(7, s.entry);
   }
   e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
@@ -266,14 +266,30 @@ void BlockBuilder::operand_of(const Address& a, Access* out) {
   *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
 }
 
+/// r15 is masked to the offset of a TLB entry. Three bytes less than with an immediate.
+void BlockBuilder::emit_tlb_mask() {
+  e_.encode({.opcode = 0x23, .reg = kScratch1, .memory = true, .mem = HostMem::frame(RING3_FRAME_TLB_MASK)});  // and
+}
+
+/// Above: an access of this size that starts at offset r14 does not end in the same page.
+void BlockBuilder::emit_start_compare(u32 size) {
+  u32 log2 = 0;
+  while (log2 < 4 && 1u << log2 < size) log2++;
+  if (1u << log2 == size) {
+    e_.cmp(kScratch0, HostMem::frame(RING3_FRAME_LAST_START + 8 * log2));
+  } else {
+    e_.cmp_imm(kScratch0, static_cast<i32>(kPageSize - size));
+  }
+}
+
 /// r15 = addend, or the jump. r14: the first byte's offset in its page.
 void BlockBuilder::emit_group_check(const Address& first, u32 size, bool write, Label& miss) {
   emit_address(kScratch0, first);
   emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
-  e_.and32(kScratch1, frame::kTlbMask);
+  emit_tlb_mask();
   e_.add(kScratch1, HostMem::frame(frame::kTlb));
   e_.xor_(kScratch0, HostMem::at(kScratch1, static_cast<i32>(write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
-  e_.cmp_imm(kScratch0, static_cast<i32>(kPageSize - size));
+  emit_start_compare(size);
   e_.jcc(7, miss);
   e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
 }

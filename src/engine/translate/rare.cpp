@@ -117,7 +117,7 @@ void BlockBuilder::check_edge() {
   if (code32()) e_.mov32(kScratch0, kScratch0);
   e_.mov(kScratch1, kScratch0);
   e_.shr(kScratch1, frame::kTlbShift);
-  e_.and32(kScratch1, frame::kTlbMask);
+  emit_tlb_mask();
   e_.add(kScratch1, HostMem::frame(frame::kTlb));
   e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbExecTag)));
   e_.jcc(kNotEqual, interpret_label());
