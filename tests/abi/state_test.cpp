@@ -506,6 +506,61 @@ TEST_P(State, Irqchips) {
   EXPECT_EQ(vm_call(m, KVM_REINJECT_CONTROL, control), 0);
 }
 
+// The guest's writes of TSC and TSC_ADJUST move both by the same; the VMM's move the one it writes. Told by the offset, which is exact.
+TEST_P(State, TscAdjustFollowsTheOffset) {
+  SOFT_ONLY("needs 32-bit code");
+  TestVm m(system());
+  static const u8 code[] = {0x8b, 0x0d, 0x00, 0x06, 0x00, 0x00,  // 1: mov ecx, [0x600]
+                            0xa1, 0x04, 0x06, 0x00, 0x00,        // mov eax, [0x604]
+                            0x8b, 0x15, 0x08, 0x06, 0x00, 0x00,  // mov edx, [0x608]
+                            0x0f, 0x30, 0xe6, 0x10,              // wrmsr; out 0x10, al
+                            0xeb, 0xe9};                         // jmp 1b
+  m.start_flat(Guest{code, code + sizeof code}, false);
+  constexpr u32 kTsc = 0x10, kAdjust = 0x3b;
+  const auto offset = [&] {
+    u64 value = 0;
+    kvm_device_attr attr{};
+    attr.group = KVM_VCPU_TSC_CTRL;
+    attr.attr = KVM_VCPU_TSC_OFFSET;
+    attr.addr = reinterpret_cast<u64>(&value);
+    EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_GET_DEVICE_ATTR, arg(attr)), 0);
+    return value;
+  };
+  const auto read = [&](u32 index) {
+    kvm_msr_entry e{index, 0, 0};
+    EXPECT_TRUE(m.vcpu().get_msrs({&e, 1}).ok());
+    return e.data;
+  };
+  const auto host_writes = [&](u32 index, u64 value) {
+    const kvm_msr_entry e{index, 0, value};
+    EXPECT_TRUE(m.vcpu().set_msrs({&e, 1}).ok());
+  };
+  const auto guest_writes = [&](u32 index, u64 value) {
+    m.put<u32>(0x600, index);
+    m.put<u64>(0x604, value);
+    m.expect_io(0x10, true, static_cast<u8>(value));
+  };
+  EXPECT_EQ(read(kAdjust), 0u);
+  u64 before = offset();
+  ASSERT_NO_FATAL_FAILURE(guest_writes(kAdjust, 1ull << 40));
+  EXPECT_EQ(read(kAdjust), 1ull << 40);
+  EXPECT_EQ(offset() - before, 1ull << 40);
+
+  before = offset();
+  ASSERT_NO_FATAL_FAILURE(guest_writes(kTsc, 5ull << 40));
+  EXPECT_GE(read(kTsc), 5ull << 40);
+  EXPECT_EQ(read(kAdjust) - (1ull << 40), offset() - before);
+
+  before = offset();
+  host_writes(kAdjust, 123);
+  EXPECT_EQ(read(kAdjust), 123u);
+  EXPECT_EQ(offset(), before);
+  host_writes(kTsc, 9ull << 40);
+  EXPECT_GE(read(kTsc), 9ull << 40);
+  EXPECT_NE(offset(), before);
+  EXPECT_EQ(read(kAdjust), 123u);
+}
+
 TEST_P(State, ClockAndTsc) {
   SOFT_ONLY("the host's rate cannot be changed everywhere");
   TestVm m(system());
