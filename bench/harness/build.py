@@ -61,7 +61,7 @@ def workloads(out):
     open(stamp, "w").close()
 
 
-def _libraries(path):
+def libraries(path):
     """The shared libraries and the loader of a program."""
     text = subprocess.run(["ldd", path], capture_output=True, text=True).stdout
     return re.findall(r"(/\S+) \(0x", text)
@@ -88,7 +88,7 @@ def _programs(files):
     if lacking:
         raise Missing("not here: %s\nbench: the workloads need Debian's packages: apt-get install %s" % (" ".join(lacking), DEBIAN))
     own = [os.path.join(files, n) for n in PROGRAMS]
-    libraries = {l for p in programs + own for l in _libraries(p)}
+    libraries = {l for p in programs + own for l in libraries(p)}
     return programs + sorted(libraries) + _python_modules(files)
 
 

@@ -1,9 +1,9 @@
 /* Reads and writes of a disk, sequential and at random, one or many in flight: the guest's side and the host's of bench/disk.
  *
- *   disk PATH MIB SECONDS
+ *   disk PATH MIB SECONDS JOB
  *
- * With O_DIRECT and io_submit(2), over the first MIB of PATH, which are written once beforehand. Prints for each job
- * "JOB seconds S bytes B ios N". Jobs: {seq,rand}-{read,write}-{1,32}; sequential ones move 128 KiB at a time, others 4 KiB.
+ * With O_DIRECT and io_submit(2), over the first MIB of PATH. Prints "JOB seconds S bytes B ios N". Jobs: fill, which comes first;
+ * {seq,rand}-{read,write}-{1,32}; sequential ones move 128 KiB at a time, others 4 KiB.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -101,11 +101,22 @@ static void job(int fd, uint64_t size, double seconds, int at_random, int writes
 }
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc != 5) return 2;
   const uint64_t size = (uint64_t)atoi(argv[2]) << 20;
   const double seconds = atof(argv[3]);
   const int fd = open(argv[1], O_RDWR | O_DIRECT);
   if (fd < 0) die(argv[1]);
+  if (strcmp(argv[4], "fill") != 0) {
+    for (int kind = 0; kind < 8; kind++) {
+      char name[32];
+      const int depth = kind & 4 ? kMostDeep : 1;
+      snprintf(name, sizeof name, "%s-%s-%d", kind & 2 ? "rand" : "seq", kind & 1 ? "write" : "read", depth);
+      if (strcmp(name, argv[4]) != 0) continue;
+      job(fd, size, seconds, kind & 2, kind & 1, depth);
+      return 0;
+    }
+    return 2;
+  }
   void* whole;
   if (posix_memalign(&whole, 4096, 1 << 20) != 0) die("memory");
   memset(whole, 7, 1 << 20);
@@ -113,8 +124,6 @@ int main(int argc, char** argv) {
     if (pwrite(fd, whole, 1 << 20, (off_t)at) != 1 << 20) die("write");
   }
   fsync(fd);
-  for (int depth = 1; depth <= kMostDeep; depth += kMostDeep - 1) {
-    for (int kind = 0; kind < 4; kind++) job(fd, size, seconds, kind >> 1, kind & 1, depth);
-  }
+  puts("fill seconds 1 bytes 0 ios 0");
   return 0;
 }

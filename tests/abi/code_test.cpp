@@ -83,7 +83,7 @@ TEST_P(Code, TheVmmWritesIntoARunningLoopAndTells) {
   m.start_flat(guests::dma_running, true);
   std::thread writer([&] {
     u32 i = 0x11111111;
-    for (u32 last = i + 300;;) {
+    for (u32 last = i + 50;;) {
       const auto end = std::chrono::steady_clock::now() + 60s;
       while (seen(m, 0x20000) != i && std::chrono::steady_clock::now() < end) std::this_thread::yield();
       EXPECT_EQ(seen(m, 0x20000), i);
