@@ -18,7 +18,7 @@ struct TranslateMode {
   bool user = false;       ///< CPL 3
   bool sse = false;        ///< SSE instructions run without #UD or #NM: CR0.EM/TS clear, CR4.OSFXSR set
   bool avx = false;        ///< VEX vector instructions too: CR4.OSXSAVE, XCR0[2:1] = 3
-  bool lazy = false;       ///< sse and avx are off only because the vectors are not loaded: a vector
+  bool lazy = false;       ///< the vectors are not loaded, whether sse and avx might be on or not: a vector
                            ///< instruction leaves through exit_vectors
   bool code32 = false;   ///< 32-bit code; CS, SS, DS and ES have base 0 and limit 4 GiB
   bool fs_flat = false;  ///< code32: FS has limit 4 GiB and may be read and written, whatever its base

@@ -13,7 +13,7 @@ namespace ring3::engine {
 namespace {
 
 constexpr unsigned kMaxInsns = 64;
-constexpr unsigned kVectorsHeld = 64;  ///< interpreted instructions after which vectors are no longer loaded
+constexpr unsigned kVectorsHeld = 64;  ///< how often supervisor code is entered with vectors loaded after it wanted them
 constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
@@ -176,17 +176,21 @@ bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) {
   return mode.user && !mode.code32 && rip < (1ull << 47) - (1ull << 32);
 }
 
+bool TranslatorVcpu::vectors_run() const {
+  u32 mxcsr;
+  std::memcpy(&mxcsr, s_.xsave.bytes + 24, 4);
+  return c_.fpu_ok && (s_.cr4 & cr4::OSFXSR) && (mxcsr & kMxcsrMasks) == kMxcsrMasks;
+}
+
 TranslateMode TranslatorVcpu::mode() const {
   TranslateMode m;
   m.user = c_.cpl == 3;
-  u32 mxcsr;
-  std::memcpy(&mxcsr, s_.xsave.bytes + 24, 4);
-  m.sse = c_.fpu_ok && (s_.cr4 & cr4::OSFXSR) && (mxcsr & kMxcsrMasks) == kMxcsrMasks;
-  m.avx = m.sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
-  // The kernel hardly ever uses vectors: it runs without them loaded until it does.
-  if (m.sse && !m.user && vectors_held_ == 0) {
-    m.sse = m.avx = false;
+  // The kernel hardly ever uses vectors: it runs without them loaded until it does, from before it has switched them on.
+  if (!m.user && vectors_held_ == 0) {
     m.lazy = true;
+  } else {
+    m.sse = vectors_run();
+    m.avx = m.sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
   }
   if (!c_.code64) {
     const auto flat = [&](Seg seg) {
@@ -379,6 +383,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
         frame_.bias_high = static_cast<u32>(bias >> 48);
         frame_.bias_negated = 0 - frame_.bias_high;
         frame_.vectors = m.sse;
+        if (!m.user && vectors_held_ != 0) vectors_held_--;
         if (count != 0 && lockstep_->wants()) {
           Interpreter::Result r;
           const Lockstep::End end = lockstep_->run(code, count, m, &r);
@@ -397,13 +402,13 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
             tag_epoch = cache_->epoch();
             continue;
           case RING3_REASON_VECTORS:
+            if (!vectors_run()) break;  // as in user mode: it faults, or an exception may be unmasked
             vectors_held_ = kVectorsHeld;
             continue;
           case RING3_REASON_LEFT: {
             if (c_.slow_step || s_.sti_shadow || s_.mov_ss_shadow || lockstep_ != nullptr) break;
             stats_.interpreted++;
             if (options_.interpreted_ops != nullptr) note_interpreted();
-            if (vectors_held_ != 0) vectors_held_--;
             const Left& left = left_[frame_.exit_tag];
             const Interpreter::Result r = interpreter_.execute(left.insn, left.handler);
             if (r != Interpreter::Result::Budget) return r;
@@ -436,7 +441,6 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     ungrouped = false;
     stats_.interpreted++;
     if (options_.interpreted_ops != nullptr) note_interpreted();
-    if (vectors_held_ != 0) vectors_held_--;
     const u64 n = translatable() ? 1 : std::min(kOtherMode, limit - c_.retired);
     // What translated code has begun (a dirty bit may be set) is not stopped before it is done.
     const Interpreter::Result r = begun ? interpreter_.run_one() : interpreter_.run(n);

@@ -74,6 +74,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
   TranslateMode mode() const;
+  bool vectors_run() const;  ///< SSE instructions run, with all exceptions masked
   static bool position_independent(u64 rip, TranslateMode mode);
   /// The block at RIP; null: the interpreter is to run the instruction.
   static u8 key(TranslateMode mode, bool ungrouped) {
@@ -115,7 +116,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::vector<Left> left_;
   std::unordered_map<std::string, u32> left_numbers_;
   bool left_stale_ = false;  ///< no block has a number: they begin anew with the next one
-  unsigned vectors_held_ = 0;  ///< supervisor code runs with vectors loaded while it is not zero
+  unsigned vectors_held_ = 0;  ///< supervisor code is entered with vectors loaded while it is not zero
 };
 
 }  // namespace ring3::engine
