@@ -70,7 +70,7 @@ class Collector:
         return sorted(set(self._open) | set(self._ended))
 
 
-def _cpu_ms(pid):
+def cpu_ms(pid):
     """CPU time of a process, all threads, at nanoseconds' resolution; None when it is gone."""
     try:
         return time.clock_gettime((~pid << 3) | 2) * 1e3
@@ -99,7 +99,7 @@ def run(command, cpu=None, environment=None, patience=300, until_ready=False, lo
                     break
                 continue
             data = os.read(process.stdout.fileno(), 65536)
-            wall, used = time.monotonic() * 1e3, _cpu_ms(process.pid)
+            wall, used = time.monotonic() * 1e3, cpu_ms(process.pid)
             if not data:
                 break
             last = time.monotonic()

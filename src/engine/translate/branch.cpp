@@ -10,7 +10,7 @@ namespace ring3::engine {
 namespace {
 
 HostMem frame_at(u32 offset) { return HostMem::frame(offset); }
-/// jmp gs:[offset]
+/// jmp [the frame's slot]
 Encoding thunk_jump(u32 offset) {
   return {.opcode = 0xff, .reg = 4, .memory = true, .mem = frame_at(offset)};
 }

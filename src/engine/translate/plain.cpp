@@ -2,12 +2,9 @@
 
 /// Instructions that are executed as they are, with registers and memory operand renamed.
 ///
-/// Registers: the guest's rsp is the host's r13. Its r13..r15 stand in the frame: such an operand becomes a
-/// frame
-///            memory operand where that means the same, else a scratch register that is loaded before and
-///            stored after.
-/// High bytes: AH..BH cannot stand beside a REX prefix, which the renamed memory operand needs; the
-/// register's
+/// Registers: where the guest's stand is in frame.hpp. One in the frame becomes a memory operand where that means the
+///            same, else a scratch register that is loaded before and stored after.
+/// High bytes: AH..BH cannot stand beside a REX prefix, which the renamed memory operand needs; the register's
 ///            two low bytes are swapped around the instruction then.
 namespace ring3::engine {
 namespace {
