@@ -116,8 +116,11 @@ void BalloonDevice::serve_pages(Queue& q, bool inflate) {
       for (u64 i = 0; inflate && i < count; i++) {
         u32 frame = 0;
         chain.read(4 * i, &frame, 4);
-        u8* host = q.memory().range(Gpa(u64{frame} << kPageShift), kPageSize, true);
-        if (host != nullptr) drop(host, kPageSize);
+        const Gpa page(u64{frame} << kPageShift);
+        u8* host = q.memory().range(page, kPageSize, true);
+        if (host == nullptr) continue;
+        drop(host, kPageSize);
+        q.memory().stored(page, kPageSize);  // zeroes
       }
       q.complete(chain, 0);
     }
@@ -132,7 +135,11 @@ void BalloonDevice::serve_reports() {
   do {
     q.disable_kicks();
     while (q.pop(chain) == Queue::Pop::kChain) {
-      for (const iovec& v : chain.writable()) drop(static_cast<u8*>(v.iov_base), v.iov_len);
+      for (std::size_t i = 0; i < chain.writable().size(); i++) {
+        const iovec& v = chain.writable()[i];
+        drop(static_cast<u8*>(v.iov_base), v.iov_len);
+        q.memory().stored(chain.writable_at()[i], v.iov_len);
+      }
       reported_.fetch_add(chain.writable_bytes());
       q.complete(chain, 0);
     }

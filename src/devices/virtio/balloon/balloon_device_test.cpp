@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <utility>
+#include <vector>
+
 #include "devices/virtio/pci/test_bus.hpp"
 
 namespace ring3::virtio {
@@ -10,7 +13,11 @@ namespace {
 constexpr u64 kAll = feature::kVersion1 | 1 << 1 | 1 << 2 | 1 << 5;
 
 struct Balloon : testing::Test {
-  Balloon() : device(std::make_shared<BalloonDevice>()) { EXPECT_TRUE(bus.add(device)); }
+  Balloon() : device(std::make_shared<BalloonDevice>()) {
+    bus.guest.memory().observe_stores([this](Gpa start, u64 size) { stored.emplace_back(start.value, size); });
+    EXPECT_TRUE(bus.add(device));
+  }
+  std::vector<std::pair<u64, u64>> stored;  ///< by the device, which a wait() stands behind
   test::TestBus bus;
   std::shared_ptr<BalloonDevice> device;
 };
@@ -29,6 +36,7 @@ TEST_F(Balloon, InflatedPagesAreDroppedAndNoOthers) {
     EXPECT_EQ(bus.guest.get<u8>(page << 12), expected) << page;
     EXPECT_EQ(bus.guest.get<u8>((page << 12) + 4095), expected) << page;
   }
+  EXPECT_EQ(stored, (std::vector<std::pair<u64, u64>>{{0x81000, 0x1000}, {0x84000, 0x1000}}));
   ASSERT_TRUE(bus.drivers[1]->add({{0x60000, 8, false}}));
   bus.kick(1, 1);
   EXPECT_TRUE(bus.wait(1));
@@ -52,6 +60,8 @@ TEST_F(Balloon, ReportedPagesAreDropped) {
     ASSERT_TRUE(bus.drivers[queue]->add({{0x82000, 0x2000, true}, {0x88000, 0x1800, true}}));
     bus.kick(1, queue);
     ASSERT_TRUE(bus.wait(queue));
+    EXPECT_EQ(stored, (std::vector<std::pair<u64, u64>>{{0x82000, 0x2000}, {0x88000, 0x1800}}));
+    stored.clear();
     EXPECT_EQ(bus.guest.get<u8>(0x81fff), 0x55);
     EXPECT_EQ(bus.guest.get<u8>(0x82000), 0);
     EXPECT_EQ(bus.guest.get<u8>(0x83fff), 0);

@@ -26,6 +26,7 @@ class Chain {
   /// SAFETY: pieces of guest RAM, each within one memslot; see memory_view.hpp.
   std::span<const iovec> readable() const { return readable_; }
   std::span<const iovec> writable() const { return writable_; }
+  std::span<const Gpa> writable_at() const { return writable_at_; }  ///< of each piece of writable()
   u64 readable_bytes() const { return readable_bytes_; }
   u64 writable_bytes() const { return writable_bytes_; }
 
@@ -43,7 +44,7 @@ class Chain {
   void clear();
 
   std::vector<iovec> readable_, writable_;
-  std::vector<Gpa> writable_at_;  // of each piece, for the dirty log
+  std::vector<Gpa> writable_at_;
   u64 readable_bytes_ = 0, writable_bytes_ = 0;
   u16 id_ = 0;           // split: the head; packed: the buffer id
   u16 descriptors_ = 0;  // ring entries it takes (packed), 1 in a split ring
