@@ -88,8 +88,8 @@ def _programs(files):
     if lacking:
         raise Missing("not here: %s\nbench: the workloads need Debian's packages: apt-get install %s" % (" ".join(lacking), DEBIAN))
     own = [os.path.join(files, n) for n in PROGRAMS]
-    libraries = {l for p in programs + own for l in libraries(p)}
-    return programs + sorted(libraries) + _python_modules(files)
+    needed = {l for p in programs + own for l in libraries(p)}
+    return programs + sorted(needed) + _python_modules(files)
 
 
 def initramfs(out, files):
