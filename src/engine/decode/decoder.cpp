@@ -300,10 +300,39 @@ bool ends_block(const DecodedInsn& insn) {
   }
 }
 
+InsnForm form_of(const ZydisDecodedInstruction& z, const ZydisDecodedOperand* zo, const DecodedInsn& d) {
+  InsnForm form;
+  const auto& disp = z.raw.disp;
+  const auto& imm = z.raw.imm[0];
+  if (z.raw.imm[1].size != 0 || z.opcode_map == ZYDIS_OPCODE_MAP_0F0F) return form;
+  unsigned immediates = 0;
+  for (unsigned i = 0; i < z.operand_count; ++i)
+    if (zo[i].encoding == ZYDIS_OPERAND_ENCODING_IS4) return form;
+  for (const Operand& o : d.operands) {
+    if (o.kind == OperandKind::Imm2 || o.kind == OperandKind::FarPtr) return form;
+    immediates += o.kind == OperandKind::Imm || o.kind == OperandKind::Rel;
+  }
+  if ((imm.size != 0 && immediates != 1) || (disp.size != 0 && !d.has(kHasMem))) return form;
+  form.disp_size = disp.size / 8;
+  form.imm_size = imm.size / 8;
+  form.imm_signed = imm.is_signed;
+  const unsigned numbers = form.disp_size + form.imm_size;
+  if (numbers < z.length) form.fixed = static_cast<u8>(z.length - numbers);
+  if (disp.size != 0 && disp.offset != form.fixed) form.fixed = 0;
+  if (imm.size != 0 && imm.offset != form.fixed + form.disp_size) form.fixed = 0;
+  return form;
+}
+
 }  // namespace
 
 DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mode, bool amd, DecodedInsn* insn) {
+  InsnForm form;
+  return decode(bytes, size, mode, real_mode, amd, insn, &form);
+}
+
+DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mode, bool amd, DecodedInsn* insn, InsnForm* form) {
   *insn = DecodedInsn{};
+  *form = InsnForm{};
   const unsigned column = mode == CodeMode::Bits64   ? 2
                           : mode == CodeMode::Bits32 ? 1
                           : real_mode                ? 3
@@ -358,6 +387,7 @@ DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mod
   if (is_string(d.op) || d.op == Op::Xlat || d.op == Op::Maskmov) d.mem.seg = implicit_segment(z, mode);
   if (needs_alignment(z, d, amd)) d.flags |= kAligned;
   if (ends_block(d)) d.flags |= kEndsBlock;
+  *form = form_of(z, zo, d);
   *insn = d;
   return DecodeResult::Ok;
 }

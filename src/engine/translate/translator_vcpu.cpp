@@ -226,8 +226,9 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   unsigned count = 0, at = 0;
   while (count < max && at < size) {
     DecodedInsn& insn = insns_[count];
-    const DecodeResult r =
-        decode(image + at, std::min(size - at, 15u), mode.code32 ? CodeMode::Bits32 : CodeMode::Bits64, false, c_.features.amd, &insn);
+    const unsigned left = std::min(size - at, 15u);
+    const DecodeResult r = mode.code32 ? decode(image + at, left, CodeMode::Bits32, false, c_.features.amd, &insn)
+                                       : decoder_.decode64(image + at, left, c_.features.amd, &insn);
     if (r != DecodeResult::Ok) break;
     has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
     at += insn.length;

@@ -4,6 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "engine/decode/decode_cache.hpp"
 #include "engine/interp/block_cache.hpp"
 #include "engine/interp/host_fault.hpp"
 #include "engine/interp/interpreter.hpp"
@@ -101,6 +102,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   HostFaultRange fault_range_;
   JitFrame frame_;
   TranslatedBlock out_;
+  DecodeCache decoder_;
   std::vector<DecodedInsn> insns_;
   std::unique_ptr<bool[]> has_feature_;
   Stats stats_;
