@@ -320,7 +320,7 @@ void BlockBuilder::start_over() {
 std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
   count_ = count;
   live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
-  for (std::size_t n = count; n-- > 0;) live_[n] = (live_[n + 1] & ~use_[n].writes) | use_[n].reads;
+  for (std::size_t n = count; n-- > 0;) live_[n] = live_before(request_->insns[n], use_[n], live_[n + 1]);
   if (!in_second_body_) prologue(count);
   for (std::size_t n = first; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
@@ -350,7 +350,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       for (Group& g : groups_) follow(request_->insns[n + k], &g);
     }
     n += consumed_ - 1;
-    if (ended_ || (i.has(kEndsBlock) && i.op != Op::Sti)) return n + 1;
+    if (ended_ || (i.has(kEndsBlock) && i.op != Op::Sti && i.op != Op::Jcc)) return n + 1;
   }
   return count;
 }

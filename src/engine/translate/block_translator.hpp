@@ -29,7 +29,8 @@ struct TranslateMode {
 };
 
 struct BlockRequest {
-  /// Decoded with CodeMode::Bits64, or Bits32 when mode.code32; contiguous from rip, within one guest page.
+  /// Decoded with CodeMode::Bits64, or Bits32 when mode.code32; contiguous from rip, within one guest page. Behind a Jcc
+  /// only where it may be gone on with (may_go_on()).
   std::span<const DecodedInsn> insns;
   u64 rip = 0;
   TranslateMode mode;
@@ -43,6 +44,13 @@ struct BlockRequest {
   bool ungrouped = false;
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
+
+/// A block may go on behind a Jcc that leads forward in its page. (A later one's way back needs a poll.)
+inline bool may_go_on(const DecodedInsn& i, u64 page_offset) {
+  const u64 next = page_offset + i.length;
+  return i.op == Op::Jcc && i.operands[0].kind == OperandKind::Rel && i.imm >= 0 &&
+         next + static_cast<u64>(i.imm) < kPageSize && i.imm < static_cast<i64>(kPageSize);
+}
 
 /// Of an instruction that leaves through exit_vectors in TranslateMode::lazy.
 inline bool needs_vectors(Op op) {
@@ -65,6 +73,7 @@ struct DirectExit {
   /// The target is an instruction of this block, to be gone on with in a block without groups (BlockRequest::ungrouped).
   /// The tag is given as tag | kUngrouped.
   bool ungrouped = false;
+  u16 insns = 0;  ///< instructions of the block that are done then; 0: all
   static constexpr u32 kSamePage = ~0u;
   static constexpr u32 kUngrouped = 1u << 31;
 };

@@ -132,6 +132,7 @@ void BlockBuilder::exit_if(u8 condition, u64 target) {
   stubs_.push_back({{}, page_offset(target), false});
   e_.jcc(condition, stubs_.back().entry);
   out_->exits.push_back({e_.size() - 4, 0, 0, pic() ? static_cast<u64>(page_offset(target)) : target, false});
+  out_->exits.back().insns = static_cast<u16>(index_ + 1);
 }
 
 /// The jump table's entry for r14; the thunks' hash (jump_index()).
@@ -238,6 +239,7 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
   }
   if (!loop && same_page(target) && target > rip()) {
     exit_if(i.opcode & 15, target);
+    if (index_ + 1 < request_->insns.size()) return true;  // the block goes on where it is not taken
     exit_to(wrapped(next_rip()));
     return true;
   }

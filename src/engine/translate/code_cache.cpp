@@ -106,6 +106,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
     x.frame_flags = e.frame_flags;
     x.wide = e.wide;
     x.ungrouped = e.ungrouped;
+    x.insns = e.insns;
     if (e.bias != DirectExit::kSamePage) x.bias = place(e.bias);
     x.from = &b;
   }

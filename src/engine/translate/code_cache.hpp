@@ -82,6 +82,8 @@ class CodeCache {
   /// The exit that left with this tag goes to `to` from now on, if that may be.
   /// rip: where it led; bias: the one in force.
   void link(u32 tag, CodeBlock* to, u64 rip, u64 bias);
+  /// Instructions of its block that are done when it leaves with this tag; 0: all.
+  unsigned exit_insns(u32 tag) const { return tag < exits_.size() ? exits_[tag].insns : 0; }
   /// RIP of the guest instruction whose host instruction faults at pc. page: JitFrame::page.
   bool fault_rip(u64 pc, u64 page, u64* rip) const;
   /// RIP of the block that pc stands in; 0 when it is none's.
@@ -109,6 +111,7 @@ class CodeCache {
     const u8* bias = nullptr;  ///< of a link to another page: what it compares with
     bool frame_flags = false;
     bool wide = false, ungrouped = false;
+    u16 insns = 0;
     u8 changes = 0;            ///< how often a link to another page was made
   };
   static constexpr u8 kChanges = 4;

@@ -107,6 +107,7 @@ bool BlockBuilder::written_registers(const DecodedInsn& i, u32* out) {
     case Op::Stc:
     case Op::Cmc:
     case Op::Sahf:
+    case Op::Jcc:
       break;
     case Op::Xchg:
     case Op::Xadd:
@@ -242,8 +243,9 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
   g.low = a.disp;
   g.high = a.disp + size;
   g.write = kind == Kind::Write;
+  bool always = true;  // a store that may not come to pass does not ask for a page that takes writes
   const auto add = [&](const Address& other, unsigned bytes, bool write) {
-    if (bytes == 0 || bytes > 64 || !same_registers(g, other)) return;
+    if (bytes == 0 || bytes > 64 || !same_registers(g, other) || (write && !g.write && !always)) return;
     const i64 at = g.moved + other.disp;
     const i64 low = std::min(g.low, at), high = std::max(g.high, at + bytes);
     if (high - low > kReach) return;
@@ -254,6 +256,7 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
   };
   for (std::size_t n = index_; n < count_; n++) {
     const DecodedInsn& i = request_->insns[n];
+    always &= i.op != Op::Jcc;
     if (n != index_) {
       for (const Operand& o : i.operands) {
         Address at;

@@ -20,6 +20,11 @@ struct FlagUse {
 
 FlagUse flag_use(const DecodedInsn& insn);
 
+/// Status flags that matter before the instruction, when `after` do behind it. A Jcc's way out of the block needs all.
+inline u64 live_before(const DecodedInsn& insn, const FlagUse& use, u64 after) {
+  return insn.op == Op::Jcc ? rflags::STATUS : (after & ~use.writes) | use.reads;
+}
+
 /// Flags that the architecture leaves undefined after the instruction, whatever its operands hold.
 u64 flags_left_undefined(const DecodedInsn& insn);
 

@@ -134,6 +134,7 @@ bool Lockstep::fault_rip(u64 pc, u64* rip) const {
 
 void Lockstep::translated(const u8* code, const Snapshot& before) {
   load(before);
+  c_.mode_changed();
   active_ = true;
   owner_.enter(code);
   active_ = false;
@@ -143,10 +144,8 @@ void Lockstep::translated(const u8* code, const Snapshot& before) {
 Interpreter::Result Lockstep::interpret(u64 n, bool* all) {
   const u64 retired = c_.retired;
   Interpreter::Result r = Interpreter::Result::Budget;
-  if (n != 0) {
-    c_.mode_changed();
-    r = interpreter_.run(n);
-  }
+  c_.mode_changed();
+  if (n != 0) r = interpreter_.run(n);
   *all = r == Interpreter::Result::Budget && c_.retired - retired == n;
   c_.retired = retired;
   return r;
@@ -172,9 +171,14 @@ bool Lockstep::decode_block(u64 rip, unsigned count) {
   return true;
 }
 
-unsigned Lockstep::done(u64 rip, unsigned count) const {
+unsigned Lockstep::done(u64 rip, unsigned count, bool prefix) const {
   const u32 reason = frame_.exit_reason;
   const bool inside = frame_.exit_tag != frame::kNoTag && (frame_.exit_tag & DirectExit::kUngrouped) != 0;
+  if (reason == RING3_REASON_NEXT && !inside && frame_.exit_tag != frame::kNoTag) {
+    const u32 tag = frame_.exit_tag;
+    const unsigned n = !prefix ? owner_.exit_insns(tag) : tag < out_.exits.size() ? out_.exits[tag].insns : 0;
+    return n != 0 && n < count ? n : count;
+  }
   if ((reason == RING3_REASON_NEXT && !inside) || reason == RING3_REASON_INDIRECT || reason == RING3_REASON_ATTENTION) return count;
   u64 at = before_.state->rip;
   for (unsigned n = 0; n < count; n++) {
@@ -189,8 +193,7 @@ u64 Lockstep::compared_flags(unsigned n, bool complete) const {
   u64 live = rflags::STATUS;
   if (!complete) {
     for (std::size_t i = insns_.size(); i-- > n;) {
-      const FlagUse use = flag_use(insns_[i]);
-      live = (live & ~use.writes) | use.reads;
+      live = live_before(insns_[i], flag_use(insns_[i]), live);
     }
   }
   u64 undefined = 0;
@@ -298,7 +301,7 @@ void Lockstep::name_difference(const Snapshot& before, unsigned count, Translate
     if (prefix_ == nullptr) break;
     insns_.assign(all.begin(), all.begin() + k);
     translated(prefix_ + out_.entry, before);
-    const unsigned n = done(s_.rip, k);
+    const unsigned n = done(s_.rip, k, true);
     save(&after_translated_);
     if (n == kAll) continue;
     load(before);
@@ -344,7 +347,7 @@ Lockstep::End Lockstep::run(const u8* code, unsigned count, TranslateMode mode, 
   }
   const u32 reason = frame_.exit_reason, tag = frame_.exit_tag;
   const u64 exit_rip = frame_.exit_rip;
-  unsigned n = done(s_.rip, count);
+  unsigned n = done(s_.rip, count, false);
   const bool lost = n == kAll;
   if (lost) n = count;
   save(&after_translated_);
@@ -356,7 +359,8 @@ Lockstep::End Lockstep::run(const u8* code, unsigned count, TranslateMode mode, 
     return End::Stopped;
   }
   stats_.compared++;
-  const u64 flags = compared_flags(n, n == count);
+  const bool by_exit = reason == RING3_REASON_NEXT && (tag == frame::kNoTag || (tag & DirectExit::kUngrouped) == 0);
+  const u64 flags = compared_flags(n, n == count || by_exit);
   Comparison c = compare(s_, *after_translated_.state, flags);
   if (lost && c.same) c = {false, "  it left at no instruction of the block\n"};
   if (c.same) {

@@ -43,6 +43,7 @@ class Lockstep {
     std::function<void(const u8* code)> enter;
     std::function<bool(u64 pc, u64* rip)> fault_rip;  ///< of the code cache
     std::function<bool(u64 linear, u64 size, bool write)> fill;
+    std::function<unsigned(u32 tag)> exit_insns;  ///< of the code cache
   };
 
   static Result<std::unique_ptr<Lockstep>> create(VcpuState& state, Mmu& mmu, Interpreter& interpreter,
@@ -87,7 +88,8 @@ class Lockstep {
   void translated(const u8* code, const Snapshot& before);  ///< leaves its result in s_
   bool fault_rip(u64 pc, u64* rip) const;
   bool decode_block(u64 rip, unsigned count);
-  unsigned done(u64 rip, unsigned count) const;  ///< instructions executed when the block left at rip; ~0u: none fits
+  /// Instructions executed when the block (prefix: as out_ is) left at rip; ~0u: none fits.
+  unsigned done(u64 rip, unsigned count, bool prefix) const;
   u64 compared_flags(unsigned n, bool complete) const;
   Comparison compare(const VcpuState& interpreted, const VcpuState& other, u64 flags) const;
   Interpreter::Result interpret(u64 n, bool* all);

@@ -67,6 +67,27 @@ TEST(Lockstep, WhatIsRightIsNotReported) {
   EXPECT_EQ(c.m.load<u32>(0x50008), 1u);  // once, though it ran twice
 }
 
+// A block that is left in its middle, and one that goes on behind a branch that is not taken.
+TEST(Lockstep, BranchesInsideABlock) {
+  Checked c(create_block_translator());
+  c.m.s.gpr[RAX] = 1;
+  // test eax, eax; jz +2; inc ebx; inc ebx; cmp eax, 1; je +4; inc ebx; inc ebx; lea ecx, [rbx+rbx]
+  EXPECT_TRUE(c.m.run(hex("85 c0  74 04  ff c3 ff c3  83 f8 01  74 04  ff c3 ff c3  8d 0c 1b")).halted());
+  EXPECT_TRUE(c.reports.empty()) << c.reports[0];
+  EXPECT_EQ(c.m.s.gpr[RCX], 4u);
+}
+
+// A block that has walked page tables runs translated once more: with the rights it began with, not those that CLAC left.
+TEST(Lockstep, ABlockThatChangesRights) {
+  Checked c(create_block_translator());
+  c.m.s.cr4 |= cr4::SMAP;
+  c.m.interpreter().context().mode_changed();
+  // stac; lock inc dword [0x50008]; add dword [0x50008], 2; clac
+  EXPECT_TRUE(c.m.run(hex("0f 01 cb  f0 ff 04 25 08 00 05 00  83 04 25 08 00 05 00 02  0f 01 ca")).halted());
+  EXPECT_TRUE(c.reports.empty()) << c.reports[0];
+  EXPECT_EQ(c.m.load<u32>(0x50008), 3u);
+}
+
 TEST(Lockstep, NamesTheFirstInstructionThatDiffers) {
   Checked c(std::make_unique<Wrong>());
   c.m.s.gpr[RAX] = 7;

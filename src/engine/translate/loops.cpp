@@ -51,7 +51,7 @@ void BlockBuilder::plan_loop(std::size_t count) {
   for (std::size_t n = 0; n < count; n++) size += request_->insns[n].length;
   if (last.op != Op::Jcc || last.operands[0].kind != OperandKind::Rel || size + static_cast<u64>(last.imm) != 0) return;
   u64 live = rflags::STATUS;
-  for (std::size_t n = count; n-- > 0;) live = (live & ~use_[n].writes) | use_[n].reads;
+  for (std::size_t n = count; n-- > 0;) live = live_before(request_->insns[n], use_[n], live);
   if (live != 0) return;
 
   i64 step[16] = {};

@@ -13,6 +13,7 @@ namespace ring3::engine {
 namespace {
 
 constexpr unsigned kMaxInsns = 64;
+constexpr unsigned kMaxBranches = 4;  ///< of a block, its last one among them
 constexpr unsigned kVectorsHeld = 64;  ///< how often supervisor code is entered with vectors loaded after it wanted them
 constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
@@ -74,7 +75,8 @@ ring3::Result<std::unique_ptr<TranslatorVcpu>> TranslatorVcpu::create(VcpuState&
                                   [t](u64 pc, u64* rip) { return t->cache_->fault_rip(pc, t->frame_.page, rip); },
                                   [t](u64 linear, u64 size, bool write) {
                                     return t->mmu_.warm(linear, static_cast<unsigned>(size), write);
-                                  }},
+                                  },
+                                  [t](u32 tag) { return t->cache_->exit_insns(tag); }},
                                  checks);
     if (!made) return made.error();
     v->lockstep_ = std::move(*made);
@@ -223,7 +225,11 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   // SAFETY: host is readable to the end of its page.
   std::memcpy(image, host, size);
 
-  unsigned count = 0, at = 0;
+  BlockRequest request;
+  request.rip = rip;
+  request.mode = mode;
+  request.position_independent = position_independent(rip, mode);
+  unsigned count = 0, at = 0, branches = 0;
   while (count < max && at < size) {
     DecodedInsn& insn = insns_[count];
     const unsigned left = std::min(size - at, 15u);
@@ -231,15 +237,15 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
                                        : decoder_.decode64(image + at, left, c_.features.amd, &insn);
     if (r != DecodeResult::Ok) break;
     has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
+    const bool ends = insn.has(kEndsBlock) && insn.op != Op::Sti;
+    const bool on = ends && !ungrouped && may_go_on(insn, gpa.page_offset() + at) && ++branches < kMaxBranches;
     at += insn.length;
     count++;
-    if (insn.has(kEndsBlock) && insn.op != Op::Sti) break;
+    if (ends && !on) break;
+    // What stands there already is not made a second time.
+    if (on && cache_->find(gpa + at, request.position_independent ? 0 : rip + at, key(mode, false)) != nullptr) break;
   }
 
-  BlockRequest request;
-  request.rip = rip;
-  request.mode = mode;
-  request.position_independent = position_independent(rip, mode);
   request.loops = lockstep_ == nullptr && !ungrouped;
   request.ungrouped = ungrouped;
   u8 guest_bytes[15];
