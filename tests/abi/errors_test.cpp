@@ -69,6 +69,8 @@ const Row kRows[] = {
     {"an ioeventfd from nowhere", On::Vm, KVM_IOEVENTFD, With::Null, 0, -EFAULT},
     {"a clock from nowhere", On::Vm, KVM_SET_CLOCK, With::Null, 0, -EFAULT},
     {"a device of no kind", On::Vm, KVM_CREATE_DEVICE, With::Struct, 99, -ENODEV},
+    {"a connection from nowhere", On::Vm, KVM_HYPERV_EVENTFD, With::Null, 0, -EFAULT, false},
+    {"a connection to no eventfd", On::Vm, KVM_HYPERV_EVENTFD, With::Struct, 0xffffffffull << k32, -EBADF, false},
     {"an MSR filter from nowhere", On::Vm, KVM_X86_SET_MSR_FILTER, With::Null, 0, -EFAULT, false},
 
     {"a second irqchip", On::Irqchip, KVM_CREATE_IRQCHIP, With::Integer, 0, -EEXIST},
@@ -95,6 +97,9 @@ const Row kRows[] = {
     {"no machine-check banks", On::Vcpu, KVM_X86_SETUP_MCE, With::Struct, 0, -EINVAL},
     {"too many machine-check banks", On::Vcpu, KVM_X86_SETUP_MCE, With::Struct, 200, -EINVAL},
     {"a signal mask of odd length", On::Vcpu, KVM_SET_SIGNAL_MASK, With::Struct, 4, -EINVAL},
+    {"too little room for Hyper-V's CPUID", On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID, With::Struct, 0, -E2BIG, false},
+    {"Hyper-V's CPUID to nowhere", On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID, With::Null, 0, -EFAULT, false},
+    {"a SynIC without LAPIC", On::Vcpu, KVM_ENABLE_CAP, With::Struct, KVM_CAP_HYPERV_SYNIC2, -EINVAL, false},
     {"a vCPU capability with flags", On::Vcpu, KVM_ENABLE_CAP, With::Struct, 1ull << k32, -EINVAL},
     {"an attribute that is not", On::Vcpu, KVM_HAS_DEVICE_ATTR, With::Struct, 99ull << k32, -ENXIO, false},
     {"the vAPIC without LAPIC", On::Vcpu, KVM_SET_VAPIC_ADDR, With::Struct, 0, -EINVAL},
@@ -116,18 +121,6 @@ const Lacking kLacking[] = {
     {"a PMU's event filter", KVM_CAP_PMU_EVENT_FILTER, On::Vm, KVM_SET_PMU_EVENT_FILTER},
     {"a PMU's event filter, from nowhere", KVM_CAP_PMU_EVENT_FILTER, On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Null},
     {"a PMU to switch off", KVM_CAP_PMU_CAPABILITY, On::Vm, kNone},
-    {"Hyper-V", KVM_CAP_HYPERV, On::Vm, kNone},
-    {"Hyper-V's spinlocks", KVM_CAP_HYPERV_SPIN, On::Vm, kNone},
-    {"Hyper-V's vAPIC", KVM_CAP_HYPERV_VAPIC, On::Vm, kNone},
-    {"Hyper-V's clock", KVM_CAP_HYPERV_TIME, On::Vm, kNone},
-    {"Hyper-V's CPUID", KVM_CAP_HYPERV_CPUID, On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID},
-    {"Hyper-V's CPUID of the system", KVM_CAP_SYS_HYPERV_CPUID, On::System, KVM_GET_SUPPORTED_HV_CPUID},
-    {"Hyper-V's doorbells", KVM_CAP_HYPERV_EVENTFD, On::Vm, KVM_HYPERV_EVENTFD},
-    {"Hyper-V's interrupt controller", KVM_CAP_HYPERV_SYNIC, On::Vcpu, kNone},
-    {"Hyper-V's interrupt controller, second form", KVM_CAP_HYPERV_SYNIC2, On::Vcpu, kNone},
-    {"Hyper-V's flushes", KVM_CAP_HYPERV_TLBFLUSH, On::Vm, kNone},
-    {"Hyper-V's IPIs", KVM_CAP_HYPERV_SEND_IPI, On::Vm, kNone},
-    {"Hyper-V's CPUID enforced", KVM_CAP_HYPERV_ENFORCE_CPUID, On::Vcpu, kNone},
     {"Hyper-V inside VMX", KVM_CAP_HYPERV_ENLIGHTENED_VMCS, On::Vcpu, kNone},
     {"Xen's hypercalls", KVM_CAP_XEN_HVM, On::Vm, KVM_XEN_HVM_CONFIG},
     {"Xen's attributes", KVM_CAP_XEN_HVM, On::Vm, KVM_XEN_HVM_SET_ATTR},
@@ -181,7 +174,7 @@ TEST_P(ErrorNumbers, OfWhatIsNotOffered) {
     kvm_msr_entry entry;
   } msrs{};
   msrs.head.nmsrs = 1;
-  msrs.entry.index = 0x40000000;  // HV_X64_MSR_GUEST_OS_ID
+  msrs.entry.index = 0x4b564d02;  // MSR_KVM_ASYNC_PF_EN
   msrs.entry.data = 1;
   EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_SET_MSRS, arg(msrs)), 0);
   EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_GET_MSRS, arg(msrs)), 0);

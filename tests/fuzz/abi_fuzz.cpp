@@ -104,6 +104,7 @@ const Call kCalls[] = {
     {On::Vm, KVM_GET_TSC_KHZ, Arg::Integer},
     {On::Vm, KVM_RESET_DIRTY_RINGS, Arg::Integer},
     {On::Vm, KVM_SET_PMU_EVENT_FILTER, Arg::In},
+    {On::Vm, KVM_HYPERV_EVENTFD, Arg::In},
 
     {On::Vcpu, KVM_RUN, Arg::Integer},
     {On::Vcpu, KVM_RUN, Arg::Integer},
@@ -160,14 +161,17 @@ const Call kCalls[] = {
 constexpr u32 kCaps[] = {KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
                          KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_MSR_PLATFORM_INFO,
                          KVM_CAP_MAX_VCPU_ID, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_DISABLE_QUIRKS, KVM_CAP_DISABLE_QUIRKS2,
-                         KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV_SYNIC, KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_PMU_CAPABILITY,
+                         KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV_SYNIC, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_PMU_CAPABILITY,
                          KVM_CAP_X86_DISABLE_EXITS, KVM_CAP_EXIT_HYPERCALL};
 
 constexpr u32 kMsrs[] = {0x10,       0x1b,       0x3a,       0x3b,       0x8b,       0x174,      0x175,      0x176,      0x179,
                          0x17a,      0x17b,      0x1a0,      0x200,      0x2ff,      0x277,      0x400,      0x401,      0x6e0,
                          0x808,      0x830,      0xc0000080, 0xc0000081, 0xc0000082, 0xc0000084, 0xc0000100, 0xc0000101,
                          0xc0000102, 0xc0000103, 0x11,       0x12,       0x4b564d00, 0x4b564d01, 0x4b564d02, 0x4b564d03,
-                         0x4b564d04, 0x40000000, 0xda0,      0xc0010015};
+                         0x4b564d04, 0x40000000, 0x40000001, 0x40000002, 0x40000003, 0x40000010, 0x40000020, 0x40000021,
+                         0x40000070, 0x40000071, 0x40000072, 0x40000073, 0x40000080, 0x40000082, 0x40000083, 0x40000084,
+                         0x40000090, 0x40000092, 0x400000b0, 0x400000b1, 0x400000b2, 0x400000b3, 0x400000f1, 0x40000105, 0x40000107,
+                         0xda0,      0xc0010015};
 
 bool known_error(long r) {
   switch (-r) {

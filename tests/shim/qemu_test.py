@@ -177,6 +177,17 @@ class Q35(QemuTest):
         self.boot(2, "-M", "q35", "-cpu", "host")
 
 
+    def test_hyperv(self):
+        """With KVM's own leaves hidden the guest's clock, IPIs and TLB flushes are Hyper-V's."""
+        text = self.expect_end(self.linux(
+            "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; nproc; dmesg | grep -i hyper-v:", "-M", "q35", "-smp", "2", "-cpu",
+            "host,kvm=off,hv_relaxed,hv_vapic,hv_time,hv_spinlocks=0x1fff,hv_vpindex,hv_synic,hv_stimer,hv_reset,hv_runtime,"
+            "hv_frequencies,hv_tlbflush,hv_ipi,hv_crash"))
+        for line in ("hyperv_clocksource_tsc_page", "2"):
+            self.assertRegex(text, f"(?m)^{line}$", text[-3000:])
+        self.assertIn("Hyper-V: Using hypercall for remote TLB flush", text, text[-3000:])
+
+
 class Microvm(QemuTest):
     def test_boots(self):
         self.boot(1, "-M", "microvm,pit=on,pic=on,rtc=on", "-cpu", "host")

@@ -231,6 +231,16 @@ void Cpuid::lookup(u32 leaf, u32 subleaf, u32 out[4]) const {
   }
 }
 
+const kvm_cpuid_entry2* Cpuid::pv_features() const {
+  u32 signature[3];
+  std::memcpy(signature, "KVMKVMKVM\0\0\0", 12);
+  for (const auto& e : entries_) {
+    if ((e.function & 0xffff00ff) != kPvSignature) continue;
+    if (e.ebx == signature[0] && e.ecx == signature[1] && e.edx == signature[2]) return find(e.function | kPvFeatures, 0);
+  }
+  return nullptr;
+}
+
 bool Cpuid::x2apic() const {
   const kvm_cpuid_entry2* e = find(1, 0);
   return e != nullptr && (e->ecx & bit(21));

@@ -43,6 +43,8 @@ class Cpuid {
   void lookup(u32 leaf, u32 subleaf, u32 out[4]) const;
   const kvm_cpuid_entry2* find(u32 leaf, u32 subleaf) const;
 
+  /// KVM's features: behind the leaf with KVM's signature, which stands at 0x40000100 where Hyper-V's leaves are the first.
+  const kvm_cpuid_entry2* pv_features() const;
   bool x2apic() const;
   bool tsc_deadline() const;
   u8 physical_bits() const;

@@ -68,6 +68,19 @@ void VcpuEnvironment::ask(Kind kind, u64 address, unsigned size, u64 data, u32 r
   }
 }
 
+void VcpuEnvironment::ask_hypercall(u64 control, u64 input, u64 output) {
+  asked_ = Access{Kind::HvCall, 8, control, 0};
+  exit_pending_ = true;
+  replaying = true;
+  kvm_run& run = *vcpu_.run_page();
+  run.exit_reason = KVM_EXIT_HYPERV;
+  run.hyperv = kvm_hyperv_exit{};
+  run.hyperv.type = KVM_EXIT_HYPERV_HCALL;
+  run.hyperv.u.hcall.input = control;
+  run.hyperv.u.hcall.params[0] = input;
+  run.hyperv.u.hcall.params[1] = output;
+}
+
 void VcpuEnvironment::complete() {
   if (!exit_pending_) return;
   exit_pending_ = false;
@@ -85,6 +98,8 @@ void VcpuEnvironment::complete() {
   } else if (asked_.kind == Kind::MmioRead) {
     asked_.data = 0;
     std::memcpy(&asked_.data, run.mmio.data, asked_.size);
+  } else if (asked_.kind == Kind::HvCall) {
+    asked_.data = run.hyperv.u.hcall.result;
   } else if (asked_.kind == Kind::MsrRead || asked_.kind == Kind::MsrWrite) {
     asked_.error = run.msr.error != 0;
     if (asked_.kind == Kind::MsrRead) asked_.data = run.msr.data;
@@ -308,6 +323,24 @@ u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
     default:
       return kHcNoSys;
   }
+}
+
+bool VcpuEnvironment::hv_hypercalls() { return vcpu_.hv_->hypercalls(); }
+
+VcpuEnvironment::Answer VcpuEnvironment::hv_hypercall(u64 control, u64 input, u64 output, u64* result) {
+  if (const Access* a = replay(Kind::HvCall, control, 8)) {
+    *result = a->data;
+    return Answer::Done;
+  }
+  vcpu_.stats_.add(vcpu_stat::Hypercalls);
+  const hv::HypercallResult r = vcpu_.hv_->hypercall({control, input, output, vcpu_.state().xsave.xmm(0)});
+  switch (r.kind) {
+    case hv::HypercallResult::Kind::kUndefined: return Answer::Fault;
+    case hv::HypercallResult::Kind::kToVmm: ask_hypercall(control, input, output); return Answer::Exit;
+    case hv::HypercallResult::Kind::kDone: break;
+  }
+  *result = r.status;
+  return Answer::Done;
 }
 
 void VcpuEnvironment::nmi_unblocked() { vcpu_.raise(kAttendNmi); }

@@ -31,6 +31,8 @@ class VcpuEnvironment final : public Environment {
   u64 get_cr8() override;
   void set_cr8(u64 value) override;
   u64 hypercall(u64 nr, const u64 args[4]) override;
+  bool hv_hypercalls() override;
+  Answer hv_hypercall(u64 control, u64 input, u64 output, u64* result) override;
   void nmi_unblocked() override;
   void retired() override;
   bool mmio_read(Gpa gpa, void* data, unsigned size) override;
@@ -44,7 +46,7 @@ class VcpuEnvironment final : public Environment {
   void drop();
 
  private:
-  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite };
+  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite, HvCall };
   struct Access {
     Kind kind;
     u8 size;
@@ -53,6 +55,8 @@ class VcpuEnvironment final : public Environment {
     u32 reason = 0;      // MSRs: KVM_MSR_EXIT_REASON_*
     bool error = false;  // MSRs: the VMM wants #GP
   };
+  /// A Hyper-V hypercall that is the VMM's.
+  void ask_hypercall(u64 control, u64 input, u64 output);
   // A longer log is no instruction's; see log_full().
   static constexpr std::size_t kMaxLog = 1024;
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "engine/abi/cpuid.hpp"
+#include "engine/hyperv/tlfs.hpp"
 #include "engine/interp/msr.hpp"
 
 namespace ring3::engine::abi {
@@ -23,6 +24,13 @@ constexpr u32 kOwn[] = {
     0x4b564d00,  // KVM_WALL_CLOCK_NEW
     0x4b564d01,  // KVM_SYSTEM_TIME_NEW
     0x4b564d03,  // KVM_STEAL_TIME
+    // Hyper-V's: the VMM knows which others (SIMP, SIEFP, SINTx, STIMERx) come with SCONTROL and the first timer.
+    hv::msr::kGuestOsId, hv::msr::kHypercall, hv::msr::kTimeRefCount, hv::msr::kReferenceTsc, hv::msr::kTscFrequency,
+    hv::msr::kApicFrequency, hv::msr::kCrashP0, hv::msr::kCrashP0 + 1, hv::msr::kCrashP0 + 2, hv::msr::kCrashP0 + 3,
+    hv::msr::kCrashP4, hv::msr::kCrashCtl, hv::msr::kReset, hv::msr::kVpIndex, hv::msr::kVpRuntime, hv::msr::kScontrol,
+    hv::msr::kStimer0Config, hv::msr::kVpAssistPage, hv::msr::kReenlightenmentControl, hv::msr::kTscEmulationControl,
+    hv::msr::kTscEmulationStatus, hv::msr::kSyndbgOptions, hv::msr::kSyndbgControl, hv::msr::kSyndbgStatus,
+    hv::msr::kSyndbgSendBuffer, hv::msr::kSyndbgRecvBuffer, hv::msr::kSyndbgPendingBuffer,
 };
 }  // namespace
 

@@ -55,20 +55,6 @@ class VmEndpoint final : public kvm::Endpoint {
   std::shared_ptr<Vm> vm_;
 };
 
-/// Answers with a list of entries behind a head that says how many there is room for.
-template <class Head, class Entry>
-long answer_list(u64 arg, const std::vector<Entry>& entries, u32 Head::*count, bool tell_needed) {
-  Head head;
-  if (!copy_in(arg, &head)) return -EFAULT;
-  const u32 room = head.*count;
-  const u32 have = static_cast<u32>(entries.size());
-  if (room < have && !tell_needed) return -E2BIG;
-  head.*count = have;
-  if (!copy_out(arg, head)) return -EFAULT;
-  if (room < have) return -E2BIG;
-  return copy_bytes_out(arg + sizeof(Head), entries.data(), entries.size() * sizeof(Entry)) ? 0 : -EFAULT;
-}
-
 class SystemEndpoint final : public kvm::Endpoint {
  public:
   explicit SystemEndpoint(Config config) : config_(std::move(config)) {}
@@ -83,6 +69,8 @@ class SystemEndpoint final : public kvm::Endpoint {
         return arg == 0 ? static_cast<long>(Vcpu::kRunSize) : -EINVAL;
       case KVM_GET_SUPPORTED_CPUID:
         return answer_list<kvm_cpuid2>(arg, supported_cpuid(), &kvm_cpuid2::nent, false);
+      case KVM_GET_SUPPORTED_HV_CPUID:
+        return answer_list<kvm_cpuid2>(arg, hv::supported_cpuid(kMaxVcpus, true), &kvm_cpuid2::nent, false);
       case KVM_GET_EMULATED_CPUID:
         return answer_list<kvm_cpuid2>(arg, emulated_cpuid(), &kvm_cpuid2::nent, false);
       case KVM_GET_MSR_INDEX_LIST:

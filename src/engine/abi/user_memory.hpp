@@ -1,5 +1,7 @@
 #pragma once
+#include <cerrno>
 #include <memory>
+#include <vector>
 
 #include "base/types.hpp"
 
@@ -25,6 +27,20 @@ bool copy_in(u64 address, T* out) {
 template <class T>
 bool copy_out(u64 address, const T& value) {
   return copy_bytes_out(address, &value, sizeof(T));
+}
+
+/// Answers with a list of entries behind a head that says how many there is room for.
+template <class Head, class Entry>
+long answer_list(u64 arg, const std::vector<Entry>& entries, u32 Head::*count, bool tell_needed) {
+  Head head;
+  if (!copy_in(arg, &head)) return -EFAULT;
+  const u32 room = head.*count;
+  const u32 have = static_cast<u32>(entries.size());
+  if (room < have && !tell_needed) return -E2BIG;
+  head.*count = have;
+  if (!copy_out(arg, head)) return -EFAULT;
+  if (room < have) return -E2BIG;
+  return copy_bytes_out(arg + sizeof(Head), entries.data(), entries.size() * sizeof(Entry)) ? 0 : -EFAULT;
 }
 
 }  // namespace ring3::engine::abi

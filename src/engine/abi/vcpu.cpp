@@ -58,6 +58,8 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
     v->lapic_ = std::make_unique<Lapic>(vm.bus(), vm.timers(), v->tsc_, id, boot);
     if (!boot) v->mp_state_ = KVM_MP_STATE_UNINITIALIZED;
   }
+  hv::Processor& processor = *v;
+  v->hv_ = std::make_unique<hv::Vp>(vm.hv(), vm, processor, vm.timers(), v->tsc_, v->lapic_.get(), id, index);
   v->state_.reset();
   Msrs& m = v->state_.msr;
   m.mcg_cap = mce_cap_supported() & ~u64{0xff};
@@ -93,6 +95,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
 }
 
 Vcpu::~Vcpu() {
+  hv_.reset();
   lapic_.reset();  // first: its timer raises attention in what the members below hold
   if (registered_) vm_.tracker().unregister_vcpu(index_);
 }
@@ -160,6 +163,7 @@ void Vcpu::unhalt() {
 }
 void Vcpu::request_clock_update() {
   pvclock_.request_update();
+  vm_.hv().clock_changed();
   raise(kAttendClock);
 }
 
@@ -270,6 +274,7 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
     f.physical_bits = cpuid_.physical_bits();
     lapic_->set_features(f);
   }
+  hv_->set_cpuid(hv::Cpuid::from([this](u32 leaf) { return cpuid_.find(leaf, 0); }), features.amd);
   use_features(features);
   return 0;
 }
@@ -418,9 +423,18 @@ long Vcpu::enable_cap(u64 arg) {
   kvm_enable_cap cap;
   if (!copy_in(arg, &cap)) return -EFAULT;
   if (cap.flags != 0) return -EINVAL;
-  if (cap.cap != KVM_CAP_ENFORCE_PV_FEATURE_CPUID) return -EINVAL;
-  enforce_pv_ = cap.args[0] != 0;
-  return 0;
+  switch (cap.cap) {
+    case KVM_CAP_ENFORCE_PV_FEATURE_CPUID: enforce_pv_ = cap.args[0] != 0; return 0;
+    case KVM_CAP_HYPERV_ENFORCE_CPUID: hv_->set_enforce_cpuid(cap.args[0] != 0); return 0;
+    case KVM_CAP_HYPERV_SYNIC2:
+      if (cap.args[0] != 0) return -EINVAL;
+      [[fallthrough]];
+    case KVM_CAP_HYPERV_SYNIC:
+      if (!lapic_) return -EINVAL;
+      hv_->activate_synic(cap.cap == KVM_CAP_HYPERV_SYNIC);
+      return 0;
+    default: return -EINVAL;
+  }
 }
 
 long Vcpu::device_attr(unsigned long request, u64 arg) {
@@ -485,6 +499,8 @@ long Vcpu::ioctl_locked(unsigned long request, u64 arg) {
       if (result == 0) raise(kAttendClock);
       return result;
     }
+    case KVM_GET_SUPPORTED_HV_CPUID:
+      return answer_list<kvm_cpuid2>(arg, hv::supported_cpuid(kMaxVcpus, lapic_ != nullptr), &kvm_cpuid2::nent, false);
     case KVM_ENABLE_CAP: return enable_cap(arg);
     case KVM_HAS_DEVICE_ATTR:
     case KVM_GET_DEVICE_ATTR:

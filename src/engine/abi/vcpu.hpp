@@ -16,6 +16,7 @@
 #include "engine/abi/dirty_ring.hpp"
 #include "engine/abi/environment.hpp"
 #include "engine/abi/stats.hpp"
+#include "engine/hyperv/vp.hpp"
 #include "engine/interp/host_fault.hpp"
 #include "engine/interp/interpreter.hpp"
 #include "engine/translate/translator_vcpu.hpp"
@@ -37,6 +38,7 @@ enum AttentionBit : u32 {
   kAttendNmi = 1u << 4,
   kAttendInit = 1u << 5,   ///< INIT or SIPI
   kAttendClock = 1u << 6,  ///< the kvmclock page is out of date
+  kAttendHyperv = 1u << 8,  ///< SynIC timers; TLBs to drop
   kAttendExit = 1u << 7,   ///< leave after the current instruction: EOI exits, immediate_exit during a replay
 };
 
@@ -45,7 +47,7 @@ enum AttentionBit : u32 {
 /// Spec:      virt/kvm/api, "vcpu ioctl" entries.
 /// Threading: ioctl() from any thread, serialised by mutex_; KVM_RUN holds it, and the guest runs on its caller's thread.
 ///            raise() and what stands beside it: any thread, at any time.
-class Vcpu final : private DirtySink {
+class Vcpu final : private DirtySink, private hv::Processor {
  public:
   static constexpr std::size_t kRunSize = 3 * kPageSize;
 
@@ -88,6 +90,7 @@ class Vcpu final : private DirtySink {
   u64 apic_base() const { return lapic_ ? lapic_->apic_base() : apic_base_; }
   bool pv_feature(u32 bit) const;
   void note_ioapic_eoi(u8 vector);
+  hv::Vp& hv() { return *hv_; }
   enum class Msr { Ok, Fault, Unknown };
   /// MSRs that are not the core's; Unknown for those that nobody knows. (vcpu_msrs.cpp)
   Msr read_msr(u32 index, bool host, u64* value);
@@ -99,6 +102,17 @@ class Vcpu final : private DirtySink {
 
   void page_dirtied(u32 slot, u64 offset) override;
   void apply_quirks();
+
+  // hv::Processor (vcpu_hyperv.cpp)
+  bool read(Gpa from, void* to, std::size_t size) override;
+  bool write(Gpa to, const void* from, std::size_t size) override;
+  void attend_timers() override;
+  void attend_exit() override;
+  void attend_clock() override;
+  void flush_tlbs(const std::vector<unsigned>& vcpus) override;
+  /// Before guest code: TLBs that a hypercall wants dropped, this vCPU's and, until they are, the others'.
+  void serve_flushes();
+  void fill_hyperv_exit();
 
   // vcpu.cpp
   long ioctl_locked(unsigned long request, u64 arg);
@@ -184,6 +198,7 @@ class Vcpu final : private DirtySink {
   PvClock pvclock_;
   StealTime steal_;
   std::unique_ptr<Lapic> lapic_;
+  std::unique_ptr<hv::Vp> hv_;
   std::unique_ptr<DirtyRing> ring_;
   VcpuEnvironment env_;
   Mmu mmu_;
@@ -213,7 +228,11 @@ class Vcpu final : private DirtySink {
   u64 last_steal_ns_ = 0;
   u64 power_ctl_ = 0, smi_count_ = 0, feature_control_ = 0;
 
+  /// Flushes that this vCPU asked others for, and waits for: their vCPUs and the number that they serve.
+  std::vector<std::pair<Vcpu*, u64>> flush_waits_;
+
   // any thread
+  std::atomic<u64> flush_asked_{0}, flush_served_{0};  // how often somebody wanted this vCPU's TLB dropped
   std::atomic<u32> nmis_{0};
   std::atomic<bool> init_{false}, sipi_{false}, unhalted_{false};
   std::atomic<u8> sipi_vector_{0};

@@ -41,7 +41,7 @@ bool silent(u32 index) {
 
 bool Vcpu::pv_feature(u32 bit) const {
   if (!enforce_pv_) return (pv::kOffered & bit) != 0;
-  const kvm_cpuid_entry2* e = cpuid_.find(0x40000001, 0);
+  const kvm_cpuid_entry2* e = cpuid_.pv_features();
   return e != nullptr && (e->eax & bit) != 0;
 }
 
@@ -50,6 +50,7 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
   if (index >= 0x800 && index <= 0x8ff) {
     return lapic_ && lapic_->read_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
+  if (hv::Vp::is_msr(index)) return hv_->read_msr(index, host, value) ? Msr::Ok : Msr::Fault;
   if (PvClock::is_msr(index)) {
     const u32 feature = index < 0x100 ? pv::kClockSource : pv::kClockSource2;
     if (!host && !pv_feature(feature)) return Msr::Fault;
@@ -80,6 +81,7 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
   if (index >= 0x800 && index <= 0x8ff) {
     return lapic_ && lapic_->write_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
+  if (hv::Vp::is_msr(index)) return hv_->write_msr(index, host, value) ? Msr::Ok : Msr::Fault;
   if (PvClock::is_msr(index)) {
     const u32 feature = index < 0x100 ? pv::kClockSource : pv::kClockSource2;
     if (!host && !pv_feature(feature)) return Msr::Fault;

@@ -277,13 +277,21 @@ Vcpu::Step Vcpu::prepare(long* result) {
   env_.msr_hooks = vm_.msr_filter().active();
   if (bits & kAttendClock) {
     pvclock_.update();
+    hv_->update_tsc_page();
     update_guest_time(true);
   }
+  serve_flushes();
   if (env_.replaying && !delivering_) {  // an instruction is half done: nothing comes before its end, all of it right after
     put_off_ = bits & ~kAttendClock;
     return Step::Run;
   }
 
+  if (hv_->timers_pending()) hv_->process_timers();
+  if (hv_->exit_pending()) {
+    fill_hyperv_exit();
+    *result = 0;
+    return Step::Exit;
+  }
   if (eoi_exit_) {
     run.exit_reason = KVM_EXIT_IOAPIC_EOI;
     run.eoi.vector = *eoi_exit_;
@@ -451,6 +459,7 @@ long Vcpu::run() {
 
   env_.msr_hooks = vm_.msr_filter().active();
   env_.complete();
+  hv_->complete(run.hyperv);
   // immediate_exit from the start: the instruction that waits for the VMM is finished, no more; the exit reason stays.
   const bool finish_only = immediate_exit(run);
   const u32 reason = run.exit_reason;

@@ -48,6 +48,39 @@ bool Vm::write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sin
   return true;
 }
 
+bool Vm::read_memory(Gpa from, void* to, std::size_t size) const {
+  const auto table = memory_.table();
+  for (std::size_t done = 0; done < size;) {
+    const Gpa at = from + done;
+    const std::size_t n = std::min<std::size_t>(size - done, kPageSize - at.page_offset());
+    const memory::Slot* slot = table->find(at);
+    if (slot == nullptr || !copy_bytes_in(reinterpret_cast<u64>(slot->host(at)), static_cast<u8*>(to) + done, n)) return false;
+    done += n;
+  }
+  return true;
+}
+
+// ---- hv::Host ----
+
+void Vm::each_vp(const std::function<void(hv::Vp&)>& f) {
+  for (auto& v : by_id_) {
+    if (Vcpu* const vcpu = v.load(std::memory_order_acquire)) f(vcpu->hv());
+  }
+}
+hv::Vp* Vm::find_vp(u32 vp_index) {
+  if (Vcpu* const v = vcpu(vp_index); v != nullptr && v->hv().index() == vp_index) return &v->hv();
+  hv::Vp* found = nullptr;
+  each_vp([&](hv::Vp& vp) {
+    if (found == nullptr && vp.index() == vp_index) found = &vp;
+  });
+  return found;
+}
+void Vm::sint_acked(u32 vp_index, u32 sint) { irqchip()->hv_sint_acked(vp_index, sint); }
+int Vm::hv_sint(u32 vp_index, u32 sint) {
+  hv::Vp* const vp = find_vp(vp_index);
+  return vp != nullptr ? vp->synic().raise(sint) : -EINVAL;
+}
+
 // ---- VcpuSink ----
 
 void Vm::wake(unsigned vcpu_id, Attention why) {
@@ -434,6 +467,14 @@ long Vm::ioctl(unsigned long request, u64 arg) {
       kvm_coalesced_mmio_zone zone;
       if (!copy_in(arg, &zone)) return -EFAULT;
       return request == KVM_REGISTER_COALESCED_MMIO ? coalesced_.add(zone) : coalesced_.remove(zone);
+    }
+    case KVM_HYPERV_EVENTFD: {
+      kvm_hyperv_eventfd connection;
+      if (!copy_in(arg, &connection)) return -EFAULT;
+      if (connection.flags == 0) {
+        if (const i64 id = eventfd_identity(connection.fd); id < 0) return id;
+      }
+      return hv_.change_connection(connection);
     }
     case KVM_GET_CLOCK:
     case KVM_SET_CLOCK:

@@ -14,6 +14,7 @@
 #include "engine/abi/eventfd.hpp"
 #include "engine/abi/msr_filter.hpp"
 #include "engine/abi/stats.hpp"
+#include "engine/hyperv/partition.hpp"
 #include "engine/irq/irq_chip.hpp"
 #include "engine/mmu/mmu.hpp"
 #include "engine/timer/pit.hpp"
@@ -42,7 +43,7 @@ inline constexpr u64 kQuirks =
 /// Lifetime:  endpoints share it: it ends when the VM's and all its vCPUs' endpoints have gone.
 /// Threading: ioctls from any thread; mutex_ serialises those that change the set of things. vCPUs read
 ///            irqchip(), pit() and vcpu() without it.
-class Vm final : public VcpuSink {
+class Vm final : public VcpuSink, public hv::Host {
  public:
   static Result<std::shared_ptr<Vm>> create(const Config& config);
   ~Vm() override;
@@ -59,6 +60,7 @@ class Vm final : public VcpuSink {
   TimerQueue& timers() { return timers_; }
   TscSync& tsc_sync() { return tsc_sync_; }
   KvmClock& clock() { return clock_; }
+  hv::Partition& hv() { return hv_; }
   ApicBus& bus() { return bus_; }
   IoEventfds& ioeventfds() { return ioeventfds_; }
   CoalescedRing& coalesced() { return coalesced_; }
@@ -88,7 +90,16 @@ class Vm final : public VcpuSink {
   /// guest code meanwhile.
   bool write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sink);
 
+  /// The same for a load. False when a byte is not there.
+  bool read_memory(Gpa from, void* to, std::size_t size) const;
+
+  // hv::Host
+  hv::Vp* find_vp(u32 vp_index) override;
+  void each_vp(const std::function<void(hv::Vp&)>& f) override;
+  void sint_acked(u32 vp_index, u32 sint) override;
+
   // VcpuSink
+  int hv_sint(u32 vp_index, u32 sint) override;
   void wake(unsigned vcpu, Attention why) override;
   void nmi(unsigned vcpu) override;
   void smi(unsigned vcpu) override;
@@ -121,6 +132,7 @@ class Vm final : public VcpuSink {
   TimerQueue timers_;
   TscSync tsc_sync_;
   KvmClock clock_;
+  hv::Partition hv_{clock_, tsc_sync_};
   ApicBus bus_{*this};
   IoEventfds ioeventfds_;
   CoalescedRing coalesced_;

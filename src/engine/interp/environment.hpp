@@ -63,6 +63,13 @@ class Environment : public MmioPort {
 
   /// VMCALL/VMMCALL at CPL 0: KVM's hypercall ABI; result for RAX.
   virtual u64 hypercall(u64 nr, const u64 args[4]) = 0;
+  /// Whether VMCALL and VMMCALL are Hyper-V's hypercalls now; then hv_hypercall() is called instead, at CPL 0 in protected mode:
+  /// RCX, RDX and R8, or the pairs of registers that stand for them outside 64-bit code. Fault: #UD.
+  virtual bool hv_hypercalls() { return false; }
+  virtual Answer hv_hypercall(u64 control, u64 input, u64 output, u64* result) {
+    static_cast<void>(control), static_cast<void>(input), static_cast<void>(output), static_cast<void>(result);
+    return Answer::Fault;
+  }
   /// Any hardware event that a HLT waits for is handled by the caller of Interpreter::run().
   /// An IRET retired and NMIs are unblocked.
   virtual void nmi_unblocked() = 0;

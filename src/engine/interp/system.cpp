@@ -313,6 +313,27 @@ Exec mwait(Context& c, const DecodedInsn&) {
 
 // ---- virtual machines ----
 
+Exec hv_hypercall(Context& c) {
+  if (!c.protected_mode || c.cpl != 0) return c.ud();
+  u64* const r = c.s.gpr;
+  const auto pair = [r](Gpr high, Gpr low) { return r[high] << 32 | static_cast<u32>(r[low]); };
+  u64 result = 0;
+  const Environment::Answer a = c.code64 ? c.env.hv_hypercall(r[RCX], r[RDX], r[R8], &result)
+                                         : c.env.hv_hypercall(pair(RDX, RAX), pair(RBX, RCX), pair(RDI, RSI), &result);
+  switch (a) {
+    case Environment::Answer::Fault: return c.ud();
+    case Environment::Answer::Exit: return c.exit();
+    case Environment::Answer::Done: break;
+  }
+  if (c.code64) {
+    r[RAX] = result;
+  } else {
+    r[RDX] = result >> 32;
+    r[RAX] = static_cast<u32>(result);
+  }
+  return Exec::Branch;
+}
+
 Exec hypercall(Context& c, const DecodedInsn& insn) {
   VcpuState& s = c.s;
   if (!c.protected_mode && c.cpl != 0) return c.ud();
@@ -326,6 +347,7 @@ Exec hypercall(Context& c, const DecodedInsn& insn) {
     s.rip -= insn.length;
     return Exec::Branch;
   }
+  if (c.env.hv_hypercalls()) return hv_hypercall(c);
   const u64 mask = c.code64 ? ~0ull : 0xffffffffull;
   u64 result = static_cast<u64>(-1);  // -KVM_EPERM
   if (c.cpl == 0) {

@@ -47,6 +47,8 @@ int IrqChip::set_irq(unsigned source, u32 gsi, bool level) {
     int one = -1;
     if (r.msi) {
       if (level) one = bus_.deliver_msi(r.address_lo, r.address_hi, r.data);
+    } else if (r.hv_sint) {
+      if (level) one = bus_.sink().hv_sint(r.chip, r.pin);
     } else if (r.chip == KVM_IRQCHIP_IOAPIC) {
       if (ioapic_) one = ioapic_->set_line(r.pin, source, level);
     } else if (pic_) {
@@ -193,6 +195,13 @@ void IrqChip::notify_acked(u32 gsi) {
     const std::lock_guard running(n->running);
     if (n->notify) n->notify();
   }
+}
+
+void IrqChip::hv_sint_acked(u32 vp_index, u32 sint) {
+  const auto t = routing_.table();
+  const auto it = t->sint_gsis.find({vp_index, sint});
+  if (it == t->sint_gsis.end()) return;
+  for (const u32 gsi : it->second) notify_acked(gsi);
 }
 
 void IrqChip::set_unmask_notifier(u32 gsi, std::function<void()> notify) {

@@ -73,6 +73,9 @@ class IrqChip final : public EoiListener {
   u64 add_ack_notifier(u32 gsi, std::function<void()> notify);
   void remove_ack_notifier(u64 id);
 
+  /// The guest has ended what a SINT said: acknowledges the GSIs that are routed to it.
+  void hv_sint_acked(u32 vp_index, u32 sint);
+
   /// Calls notify (no lock held) when the guest unmasks the PIC line or IOAPIC pin of gsi. One per VM: the
   /// PIT's.
   void set_unmask_notifier(u32 gsi, std::function<void()> notify);

@@ -16,6 +16,10 @@ void add(RoutingTable& t, u32 gsi, const RoutingTable::Route& route) {
   if (t.by_gsi.size() <= gsi) t.by_gsi.resize(gsi + 1);
   t.by_gsi[gsi].push_back(route);
   if (route.msi) return;
+  if (route.hv_sint) {
+    t.sint_gsis[{route.chip, route.pin}].push_back(gsi);
+    return;
+  }
   if (route.chip == KVM_IRQCHIP_IOAPIC) {
     t.ioapic_gsi[route.pin] = gsi;
   } else {
@@ -56,13 +60,19 @@ int IrqRouting::set(const kvm_irq_routing_entry* entries, u32 count, u32 flags, 
         r.data = e.u.msi.data;
         if (x2apic_format && (r.address_hi & 0xff)) return -EINVAL;
         break;
+      case KVM_IRQ_ROUTING_HV_SINT:
+        if (e.flags) return -EINVAL;
+        r.hv_sint = true;
+        r.chip = e.u.hv_sint.vcpu;
+        r.pin = e.u.hv_sint.sint;
+        break;
       default:
         return -EINVAL;
     }
-    // One route per chip and GSI; an MSI stands alone.
+    // One route per chip and GSI; an MSI or a SINT stands alone.
     if (e.gsi < t->by_gsi.size()) {
       for (const RoutingTable::Route& other : t->by_gsi[e.gsi]) {
-        if (other.msi || r.msi || other.chip == r.chip) return -EINVAL;
+        if (other.msi || r.msi || other.hv_sint || r.hv_sint || other.chip == r.chip) return -EINVAL;
       }
     }
     add(*t, e.gsi, r);

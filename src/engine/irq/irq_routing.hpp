@@ -1,5 +1,6 @@
 #pragma once
 #include <array>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -9,7 +10,7 @@
 
 /// The GSI routing table.
 ///
-/// Spec:      virt/kvm/api KVM_SET_GSI_ROUTING; entry types IRQCHIP and MSI.
+/// Spec:      virt/kvm/api KVM_SET_GSI_ROUTING; entry types IRQCHIP, MSI and HV_SINT.
 /// Threading: table() from any thread: an immutable snapshot; set() replaces it.
 /// Trust:     entries come from the VMM.
 namespace ring3::engine {
@@ -20,10 +21,13 @@ struct RoutingTable {
 
   struct Route {
     bool msi = false;
+    bool hv_sint = false;   ///< chip: a VP's index; pin: the SINT of its SynIC
     u32 chip = 0, pin = 0;  ///< KVM_IRQCHIP_*; pin within it (the slave's 0–7)
     u32 address_lo = 0, address_hi = 0, data = 0;
   };
   std::vector<std::vector<Route>> by_gsi;
+  /// GSIs of the routes to a VP's SINT.
+  std::map<std::pair<u32, u32>, std::vector<u32>> sint_gsis;
   std::array<u32, 16> pic_gsi;  ///< PIC line → GSI, kNoGsi
   std::array<u32, KVM_IOAPIC_NUM_PINS> ioapic_gsi;
 };

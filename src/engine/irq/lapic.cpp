@@ -159,7 +159,9 @@ int Lapic::ack_interrupt() {
   const int v = pending_vector();
   if (v < 0) return -1;
   const u8 vector = static_cast<u8>(v);
-  put(kIsr + (vector >> 5), reg(kIsr + (vector >> 5)) | 1u << (vector & 31));  // only the owner writes ISR
+  if (vectors_ == nullptr || !vectors_->auto_eoi(vector)) {
+    put(kIsr + (vector >> 5), reg(kIsr + (vector >> 5)) | 1u << (vector & 31));  // only the owner writes ISR
+  }
   // Cleared before IRR is looked at again, so that an arrival in between is never forgotten.
   irr_pending_.store(false);
   clear_bit(kIrr, vector);
@@ -191,6 +193,7 @@ void Lapic::eoi() {
   const u8 vector = static_cast<u8>(v);
   put(kIsr + (vector >> 5), reg(kIsr + (vector >> 5)) & ~(1u << (vector & 31)));
   update_ppr();
+  if (vectors_ != nullptr) vectors_->eoi(vector);
   const bool level = test(kTmr, vector);
   if (level || bus_.eoi_wanted(vector)) {
     EoiListener* const listener = bus_.listener_.load(std::memory_order_acquire);
@@ -502,6 +505,11 @@ void Lapic::set_svr(u32 value) {
   }
 }
 
+void Lapic::write_icr(u64 value) {
+  put(kIcrHigh, static_cast<u32>(value >> 32));
+  (void)write_register(kIcr, static_cast<u32>(value));
+}
+
 bool Lapic::read_x2apic(u32 msr, u64* value) {
   const unsigned n = msr - 0x800;
   if (!x2apic() || n >= 0x40 || !readable(n)) return false;
@@ -514,8 +522,8 @@ bool Lapic::write_x2apic(u32 msr, u64 value) {
   const unsigned n = msr - 0x800;
   if (!x2apic() || n >= 0x40) return false;
   if (n == kIcr) {
-    put(kIcrHigh, static_cast<u32>(value >> 32));
-    return write_register(kIcr, static_cast<u32>(value));
+    write_icr(value);
+    return true;
   }
   if (value >> 32) return false;
   if ((n == kEoi || n == kEsr) && value) return false;

@@ -22,6 +22,16 @@
 /// hostile.
 namespace ring3::engine {
 
+/// A second interrupt controller whose vectors go through the LAPIC (Hyper-V's SynIC). On the vCPU's thread, no lock held.
+class VectorListener {
+ public:
+  virtual ~VectorListener() = default;
+  /// Whether the vector ends by itself when it is taken: it never stands in ISR.
+  virtual bool auto_eoi(u8 vector) const = 0;
+  /// The guest has ended the vector.
+  virtual void eoi(u8 vector) = 0;
+};
+
 class Lapic {
  public:
   static constexpr u64 kDefaultBase = 0xfee00000;
@@ -85,6 +95,15 @@ class Lapic {
   /// RDMSR/WRMSR 0x800–0x8ff. False: #GP (also when not in x2APIC mode). Owner.
   bool read_x2apic(u32 msr, u64* value);
   bool write_x2apic(u32 msr, u64 value);
+
+  /// Hyper-V's ICR, EOI and TPR MSRs, in either mode of the APIC; the ICR's destination is in the mode's own place. Owner.
+  u64 icr() const { return reg(kIcr) | u64{reg(kIcrHigh)} << 32; }
+  void write_icr(u64 value);
+  void write_eoi() { eoi(); }
+  u32 tpr() const { return reg(kTpr); }
+  void write_tpr(u32 value) { set_tpr(value); }
+  /// Null: nobody listens. Owner.
+  void set_vector_listener(VectorListener* listener) { vectors_ = listener; }
 
   /// IA32_TSC_DEADLINE (0x6e0): 0 unless armed in that mode. Owner.
   u64 tsc_deadline() const;
@@ -187,6 +206,7 @@ class Lapic {
   const bool bsp_;
   std::atomic<u64> base_;
   Features features_;
+  VectorListener* vectors_ = nullptr;
   std::array<std::atomic<u32>, 64> regs_{};
   std::atomic<bool> irr_pending_{false};  // false: IRR is empty
   std::atomic<u32> errors_{0};            // collected since ESR was last written

@@ -29,6 +29,11 @@ class VcpuSink {
   /// Split irqchip only, on the vCPU's own thread: EOI of a level-triggered vector that a route below the
   /// reserved IOAPIC pins uses: leave KVM_RUN with KVM_EXIT_IOAPIC_EOI.
   virtual void ioapic_eoi(unsigned vcpu, u8 vector) = 0;
+  /// A route to a SINT of Hyper-V's SynIC fires: as Lapic::accept(), or below 0 where there is none. No lock is held.
+  virtual int hv_sint(u32 vp_index, u32 sint) {
+    static_cast<void>(vp_index), static_cast<void>(sint);
+    return -1;
+  }
 };
 
 }  // namespace ring3::engine

@@ -321,6 +321,8 @@ class PhysicalTracker {
   /// and the poster's load an acquire: what the vCPU stored before it left is visible to the poster.
   void enter_guest(unsigned index);
   void leave_guest(unsigned index);
+  /// Whether the vCPU is between the two. A load of the same order as theirs.
+  bool in_guest(unsigned index) const;
 
   /// Memslots changed: every vCPU drops its TLB and decoded code before this returns. Any thread that is
   /// not inside guest code and holds no lock that a vCPU takes inside guest code.

@@ -236,6 +236,10 @@ void PhysicalTracker::leave_guest(unsigned index) {
   impl_->core.mailbox(index).in_guest.store(false, std::memory_order_seq_cst);
 }
 
+bool PhysicalTracker::in_guest(unsigned index) const {
+  return impl_->core.mailbox(index).in_guest.load(std::memory_order_seq_cst);
+}
+
 void PhysicalTracker::memslots_changed() { impl_->core.slots_changed(); }
 
 void PhysicalTracker::dirty_log_changed() {

@@ -66,6 +66,18 @@ KvmClock::Reference KvmClock::reference() const {
   return {tsc, at_locked(tsc, clock_.monotonic_ns())};
 }
 
+PvclockTimeInfo KvmClock::line(const Tsc& tsc, const TscSync& sync) const {
+  const Reference ref = reference();
+  const TscScale scale = tsc_to_ns_scale(tsc.khz());
+  PvclockTimeInfo info{};
+  info.tsc_timestamp = tsc.at(ref.host_tsc);
+  info.system_time = ref.clock_ns;
+  info.tsc_to_system_mul = scale.mul;
+  info.tsc_shift = scale.shift;
+  if (clock_.tsc_stable() && sync.all_matched()) info.flags |= kPvclockTscStable;
+  return info;
+}
+
 void KvmClock::get(kvm_clock_data* out, bool stable) const {
   const std::lock_guard lock(mutex_);
   std::memset(out, 0, sizeof *out);
@@ -146,17 +158,9 @@ void PvClock::update() {
   if (!pending_.exchange(false, std::memory_order_acquire)) return;
   if (!(system_time_msr_ & 1)) return;
   const Gpa page(system_time_msr_ & ~1ull);
-  const KvmClock::Reference ref = vm_.reference();
-  const TscScale scale = tsc_to_ns_scale(tsc_.khz() ? tsc_.khz() : 1);
-  PvclockTimeInfo info{};
+  PvclockTimeInfo info = vm_.line(tsc_, sync_);
   info.version = version_ + 1;
-  info.tsc_timestamp = tsc_.at(ref.host_tsc);
-  info.system_time = ref.clock_ns;
-  info.tsc_to_system_mul = scale.mul;
-  info.tsc_shift = scale.shift;
-  if (vm_.clock_.tsc_stable() && sync_.all_matched() && !vm_.old_msr_.load(std::memory_order_relaxed)) {
-    info.flags |= kPvclockTscStable;
-  }
+  if (vm_.old_msr_.load(std::memory_order_relaxed)) info.flags = 0;
   if (stopped_) info.flags |= kPvclockGuestStopped;
   stopped_ = false;
   // The version goes odd before anything else changes, even after all of it has.

@@ -53,6 +53,9 @@ class KvmClock {
   /// KVM_SET_CLOCK. 0 or -EINVAL (unknown flags). The caller then requests an update of every vCPU's PvClock.
   int set(const kvm_clock_data& in);
   u64 now_ns() const;
+  /// The clock as a line over a vCPU's TSC, by one point of it and its slope (version 0); kPvclockTscStable when the same
+  /// line holds on every vCPU.
+  PvclockTimeInfo line(const Tsc& tsc, const TscSync& sync) const;
 
  private:
   friend class PvClock;
