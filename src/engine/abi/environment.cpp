@@ -297,6 +297,10 @@ void VcpuEnvironment::cpuid(u32 leaf, u32 subleaf, u32 out[4]) {
   }
 }
 u64 VcpuEnvironment::rdtsc() { return vcpu_.tsc().read(); }
+Environment::HostTsc VcpuEnvironment::host_tsc() const {
+  const Tsc& tsc = vcpu_.tsc();
+  return tsc.is_rdtsc() ? HostTsc{&tsc.ratio_word(), &tsc.offset_word()} : HostTsc{};
+}
 u64 VcpuEnvironment::get_cr8() { return vcpu_.cr8(); }
 void VcpuEnvironment::set_cr8(u64 value) {
   const bool lowered = value < vcpu_.cr8();

@@ -28,6 +28,7 @@ class VcpuEnvironment final : public Environment {
   Answer msr_faulted(u32 index, bool write, u64* value) override;
   void cpuid(u32 leaf, u32 subleaf, u32 out[4]) override;
   u64 rdtsc() override;
+  HostTsc host_tsc() const override;
   u64 get_cr8() override;
   void set_cr8(u64 value) override;
   u64 hypercall(u64 nr, const u64 args[4]) override;

@@ -102,6 +102,13 @@ struct Context {
   /// Recomputes the fields above from s, and mmu.mode_changed(). After any change of CR0, CR4, EFER,
   /// RFLAGS.VM/TF/AC, segment registers or DR7. (interp/mode.cpp)
   void mode_changed();
+  /// The same where nothing but CPL (as seg[CS] and seg[SS] have it) and RFLAGS.AC has changed, from 64-bit code to 64-bit
+  /// code. Uses no vector registers.
+  [[gnu::always_inline]] void privilege_changed() {
+    cpl = s.seg[SS].dpl;
+    fetch_key = (fetch_key & ~8u) | (cpl == 3 ? 8u : 0u);
+    mmu.privilege_changed();
+  }
 
   // ---- operand access (interp/operand.hpp defines them inline) ----
 

@@ -1,4 +1,6 @@
 #pragma once
+#include <atomic>
+
 #include "base/types.hpp"
 #include "engine/mmu/mmu.hpp"
 
@@ -58,6 +60,12 @@ class Environment : public MmioPort {
   virtual void cpuid(u32 leaf, u32 subleaf, u32 out[4]) = 0;
 
   virtual u64 rdtsc() = 0;       ///< guest TSC
+  /// How rdtsc() comes from the host's: host × *ratio (16.48 fixed point) + *offset. They live as long as this.
+  struct HostTsc {
+    const std::atomic<u64>* ratio = nullptr;  ///< null: only rdtsc() tells
+    const std::atomic<u64>* offset = nullptr;
+  };
+  virtual HostTsc host_tsc() const { return {}; }
   virtual u64 get_cr8() = 0;     ///< TPR bits 7:4
   virtual void set_cr8(u64 value) = 0;  ///< value 0..15
 

@@ -144,29 +144,6 @@ Segment null_stack_segment(u8 cpl) {
   return g;
 }
 
-Segment flat_code(u16 selector, u8 dpl, bool long64) {
-  Segment g;
-  g.selector = selector;
-  g.limit = 0xffffffff;
-  g.type = 11;
-  g.dpl = dpl;
-  g.l = long64;
-  g.db = !long64;
-  g.g = 1;
-  return g;
-}
-
-Segment flat_data(u16 selector, u8 dpl) {
-  Segment g;
-  g.selector = selector;
-  g.limit = 0xffffffff;
-  g.type = 3;
-  g.dpl = dpl;
-  g.db = 1;
-  g.g = 1;
-  return g;
-}
-
 bool check_stack_segment(Context& c, u16 selector, u8 cpl, bool target64, u8 vector, u32 ext, Segment* out) {
   if (is_null(selector)) {
     if (target64 && cpl != 3 && (selector & 3) == cpl) {

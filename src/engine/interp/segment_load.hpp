@@ -78,9 +78,28 @@ void drop_inner_segments(Context& c, u8 cpl);
 
 /// The SS of 64-bit mode after a change of level: null, with the level in its RPL and DPL.
 Segment null_stack_segment(u8 cpl);
-/// A flat segment as SYSCALL and friends load it.
-Segment flat_code(u16 selector, u8 dpl, bool long64);
-Segment flat_data(u16 selector, u8 dpl);
+/// A flat segment as SYSCALL and friends load it. Inlined always: also into code that is made without vectors.
+[[gnu::always_inline]] inline Segment flat_code(u16 selector, u8 dpl, bool long64) {
+  Segment g;
+  g.selector = selector;
+  g.limit = 0xffffffff;
+  g.type = 11;
+  g.dpl = dpl;
+  g.l = long64;
+  g.db = !long64;
+  g.g = 1;
+  return g;
+}
+[[gnu::always_inline]] inline Segment flat_data(u16 selector, u8 dpl) {
+  Segment g;
+  g.selector = selector;
+  g.limit = 0xffffffff;
+  g.type = 3;
+  g.dpl = dpl;
+  g.db = 1;
+  g.g = 1;
+  return g;
+}
 
 /// Whether [offset, offset + size) lies inside a segment that is not of 64-bit mode.
 bool within_limit(const Segment& seg, u64 offset, unsigned size);

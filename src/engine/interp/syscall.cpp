@@ -1,4 +1,5 @@
 #include "engine/interp/families.hpp"
+#include "engine/interp/fast_syscall.hpp"
 #include "engine/interp/segment_load.hpp"
 #include "engine/interp/system.hpp"
 
@@ -13,19 +14,16 @@ namespace {
 Exec syscall(Context& c, const DecodedInsn&) {
   VcpuState& s = c.s;
   if (!(s.efer & efer::SCE) || !c.protected_mode || (!c.features.amd && !c.code64)) return c.ud();
-  const u16 cs = (s.msr.star >> 32) & kSelectorMask;
   if (s.long_mode()) {
-    s.gpr[RCX] = s.rip;
-    s.gpr[R11] = s.rflags & ~rflags::RF;
-    s.rip = c.code64 ? s.msr.lstar : s.msr.cstar;
-    s.rflags = (s.rflags & ~(s.msr.sfmask | rflags::RF)) | rflags::FIXED1;
+    enter_by_syscall(s, c.code64 ? s.msr.lstar : s.msr.cstar, s.gpr[RCX], s.gpr[R11]);
   } else {
+    const u16 cs = (s.msr.star >> 32) & kSelectorMask;
     s.gpr[RCX] = static_cast<u32>(s.rip);
     s.rip = static_cast<u32>(s.msr.star);
     s.rflags &= ~(rflags::IF | rflags::VM | rflags::RF);
+    s.seg[CS] = flat_code(cs, 0, false);
+    s.seg[SS] = flat_data(static_cast<u16>(cs + 8), 0);
   }
-  s.seg[CS] = flat_code(cs, 0, s.long_mode());
-  s.seg[SS] = flat_data(static_cast<u16>(cs + 8), 0);
   c.mode_changed();
   return Exec::Branch;
 }
@@ -37,18 +35,7 @@ Exec sysret(Context& c, const DecodedInsn& insn) {
   const bool to64 = c.code64 && insn.opsize == 8;
   // Intel checks the target at CPL 0; on AMD the fetch faults at CPL 3.
   if (to64 && !c.features.amd && !canonical(c, s.gpr[RCX])) return c.gp0();
-  const u16 base = s.msr.star >> 48;
-  s.rip = to64 ? s.gpr[RCX] : static_cast<u32>(s.gpr[RCX]);
-  if (s.long_mode()) s.rflags = (s.gpr[R11] & 0x3c7fd7) | rflags::FIXED1;
-  else s.rflags |= rflags::IF;
-  s.seg[CS] = flat_code(static_cast<u16>((to64 ? base + 16 : base) | 3), 3, to64);
-  const u16 ss = static_cast<u16>((base + 8) | 3);
-  if (c.features.amd) {
-    s.seg[SS].selector = ss;
-    s.seg[SS].dpl = 3;
-  } else {
-    s.seg[SS] = flat_data(ss, 3);
-  }
+  return_by_sysret(s, s.gpr[RCX], s.gpr[R11], to64, c.features.amd);
   c.mode_changed();
   return Exec::Branch;
 }

@@ -252,6 +252,9 @@ class Mmu {
   /// CPL, EFLAGS.AC, CR0, CR4, EFER or DR0-3/DR7 changed: selects bank and slow-path conditions. Flushes
   /// by itself when CR0, CR4, EFER or (other than by set_cr3()) CR3 changed in a way that calls for it.
   void mode_changed();
+  /// The same where only CPL and EFLAGS.AC changed. Uses no vector registers (privilege.cpp): translated code calls it
+  /// with the guest's in the host's.
+  void privilege_changed();
   /// Loads and checks the four PAE PDPTEs for cr3 (SDM 4.4.1); false: reserved bits set, nothing changed.
   /// The caller flushes (set_cr3() or mode_changed() with it).
   bool load_pdptrs(u64 cr3);

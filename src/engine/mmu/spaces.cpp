@@ -55,18 +55,6 @@ void Mmu::Impl::flush_page_of(Space& sp, u64 linear) {
   if (sp.executed.may_hold(linear)) renew(sp);
 }
 
-void Mmu::Impl::select_bank() {
-  user_mode = s.cpl() == 3;
-  smap = paging != Paging::None && (s.cr4 & cr4::SMAP);
-  const unsigned which = user_mode                          ? kUser
-                         : smap && !(s.rflags & rflags::AC) ? kSupervisorNoUser
-                                                            : kSupervisor;
-  current = &space->bank[which];
-  name_fetches();
-  check_alignment = user_mode && (s.cr0 & cr0::AM) && (s.rflags & rflags::AC);
-  mmu.bank_ = check_alignment ? &empty : current;
-}
-
 void Mmu::Impl::flush_everything() {
   for (auto& sp : spaces) {
     if (sp.get() == space) {

@@ -48,6 +48,11 @@ class Tsc {
     return host_tsc + offset_.load(std::memory_order_relaxed);
   }
 
+  /// Whether read() is at() of the host's RDTSC, and what at() adds and multiplies by: both change at any time.
+  bool is_rdtsc() const { return rdtsc_; }
+  const std::atomic<u64>& ratio_word() const { return ratio_; }
+  const std::atomic<u64>& offset_word() const { return offset_; }
+
   u32 khz() const { return khz_.load(std::memory_order_relaxed); }
   /// KVM_SET_TSC_KHZ: 0 selects the host's rate. The count goes on from its present value.
   /// 0 or -EINVAL (above 100 GHz, or so far from the host's rate that it cannot be scaled).

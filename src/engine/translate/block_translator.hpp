@@ -52,6 +52,12 @@ inline bool may_go_on(const DecodedInsn& i, u64 page_offset) {
          next + static_cast<u64>(i.imm) < kPageSize && i.imm < static_cast<i64>(kPageSize);
 }
 
+/// The thunk that an instruction which is left to the interpreter goes through, with its number.
+inline u32 exit_of_left(const DecodedInsn& i) {
+  const bool transition = i.op == Op::Syscall || ((i.op == Op::Sysret || i.op == Op::Iret) && i.opsize == 8);
+  return transition ? frame::kExitTransit : frame::kExitLeft;
+}
+
 /// Of an instruction that leaves through exit_vectors in TranslateMode::lazy.
 inline bool needs_vectors(Op op) {
   return op == Op::HostVec || op == Op::Vzeroupper || op == Op::Vzeroall || op == Op::Ldmxcsr || op == Op::Stmxcsr;

@@ -30,7 +30,7 @@ void BlockBuilder::exit_interpret_now() {
   out_->left = static_cast<u32>(index_);
   out_->left_at.push_back(e_.size());
   e_.imm32(0);
-  e_.encode(thunk_jump(frame::kExitLeft));
+  e_.encode(thunk_jump(exit_of_left(request_->insns[index_])));
 }
 
 bool BlockBuilder::reachable(u64 target) const {

@@ -65,6 +65,21 @@ class CodeCache {
 
   /// Jump-table entries made under another bias than this one do not match.
   u64 bias(u8 mode, u64 fetch_generation);
+  /// The same without making one: 0. Uses no vector registers.
+  u64 known_bias(u8 mode, u64 fetch_generation) {
+    if (space_->generation != fetch_generation) {
+      Space* found = other_;
+      if (found->generation != fetch_generation) {
+        found = spaces_;
+        while (found != spaces_ + kSpaces && found->generation != fetch_generation) ++found;
+        if (found == spaces_ + kSpaces) return 0;
+      }
+      other_ = space_;
+      space_ = found;
+      space_->used = ++uses_;
+    }
+    return space_->bias[mode % kModes];
+  }
   const u8* recall(u64 rip, u64 bias) const {
     const JumpEntry& e = space_->jumps[jump_index(rip)];
     return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
@@ -138,6 +153,7 @@ class CodeCache {
   };
   Space spaces_[kSpaces];
   Space* space_ = spaces_;
+  Space* other_ = spaces_;  ///< that known_bias() came from last
   u64 uses_ = 0;
   u64 next_bias_ = 0;
   BlockIndex index_;

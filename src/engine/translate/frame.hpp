@@ -62,7 +62,10 @@ struct alignas(64) JitFrame {
   u64 fill_context = 0;
   u64 saved_flags = 0;  ///< the fill thunks' own
   u32 host_mxcsr = 0;
-  u32 vectors = 1;      ///< 0: the guest's vectors and MXCSR stay in VcpuState (TranslateMode::lazy)
+  /// RING3_VECTORS_*: where the guest's vectors and MXCSR are. AWAY: in VcpuState. IN: in the host's registers, for code
+  /// that uses them. KEPT: in the host's registers while code of TranslateMode::lazy runs, which has no use for them; the
+  /// first to need the registers puts them away. WANTED: what transit() answers when they are to be loaded.
+  u32 vectors = RING3_VECTORS_IN;
   u64 saved_rax = 0;    ///< the exits' own
   u64 sentinel = 0;     ///< a non-canonical address: the return address on an empty shadow stack
   u64 pointer = 0;      ///< what r9 holds
@@ -103,12 +106,20 @@ struct alignas(64) JitFrame {
 
   u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
   u8 bounce[64] = {};  ///< bytes of a read in two pages
+
+  /// As exit_left, for SYSCALL, SYSRET and IRET: when nothing is rare about them they run here, and translated code goes on
+  /// where they lead to, vectors in place (transitions.cpp).
+  u64 exit_transit = 0;
+  /// call. SystemOp: in r15d, its operand in r14; out: r14 kept, r15 the answer. As fill_read otherwise.
+  u64 system_op = 0;
+  u64 transit_function = 0;  ///< u64 (*)(void* context, u64 rip, u64 number); uses no vector registers
+  u64 system_function = 0;   ///< u64 (*)(void* context, u64 operand, u64 op); uses no vector registers
+  u64 kept[9] = {};  ///< over transit_function: the guest's rax rcx rdx rsi rdi r8 r13 r14 rsp
 };
 
-/// What the fill thunks are called with in place of a size, for system instructions (system_ops.cpp). r14 is the
-/// operand and stays; r15 is the answer, 0 from those that may refuse.
+/// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
 enum class SystemOp : u32 {
-  Stac = 0x100,
+  Stac,
   Clac,
   Sti,
   StiOpen,  ///< refused when something waits; no shadow is set
@@ -140,7 +151,8 @@ inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_
                      kJumpBias = RING3_FRAME_JUMP_BIAS,
                      kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE,
                      kExitLeft = RING3_FRAME_EXIT_LEFT, kExitInterpretFrame = RING3_FRAME_EXIT_INTERPRET_FRAME,
-                     kExitReturn = RING3_FRAME_EXIT_RETURN, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE;
+                     kExitReturn = RING3_FRAME_EXIT_RETURN, kExitTransit = RING3_FRAME_EXIT_TRANSIT,
+                     kSystemOp = RING3_FRAME_SYSTEM_OP, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE;
 inline constexpr u32 kNoTag = ~0u;
 static_assert(offsetof(JitFrame, last_start) + 40 <= 2 * RING3_FRAME_CENTRE);
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
@@ -197,6 +209,11 @@ RING3_CHECK_OFFSET(page, RING3_FRAME_PAGE);
 RING3_CHECK_OFFSET(exit_left, RING3_FRAME_EXIT_LEFT);
 RING3_CHECK_OFFSET(exit_interpret_frame, RING3_FRAME_EXIT_INTERPRET_FRAME);
 RING3_CHECK_OFFSET(exit_return, RING3_FRAME_EXIT_RETURN);
+RING3_CHECK_OFFSET(exit_transit, RING3_FRAME_EXIT_TRANSIT);
+RING3_CHECK_OFFSET(system_op, RING3_FRAME_SYSTEM_OP);
+RING3_CHECK_OFFSET(transit_function, RING3_FRAME_TRANSIT_FUNCTION);
+RING3_CHECK_OFFSET(system_function, RING3_FRAME_SYSTEM_FUNCTION);
+RING3_CHECK_OFFSET(kept, RING3_FRAME_KEPT);
 RING3_CHECK_OFFSET(kernel_gs_base, RING3_FRAME_KERNEL_GS_BASE);
 #undef RING3_CHECK_OFFSET
 

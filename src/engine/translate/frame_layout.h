@@ -52,6 +52,22 @@
 #define RING3_FRAME_EXIT_RETURN 472
 #define RING3_FRAME_SCRATCH 480 /* 6 slots */
 
+#define RING3_FRAME_EXIT_TRANSIT 592
+#define RING3_FRAME_SYSTEM_OP 600
+#define RING3_FRAME_TRANSIT_FUNCTION 608
+#define RING3_FRAME_SYSTEM_FUNCTION 616
+#define RING3_FRAME_KEPT 624 /* 9 slots */
+
+/* JitFrame::vectors */
+#define RING3_VECTORS_AWAY 0
+#define RING3_VECTORS_IN 1
+#define RING3_VECTORS_KEPT 2
+#define RING3_VECTORS_WANTED 3
+
+/* TranslatorVcpu::transit() */
+#define RING3_TRANSIT_REFUSED 0
+#define RING3_TRANSIT_DONE 1
+
 /* Bytes of host stack that the shadow stack of returns may take. */
 #define RING3_SHADOW_BYTES 16384
 

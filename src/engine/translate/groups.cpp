@@ -19,7 +19,6 @@ namespace ring3::engine {
 namespace {
 
 constexpr i32 kReach = 240;  ///< bytes of a group at most: few groups lie in two pages
-static_assert(kReach < static_cast<i32>(SystemOp::Stac), "sizes from there on mean something else to a fill");
 
 constexpr u32 bit(u8 reg) { return reg < 16 ? 1u << reg : 0; }
 

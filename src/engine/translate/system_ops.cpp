@@ -1,22 +1,17 @@
-#include "engine/interp/operand.hpp"
-#include "engine/interp/system.hpp"
 #include "engine/translate/builder.hpp"
-#include "engine/translate/translator_vcpu.hpp"
 
 /// System instructions that a kernel runs between one piece of user code and the next, by a call of
-/// SystemOp functions through the fill thunk: the guest's registers stay where they are, nothing leaves to
+/// SystemOp functions (transitions.cpp): the guest's registers stay where they are, nothing leaves to
 /// the run loop. What is rare about them (a mode that changes, a pending interrupt window, a trap flag) is left
 /// to the interpreter: the function then returns 0, with nothing changed.
 ///
 /// Spec: as the interpreter's handlers (interp/system.cpp, syscall.cpp, stack.cpp).
 namespace ring3::engine {
 
-// ---- code ----
-
 void BlockBuilder::system_op(SystemOp op, bool may_refuse) {
   clobber_flags();
   e_.mov_imm(kScratch1, static_cast<u64>(op));
-  e_.encode({.opcode = 0xff, .reg = 2, .memory = true, .mem = HostMem::frame(frame::kFillRead)});
+  e_.encode({.opcode = 0xff, .reg = 2, .memory = true, .mem = HostMem::frame(frame::kSystemOp)});
   if (!may_refuse) return;
   e_.encode({.w = true, .opcode = 0x85, .reg = kScratch1, .rm = kScratch1});
   e_.jcc(4, interpret_label());
@@ -153,62 +148,6 @@ bool BlockBuilder::rdtsc(bool aux) {
   system_op(SystemOp::TscAux, false);
   e_.mov32(kHostRcx, kScratch1);
   return true;
-}
-
-// ---- what it calls ----
-
-u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
-  frame_.stack_limit = 0;
-  switch (op) {
-    case SystemOp::Stac:
-    case SystemOp::Clac:
-      s_.rflags = op == SystemOp::Stac ? s_.rflags | rflags::AC : s_.rflags & ~rflags::AC;
-      mmu_.mode_changed();
-      frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
-      return 1;
-    case SystemOp::StiOpen:
-      if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return 0;
-      s_.rflags |= rflags::IF;
-      return 1;
-    case SystemOp::Sti:
-      if (!(s_.rflags & rflags::IF)) s_.sti_shadow = true;
-      s_.rflags |= rflags::IF;
-      return 1;
-    case SystemOp::Popf: {
-      const u64 change = rflags::DF | (c_.cpl == 0 ? rflags::IF : 0);
-      const u64 all = rflags::TF | rflags::NT | rflags::AC | rflags::ID | (c_.cpl == 0 ? rflags::IOPL : 0);
-      if ((s_.rflags ^ operand) & all) return 0;
-      if (c_.cpl != 0 && (s_.rflags & rflags::IOPL)) return 0;  // IF may be writable
-      if (c_.interrupt_window && (operand & rflags::IF)) return 0;
-      s_.rflags = (s_.rflags & ~change) | (operand & change);
-      return 1;
-    }
-    case SystemOp::ReadCr0:
-      return s_.cr0;
-    case SystemOp::ReadCr2:
-      return s_.cr2;
-    case SystemOp::ReadCr3:
-      return s_.cr3;
-    case SystemOp::ReadCr4:
-      return s_.cr4;
-    case SystemOp::Rdtsc:
-      return c_.cpl != 0 && (s_.cr4 & cr4::TSD) ? 0 : c_.env.rdtsc();
-    case SystemOp::TscAux:
-      return s_.msr.tsc_aux;
-    case SystemOp::ReadSelector:
-      return s_.seg[operand % kSegCount].selector;
-    case SystemOp::BasesAllowed:
-      return c_.code64 && (s_.cr4 & cr4::FSGSBASE) ? 1 : 0;
-    case SystemOp::WriteFsBase:
-    case SystemOp::WriteGsBase: {
-      if (!c_.code64 || !(s_.cr4 & cr4::FSGSBASE) || !canonical(operand)) return 0;
-      const bool fs = op == SystemOp::WriteFsBase;
-      s_.seg[fs ? FS : GS].base = operand;
-      (fs ? frame_.fs_base : frame_.gs_base) = operand;
-      return 1;
-    }
-  }
-  return 0;
 }
 
 }  // namespace ring3::engine

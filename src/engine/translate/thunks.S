@@ -7,6 +7,7 @@
 
     .text
 
+/* From and to XsaveArea at r14. */
 .macro load_vector n
     vmovdqu XMM(\n)(%r14), %xmm\n
     vinsertf128 $1, YMMH(\n)(%r14), %ymm\n, %ymm\n
@@ -25,6 +26,14 @@
     .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
     \op \n
     .endr
+.endm
+
+.macro put_away /* r14 */
+    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    stmxcsr 24(%r14)
+    all save_vector
+    vzeroupper
+    ldmxcsr %gs:RING3_FRAME_HOST_MXCSR
 .endm
 
 /* void ring3_jit_enter(const u8* code): the guest's state is in VcpuState, the frame at gs. */
@@ -168,11 +177,7 @@ leave:
     mov %rax, %gs:RING3_FRAME_SAVED_FLAGS
     cmpl $0, %gs:RING3_FRAME_VECTORS
     je 1f
-    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
-    stmxcsr 24(%r14)
-    all save_vector
-    vzeroupper
-    ldmxcsr %gs:RING3_FRAME_HOST_MXCSR
+    put_away
 1:
     mov %gs:RING3_FRAME_HOST_RSP, %rsp
     add $8, %rsp
@@ -237,19 +242,20 @@ thunk \name
     mov %rsp, %rbp                /* the shadow stack keeps 8-byte alignment only */
     and $-32, %rsp
     sub $512, %rsp
-    cmpl $0, %gs:RING3_FRAME_VECTORS
-    je 1f
+    mov %r14, %rsi
+    cmpl $RING3_VECTORS_IN, %gs:RING3_FRAME_VECTORS
+    jb 3f
+    ja 2f
     all push_vector
     vzeroupper
-1:
+3:
     mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
-    mov %r14, %rsi
     mov %r15d, %edx
     mov $\write, %ecx
     call *%gs:RING3_FRAME_FILL_FUNCTION
     mov %rax, %r15
-    cmpl $0, %gs:RING3_FRAME_VECTORS
-    je 1f
+    cmpl $RING3_VECTORS_IN, %gs:RING3_FRAME_VECTORS
+    jne 1f
     all pop_vector
 1:
     mov %rbp, %rsp
@@ -265,9 +271,118 @@ thunk \name
     pop %rcx
     pop %rax
     ret
+2:  put_away
+    movl $RING3_VECTORS_AWAY, %gs:RING3_FRAME_VECTORS
+    jmp 3b
 .endm
 
     fill ring3_jit_fill_read, 0
     fill ring3_jit_fill_write, 1
+
+/* What it calls leaves the vectors alone. */
+thunk ring3_jit_system_op
+    push %rax
+    push %rcx
+    push %rdx
+    push %rsi
+    push %rdi
+    push %r8
+    push %r9
+    push %r10
+    push %r11
+    push %rbp
+    mov %rsp, %rbp
+    and $-16, %rsp
+    mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
+    mov %r14, %rsi
+    mov %r15d, %edx
+    call *%gs:RING3_FRAME_SYSTEM_FUNCTION
+    mov %rax, %r15
+    mov %rbp, %rsp
+    pop %rbp
+    pop %r11
+    pop %r10
+    pop %r9
+    pop %r8
+    pop %rdi
+    pop %rsi
+    pop %rdx
+    pop %rcx
+    pop %rax
+    ret
+
+/* u64 ring3_jit_call_out(u64 (*f)(void*), void* argument): for what is called from there. f may use vectors. */
+    .globl ring3_jit_call_out
+    .hidden ring3_jit_call_out
+    .type ring3_jit_call_out, @function
+    .balign 32
+ring3_jit_call_out:
+    push %rbp
+    mov %rsp, %rbp
+    and $-32, %rsp
+    sub $512, %rsp
+    all push_vector
+    vzeroupper
+    mov %rdi, %rax
+    mov %rsi, %rdi
+    call *%rax
+    all pop_vector
+    mov %rbp, %rsp
+    pop %rbp
+    ret
+
+#define KEPT(n) %gs:(RING3_FRAME_KEPT + 8 * (n))
+
+/* rbx, rbp, r12, r14 and r15 are the callee's to keep. */
+thunk ring3_jit_exit_transit
+    mov %rax, KEPT(0)
+    lahf
+    seto %al
+    mov %eax, %gs:RING3_FRAME_FLAGS
+    mov %rcx, KEPT(1)
+    mov %rdx, KEPT(2)
+    mov %rsi, KEPT(3)
+    mov %rdi, KEPT(4)
+    mov %r8, KEPT(5)
+    mov %r10, KEPT(6)
+    mov %r11, KEPT(7)
+    mov %r13, KEPT(8)
+    mov %gs:RING3_FRAME_SHADOW_BASE, %rsp
+    mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
+    mov %r14, %rsi
+    mov %r15d, %edx
+    call *%gs:RING3_FRAME_TRANSIT_FUNCTION
+    mov %gs:RING3_FRAME_POINTER, %r9
+    mov KEPT(1), %rcx
+    mov KEPT(2), %rdx
+    mov KEPT(3), %rsi
+    mov KEPT(4), %rdi
+    mov KEPT(5), %r8
+    mov KEPT(6), %r10
+    mov KEPT(7), %r11
+    mov KEPT(8), %r13
+    cmp $RING3_TRANSIT_DONE, %rax
+    jbe 2f
+    cmpl $RING3_VECTORS_WANTED, %gs:RING3_FRAME_VECTORS
+    je 1f
+    mov %rax, %r14
+    mov KEPT(0), %rax
+    jmp *%r14
+1:
+    movl $RING3_VECTORS_IN, %gs:RING3_FRAME_VECTORS
+    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    ldmxcsr 24(%r14)
+    all load_vector
+    mov %rax, %r14
+    mov KEPT(0), %rax
+    jmp *%r14
+2:
+    mov KEPT(0), %rax
+    je 3f
+    flags_from_frame
+    jmp ring3_jit_exit_left
+3:
+    mov %gs:RING3_FRAME_EXIT_RIP, %r14
+    jmp ring3_jit_exit_indirect_frame
 
     .section .note.GNU-stack, "", @progbits

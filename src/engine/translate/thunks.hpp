@@ -10,6 +10,8 @@ void fill_thunks(JitFrame* frame);
 const u8* fault_thunk();
 /// Runs translated code until an exit. Precondition: JitGsBase stands on this thread with the same frame.
 void enter_translated(const u8* code);
+/// f(argument), from code that must leave vector registers alone.
+extern "C" u64 ring3_jit_call_out(u64 (*f)(void*), void* argument);
 /// Whether this host can run translated code at all (AVX, BMI2).
 bool host_can_translate();
 

@@ -15,12 +15,11 @@ namespace {
 constexpr unsigned kMaxInsns = 64;
 constexpr unsigned kMaxBranches = 4;  ///< of a block, its last one among them
 constexpr unsigned kVectorsHeld = 64;  ///< how often supervisor code is entered with vectors loaded after it wanted them
-constexpr u32 kMxcsrMasks = 0x1f80;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
 /// Leaves at rip, with the status flags in RFLAGS: r14 = rip; jmp gs:[thunk].
-/// With exit_left, r15d is yet to be filled in.
+/// With exit_left and exit_transit, r15d is yet to be filled in.
 void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
   std::vector<u8>& code = out->code;
   code.clear();
@@ -37,7 +36,7 @@ void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
       code.insert(code.end(), {0x49, 0xbe});
       value(rip, 8);
     }
-    if (through == frame::kExitLeft) {
+    if (through == frame::kExitLeft || through == frame::kExitTransit) {
       code.insert(code.end(), {0x41, 0xbf});
       out->left_at.push_back(static_cast<u32>(code.size()));
       value(0, 4);
@@ -94,6 +93,7 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
       translator_(std::move(translator)),
       cache_(std::move(cache)),
       options_(options),
+      host_tsc_(c_.env.host_tsc()),
       fault_range_(cache_->arena().begin(), cache_->arena().end(), fault_thunk()),
       insns_(kMaxInsns),
       has_feature_(new bool[kMaxInsns]) {
@@ -106,6 +106,8 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
   frame_.state_rflags = reinterpret_cast<u64>(&s_.rflags);
   frame_.state_xsave = reinterpret_cast<u64>(s_.xsave.bytes);
   frame_.fill_function = reinterpret_cast<u64>(&TranslatorVcpu::fill);
+  frame_.transit_function = reinterpret_cast<u64>(&TranslatorVcpu::transit_function);
+  frame_.system_function = reinterpret_cast<u64>(&TranslatorVcpu::system_function);
   frame_.fill_context = reinterpret_cast<u64>(this);
   interpreter_.set_page_sharer(this);
   mmu_.set_code_observer(this);
@@ -118,7 +120,6 @@ TranslatorVcpu::~TranslatorVcpu() {
 
 u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
   TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
-  if (size >= static_cast<u64>(SystemOp::Stac)) return v.system_op(static_cast<SystemOp>(size), linear);
   v.stats_.fills++;
   // The guest's registers are in the host's: a page table that has vanished must not end this by a jump past them.
   struct Call {
@@ -178,12 +179,6 @@ bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) {
   return mode.user && !mode.code32 && rip < (1ull << 47) - (1ull << 32);
 }
 
-bool TranslatorVcpu::vectors_run() const {
-  u32 mxcsr;
-  std::memcpy(&mxcsr, s_.xsave.bytes + 24, 4);
-  return c_.fpu_ok && (s_.cr4 & cr4::OSFXSR) && (mxcsr & kMxcsrMasks) == kMxcsrMasks;
-}
-
 TranslateMode TranslatorVcpu::mode() const {
   TranslateMode m;
   m.user = c_.cpl == 3;
@@ -191,8 +186,7 @@ TranslateMode TranslatorVcpu::mode() const {
   if (!m.user && vectors_held_ == 0) {
     m.lazy = true;
   } else {
-    m.sse = vectors_run();
-    m.avx = m.sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
+    vectors_from_state(&m);
   }
   if (!c_.code64) {
     const auto flat = [&](Seg seg) {
@@ -274,7 +268,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       leave_stub(rip, request.position_independent,
                  mode.lazy && vector && has_feature_[0]                     ? frame::kExitVectors
                  : count == 0 || mode.code32 || request.edge != 0 ? frame::kExitInterpret
-                                                                  : frame::kExitLeft,
+                                                                  : exit_of_left(insns_[0]),
                  &out_);
       out_.bytes = count == 0 ? std::min(room, 15u) : std::min<u32>(room, insns_[0].length);
       // What is undefined may depend on bytes past its length.
@@ -346,6 +340,7 @@ void TranslatorVcpu::enter(const u8* code) {
 
 Interpreter::Result TranslatorVcpu::run(u64 budget) {
   const u64 limit = c_.retired + budget < c_.retired ? ~0ull : c_.retired + budget;
+  limit_ = limit;
   arm_host_faults();
   const JitGsBase gs(&frame_);
   gs_before_ = gs.previous();
@@ -383,13 +378,11 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       tag = frame::kNoTag;
       ungrouped = false;
       if (code != nullptr) {
-        frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
         // It guards from breakpoints, of which there are none, until the instruction is done; what faults sets it anew.
         s_.rflags &= ~rflags::RF;
-        frame_.jump_bias = bias;
-        frame_.bias_high = static_cast<u32>(bias >> 48);
-        frame_.bias_negated = 0 - frame_.bias_high;
-        frame_.vectors = m.sse;
+        set_jumps(bias);
+        frame_.vectors = m.sse ? RING3_VECTORS_IN : RING3_VECTORS_AWAY;
+        loaded_avx_ = m.avx;
         if (!m.user && vectors_held_ != 0) vectors_held_--;
         if (count != 0 && lockstep_->wants()) {
           Interpreter::Result r;

@@ -1,4 +1,5 @@
 #pragma once
+#include <cstring>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -37,6 +38,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   };
   struct Stats {
     u64 entries = 0, interpreted = 0, translated = 0, fills = 0, faults = 0;
+    u64 transitions = 0;  ///< SYSCALL, SYSRET and IRET that did not leave translated code
   };
 
   /// Errors: ENOTSUP when the host lacks what translated code needs; ENOMEM.
@@ -75,7 +77,24 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
   TranslateMode mode() const;
-  bool vectors_run() const;  ///< SSE instructions run, with all exceptions masked
+  /// SSE instructions run, with all exceptions masked. Of the state: the vectors are there.
+  bool vectors_run() const {
+    constexpr u32 kMxcsrMasks = 0x1f80;
+    u32 mxcsr;
+    std::memcpy(&mxcsr, s_.xsave.bytes + 24, 4);
+    return c_.fpu_ok && (s_.cr4 & cr4::OSFXSR) && (mxcsr & kMxcsrMasks) == kMxcsrMasks;
+  }
+  void vectors_from_state(TranslateMode* m) const {
+    m->sse = vectors_run();
+    m->avx = m->sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
+  }
+  /// Indirect jumps and links hold under this bias from now on.
+  void set_jumps(u64 bias) {
+    frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
+    frame_.jump_bias = bias;
+    frame_.bias_high = static_cast<u32>(bias >> 48);
+    frame_.bias_negated = 0 - frame_.bias_high;
+  }
   static bool position_independent(u64 rip, TranslateMode mode);
   /// The block at RIP; null: the interpreter is to run the instruction.
   static u8 key(TranslateMode mode, bool ungrouped) {
@@ -89,7 +108,12 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   /// are neighbours too, or for a read, which then reads from a copy.
   u64 addend(u64 linear, unsigned size, bool write);
   static u64 fill(void* self, u64 linear, u64 size, u64 write);
-  u64 system_op(SystemOp op, u64 operand);  // system_ops.cpp
+  // transitions.cpp, with the guest's vectors in the host's registers
+  static u64 system_function(void* self, u64 operand, u64 op);
+  u64 system_op(SystemOp op, u64 operand);
+  static u64 transit_function(void* self, u64 rip, u64 number);
+  u64 transit(u64 rip, const DecodedInsn& insn);
+  u64 go_on();
   void note_interpreted();                  // interpreted_ops.cpp
 
   VcpuState& s_;
@@ -99,6 +123,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::unique_ptr<BlockTranslator> translator_;
   std::unique_ptr<CodeCache> cache_;
   const Options options_;
+  const Environment::HostTsc host_tsc_;
   HostFaultRange fault_range_;
   JitFrame frame_;
   TranslatedBlock out_;
@@ -118,6 +143,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::vector<Left> left_;
   std::unordered_map<std::string, u32> left_numbers_;
   bool left_stale_ = false;  ///< no block has a number: they begin anew with the next one
+  u64 limit_ = 0;            ///< of Context::retired, in run()
+  bool loaded_avx_ = false;  ///< TranslateMode::avx when the vectors were loaded last
   unsigned vectors_held_ = 0;  ///< supervisor code is entered with vectors loaded while it is not zero
 };
 

@@ -1,0 +1,161 @@
+#include "engine/interp/fast_syscall.hpp"
+#include "engine/interp/operand.hpp"
+#include "engine/translate/thunks.hpp"
+#include "engine/translate/translator_vcpu.hpp"
+
+/// What translated code calls with the guest's vectors in the host's registers: system instructions, and the ways between
+/// user and kernel.
+///
+/// This file is made without vector registers (src/CMakeLists.txt). It calls nothing that is not: inlined or trivial
+/// members, Mmu::privilege_changed(), and ring3_jit_call_out().
+///
+/// What is rare (a mode that changes, an open interrupt window, a trap flag, anything that faults) is refused with
+/// nothing changed: the interpreter does it.
+/// Spec: as the interpreter's handlers (interp/system.cpp, syscall.cpp, stack.cpp).
+namespace ring3::engine {
+namespace {
+
+/// Status flags as LAHF and SETO leave them, and as RFLAGS has them.
+u64 status_of(u64 frame_flags) { return (frame_flags >> 8 & rflags::STATUS & 0xff) | (frame_flags & 1) << 11; }
+u64 frame_flags_of(u64 flags) { return (flags & rflags::STATUS & 0xff) << 8 | (flags >> 11 & 1); }
+
+}  // namespace
+
+u64 TranslatorVcpu::system_function(void* self, u64 operand, u64 op) {
+  return static_cast<TranslatorVcpu*>(self)->system_op(static_cast<SystemOp>(op), operand);
+}
+
+u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
+  frame_.stack_limit = 0;
+  switch (op) {
+    case SystemOp::Stac:
+    case SystemOp::Clac:
+      s_.rflags = op == SystemOp::Stac ? s_.rflags | rflags::AC : s_.rflags & ~rflags::AC;
+      c_.privilege_changed();
+      frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+      return 1;
+    case SystemOp::StiOpen:
+      if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return 0;
+      s_.rflags |= rflags::IF;
+      return 1;
+    case SystemOp::Sti:
+      if (!(s_.rflags & rflags::IF)) s_.sti_shadow = true;
+      s_.rflags |= rflags::IF;
+      return 1;
+    case SystemOp::Popf: {
+      const u64 change = rflags::DF | (c_.cpl == 0 ? rflags::IF : 0);
+      const u64 all = rflags::TF | rflags::NT | rflags::AC | rflags::ID | (c_.cpl == 0 ? rflags::IOPL : 0);
+      if ((s_.rflags ^ operand) & all) return 0;
+      if (c_.cpl != 0 && (s_.rflags & rflags::IOPL)) return 0;  // IF may be writable
+      if (c_.interrupt_window && (operand & rflags::IF)) return 0;
+      s_.rflags = (s_.rflags & ~change) | (operand & change);
+      return 1;
+    }
+    case SystemOp::ReadCr0:
+      return s_.cr0;
+    case SystemOp::ReadCr2:
+      return s_.cr2;
+    case SystemOp::ReadCr3:
+      return s_.cr3;
+    case SystemOp::ReadCr4:
+      return s_.cr4;
+    case SystemOp::Rdtsc:
+      if (c_.cpl != 0 && (s_.cr4 & cr4::TSD)) return 0;
+      if (host_tsc_.ratio != nullptr) {
+        u32 low, high;
+        asm volatile("rdtsc" : "=a"(low), "=d"(high));
+        const u64 host = static_cast<u64>(high) << 32 | low;
+        const u64 scaled = static_cast<u64>(static_cast<u128>(host) * host_tsc_.ratio->load(std::memory_order_relaxed) >> 48);
+        return scaled + host_tsc_.offset->load(std::memory_order_relaxed);
+      }
+      return ring3_jit_call_out([](void* env) { return static_cast<Environment*>(env)->rdtsc(); }, &c_.env);
+    case SystemOp::TscAux:
+      return s_.msr.tsc_aux;
+    case SystemOp::ReadSelector:
+      return s_.seg[operand % kSegCount].selector;
+    case SystemOp::BasesAllowed:
+      return c_.code64 && (s_.cr4 & cr4::FSGSBASE) ? 1 : 0;
+    case SystemOp::WriteFsBase:
+    case SystemOp::WriteGsBase: {
+      if (!c_.code64 || !(s_.cr4 & cr4::FSGSBASE) || !canonical(operand)) return 0;
+      const bool fs = op == SystemOp::WriteFsBase;
+      s_.seg[fs ? FS : GS].base = operand;
+      (fs ? frame_.fs_base : frame_.gs_base) = operand;
+      return 1;
+    }
+  }
+  return 0;
+}
+
+u64 TranslatorVcpu::transit_function(void* self, u64 rip, u64 number) {
+  TranslatorVcpu& v = *static_cast<TranslatorVcpu*>(self);
+  return v.transit(rip, v.left_[number].insn);
+}
+
+/// Refuses, or is done and answers where translated code goes on: its address, or RING3_TRANSIT_DONE when the run loop
+/// is to find it.
+u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
+  // As the run loop would have it.
+  if (lockstep_ != nullptr || options_.interpreted_ops != nullptr) return RING3_TRANSIT_REFUSED;
+  if (c_.slow_step || s_.sti_shadow || s_.mov_ss_shadow || c_.retired + 1 >= limit_) return RING3_TRANSIT_REFUSED;
+  if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return RING3_TRANSIT_REFUSED;
+  if (c_.guest_debug_hw_bp || c_.breakpoints_overridden) return RING3_TRANSIT_REFUSED;
+  u64& rcx = frame_.kept[1];
+  switch (insn.op) {
+    case Op::Syscall:
+      if (!(s_.efer & efer::SCE)) return RING3_TRANSIT_REFUSED;
+      // Supervisor code wants vectors, and they are not there.
+      if (vectors_held_ != 0 && frame_.vectors == RING3_VECTORS_AWAY) return RING3_TRANSIT_REFUSED;
+      s_.rip = rip + insn.length;
+      s_.rflags = (s_.rflags & ~rflags::STATUS) | status_of(frame_.flags);
+      enter_by_syscall(s_, s_.msr.lstar, rcx, frame_.r11);
+      break;
+    case Op::Sysret:
+      // A target outside the lower half faults, here or when it is fetched.
+      if (c_.cpl != 0 || !(s_.efer & efer::SCE) || rcx >> 47 != 0 || (frame_.r11 & rflags::TF)) return RING3_TRANSIT_REFUSED;
+      return_by_sysret(s_, rcx, frame_.r11, true, c_.features.amd);
+      break;
+    default:
+      return RING3_TRANSIT_REFUSED;
+  }
+  c_.privilege_changed();
+  c_.retired++;
+  stats_.transitions++;
+  return go_on();
+}
+
+/// At s_.rip, the vectors where they are. What the run loop does before it enters translated code.
+u64 TranslatorVcpu::go_on() {
+  frame_.stack_limit = 0;
+  frame_.flags = frame_flags_of(s_.rflags);
+  frame_.exit_rip = s_.rip;
+  s_.rflags &= ~rflags::RF;
+
+  TranslateMode m;
+  m.user = c_.cpl == 3;
+  u32 vectors = frame_.vectors;
+  if (!m.user && vectors_held_ == 0) {
+    m.lazy = true;
+    if (vectors == RING3_VECTORS_IN) vectors = RING3_VECTORS_KEPT;
+  } else if (vectors != RING3_VECTORS_AWAY) {
+    m.sse = true;
+    m.avx = loaded_avx_;
+    vectors = RING3_VECTORS_IN;
+  } else {
+    vectors_from_state(&m);
+    if (m.sse) vectors = RING3_VECTORS_WANTED;
+  }
+  const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
+  const u8* code = bias == 0 ? nullptr : cache_->recall(s_.rip, bias);
+  if (code == nullptr) return RING3_TRANSIT_DONE;
+  c_.retired++;
+  if (!m.user && vectors_held_ != 0) vectors_held_--;
+  if (vectors == RING3_VECTORS_WANTED) loaded_avx_ = m.avx;
+  frame_.vectors = vectors;
+  set_jumps(bias);
+  frame_.page = s_.rip & kPageMask;
+  frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+  return reinterpret_cast<u64>(code);
+}
+
+}  // namespace ring3::engine
