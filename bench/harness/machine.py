@@ -131,6 +131,15 @@ def ring3_command(ring3, kernel, initrd, memory, append, options):
     return command
 
 
+def qemu_command(ring3, qemu, kernel, initrd, memory, append, options):
+    """QEMU on ring3's KVM; else as tcg_command()."""
+    command = [ring3, "with"]
+    for o in options:
+        command += ["--engine-option", o]
+    tcg = tcg_command(qemu, kernel, initrd, memory, append)
+    return command + ["--", qemu, "-accel", "kvm", "-cpu", "host", *tcg[tcg.index("-m"):]]
+
+
 def tcg_command(qemu, kernel, initrd, memory, append):
     return [qemu, "-accel", "tcg", "-cpu", "max", "-m", str(memory), "-smp", "1", "-nodefaults", "-display", "none",
             "-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append", append]

@@ -249,13 +249,20 @@ int Irqfds::deassign(const kvm_irqfd& r) {
   const i64 id = eventfd_identity(fd);
   if (id < 0) return static_cast<int>(id);
   std::lock_guard lock(mutex_);
+  if (!irqfds_.empty()) serve_locked();  // written before
   for (auto it = irqfds_.begin(); it != irqfds_.end();) {
     const Irqfd& irqfd = *it->second;
     if (irqfd.id != static_cast<u64>(id) || irqfd.gsi != r.gsi) {
       ++it;
       continue;
     }
-    if (take_event(fd)) deliver_locked(irqfd);  // written before
+    if (irqfd.unread) {
+      // Its count is of what was delivered by edges; one more edge is of a write in this moment.
+      static_cast<void>(take_event(fd));
+      serve_locked();
+    } else if (take_event(fd)) {
+      deliver_locked(irqfd);
+    }
     if (watched_locked(irqfd.fd)) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, irqfd.fd, nullptr);
     it = erase_locked(it);
   }
@@ -263,10 +270,13 @@ int Irqfds::deassign(const kvm_irqfd& r) {
 }
 
 // Takes what was written, or what somebody else took meanwhile; false then. By a copy, so that it is the eventfd that is read.
-bool Irqfds::consume_locked(const Irqfd& irqfd) {
-  if (!watched_locked(irqfd.fd)) return true;
+bool Irqfds::consume_locked(Irqfd& irqfd) {
+  const auto out_of_reach = [&] { return irqfd.unread = true; };
+  if (!watched_locked(irqfd.fd)) return out_of_reach();
   const UniqueFd copy = duplicate(irqfd.fd);
-  return !copy || !watched_locked(irqfd.fd) || take_event(copy.get());
+  if (!copy || !watched_locked(irqfd.fd)) return out_of_reach();
+  irqfd.unread = false;
+  return take_event(copy.get());
 }
 
 void Irqfds::deliver_locked(const Irqfd& irqfd) {
@@ -277,18 +287,28 @@ void Irqfds::deliver_locked(const Irqfd& irqfd) {
   }
 }
 
-void Irqfds::thread_main() {
-  pthread_setname_np(pthread_self(), "ring3-irqfd");
+bool Irqfds::serve_locked() {
   epoll_event events[32];
+  bool go_on = true;
   for (;;) {
-    const int n = ::epoll_wait(epoll_.get(), events, 32, -1);
-    if (n < 0 && errno != EINTR) return;
-    std::lock_guard lock(mutex_);
+    const int n = ::epoll_wait(epoll_.get(), events, 32, 0);
     for (int i = 0; i < n; i++) {
-      if (events[i].data.u64 == kStopKey) return;
+      if (events[i].data.u64 == kStopKey) go_on = false;
       const auto it = irqfds_.find(events[i].data.u64);
       if (it != irqfds_.end() && consume_locked(*it->second)) deliver_locked(*it->second);
     }
+    if (n < 32 || !go_on) return go_on;
+  }
+}
+
+void Irqfds::thread_main() {
+  pthread_setname_np(pthread_self(), "ring3-irqfd");
+  for (;;) {
+    // Waits without taking events: what epoll has given out is delivered when the lock is free again.
+    pollfd ready{epoll_.get(), POLLIN, 0};
+    if (::poll(&ready, 1, -1) < 0 && errno != EINTR) return;
+    std::lock_guard lock(mutex_);
+    if (!serve_locked()) return;
   }
 }
 

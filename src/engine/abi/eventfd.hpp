@@ -84,14 +84,17 @@ class Irqfds {
     u64 id = 0;
     u32 gsi = 0;
     u64 notifier = 0;  // of a resampler
+    bool unread = false;  // delivered, and its count stands: only another process had it
   };
   using Map = std::map<u64, std::shared_ptr<Irqfd>>;  // by the key that epoll has
   int assign(const kvm_irqfd& request);
   int deassign(const kvm_irqfd& request);
   void thread_main();
+  /// Delivers all that epoll knows of. False: the thread is to end.
+  bool serve_locked();
   int start_locked();
   bool watched_locked(int fd);
-  bool consume_locked(const Irqfd& irqfd);
+  bool consume_locked(Irqfd& irqfd);
   void deliver_locked(const Irqfd& irqfd);
   void forget_closed_locked();
   Map::iterator erase_locked(Map::iterator it);

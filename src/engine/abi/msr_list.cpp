@@ -65,8 +65,8 @@ bool feature_msr(u32 index, u64* value) {
 }
 
 u64 mce_cap_supported() {
-  constexpr u64 kCtlP = 1u << 8, kSerP = 1u << 24;
-  return kCtlP | kSerP | 32;
+  constexpr u64 kCtlP = 1u << 8, kCmciP = 1u << 10, kSerP = 1u << 24;
+  return kCtlP | kCmciP | kSerP | 32;
 }
 
 }  // namespace ring3::engine::abi

@@ -19,6 +19,11 @@
 #include "engine/interp/system.hpp"
 
 namespace ring3::engine::abi {
+namespace {
+constexpr u64 kCmciPresent = 1u << 10;  // MCG_CAP
+constexpr u64 kCmciEnable = 1u << 30;   // MCi_CTL2
+constexpr u32 kMc0Ctl2 = 0x280;
+}  // namespace
 
 Vcpu::Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz)
     : vm_(vm),
@@ -63,6 +68,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   v->state_.reset();
   Msrs& m = v->state_.msr;
   m.mcg_cap = mce_cap_supported() & ~u64{0xff};
+  if (v->lapic_) v->lapic_->set_cmci(m.mcg_cap & kCmciPresent);
   feature_msr(msr::ARCH_CAPABILITIES, &m.arch_capabilities);
   feature_msr(msr::UCODE_REV, &m.microcode_rev);
   feature_msr(msr::AMD_DE_CFG, &m.de_cfg);
@@ -356,6 +362,21 @@ long Vcpu::translate(u64 arg) {
   return copy_out(arg, t) ? 0 : -EFAULT;
 }
 
+bool Vcpu::mci_ctl2(u32 index, bool host, bool write, u64* value) {
+  constexpr u64 kThreshold = 0x7fff;
+  const u32 bank = index - kMc0Ctl2;
+  const u64 cap = state_.msr.mcg_cap;
+  if (bank >= std::min<u64>(cap & 0xff, mci_ctl2_.size())) return false;
+  if (!(cap & kCmciPresent) && (!host || (write && *value != 0))) return false;
+  if (!write) {
+    *value = mci_ctl2_[bank];
+    return true;
+  }
+  if (*value & ~(kCmciEnable | kThreshold)) return false;
+  mci_ctl2_[bank] = *value;
+  return true;
+}
+
 long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
   Msrs& m = state_.msr;
   if (request == KVM_X86_SETUP_MCE) {
@@ -367,6 +388,8 @@ long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
     m.mcg_cap = cap;
     m.mcg_ctl = cap & (1u << 8) ? ~0ull : 0;
     for (u64 bank = 0; bank < banks; bank++) m.mc_banks[bank * 4] = ~0ull;
+    mci_ctl2_.fill(0);
+    if (lapic_) lapic_->set_cmci(cap & kCmciPresent);
     return 0;
   }
   kvm_x86_mce mce;
@@ -375,6 +398,16 @@ long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
   constexpr u64 kMcip = 1u << 2;
   if (mce.bank >= std::min<u64>(m.mcg_cap & 0xff, 32) || !(mce.status & kValid)) return -EINVAL;
   u64* bank = &m.mc_banks[static_cast<std::size_t>(mce.bank) * 4];
+  // Uncorrected, and nothing need be done: noted, and told by an interrupt where the guest wants it (SDM 16.5, 16.6.3).
+  constexpr u64 kContextCorrupt = 1ull << 57, kSignaled = 1ull << 56, kActionRequired = 1ull << 55;
+  if (mce.mcg_status == 0 && (mce.status & kUncorrected) && !(mce.status & (kContextCorrupt | kSignaled | kActionRequired))) {
+    bank[1] = mce.status;
+    bank[2] = mce.addr;
+    bank[3] = mce.misc;
+    m.mcg_status = 0;
+    if ((m.mcg_cap & kCmciPresent) && (mci_ctl2_[mce.bank] & kCmciEnable) && lapic_) lapic_->local_event(Lapic::Source::kCmci);
+    return 0;
+  }
   // Uncorrected errors are reported only where the guest enabled them.
   if ((mce.status & kUncorrected) && (m.mcg_cap & (1u << 8)) && m.mcg_ctl != ~0ull) return 0;
   if ((mce.status & kUncorrected) && bank[0] != ~0ull) return 0;

@@ -3,6 +3,7 @@
 
 #include <signal.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -125,6 +126,8 @@ class Vcpu final : private DirtySink, private hv::Processor {
   long interrupt(u64 arg);
   long translate(u64 arg);
   long mce_ioctl(unsigned long request, u64 arg);
+  /// IA32_MCi_CTL2. False: #GP.
+  bool mci_ctl2(u32 index, bool host, bool write, u64* value);
   long tpr_ioctl(unsigned long request, u64 arg);
   /// The table with the bits that follow live state, as KVM_GET_CPUID2 shows it.
   std::vector<kvm_cpuid_entry2> live_cpuid();
@@ -226,6 +229,7 @@ class Vcpu final : private DirtySink, private hv::Processor {
   UniqueFd signal_fd_;               // readable when a signal that sigmask_ lets through is pending
   u64 vapic_addr_ = 0;
   u64 last_steal_ns_ = 0;
+  std::array<u64, 32> mci_ctl2_{};   // the machine-check banks' thresholds and their interrupt's enable
   u64 power_ctl_ = 0, smi_count_ = 0, feature_control_ = 0;
 
   /// Flushes that this vCPU asked others for, and waits for: their vCPUs and the number that they serve.

@@ -50,6 +50,7 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
   if (index >= 0x800 && index <= 0x8ff) {
     return lapic_ && lapic_->read_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
+  if (index >= 0x280 && index < 0x2a0) return mci_ctl2(index, host, false, value) ? Msr::Ok : Msr::Fault;
   if (hv::Vp::is_msr(index)) return hv_->read_msr(index, host, value) ? Msr::Ok : Msr::Fault;
   if (PvClock::is_msr(index)) {
     const u32 feature = index < 0x100 ? pv::kClockSource : pv::kClockSource2;
@@ -81,6 +82,7 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
   if (index >= 0x800 && index <= 0x8ff) {
     return lapic_ && lapic_->write_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
+  if (index >= 0x280 && index < 0x2a0) return mci_ctl2(index, host, true, &value) ? Msr::Ok : Msr::Fault;
   if (hv::Vp::is_msr(index)) return hv_->write_msr(index, host, value) ? Msr::Ok : Msr::Fault;
   if (PvClock::is_msr(index)) {
     const u32 feature = index < 0x100 ? pv::kClockSource : pv::kClockSource2;

@@ -209,7 +209,7 @@ bool run_in_nested_trap(void (*f)(void*), void* argument) {
   return inner.run([&] { f(argument); });
 }
 
-void arm_host_faults() {
+void arm_host_faults(bool traps) {
   thread_local bool unblocked = false;
   if (!unblocked) {
     sigset_t set;
@@ -218,6 +218,7 @@ void arm_host_faults() {
     ::pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
     unblocked = true;
   }
+  if (!traps) return;
   struct sigaction current;
   if (::sigaction(SIGFPE, nullptr, &current) == 0 && is_ours(current)) return;
   const std::lock_guard lock(g_mutex);

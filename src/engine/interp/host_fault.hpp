@@ -38,7 +38,9 @@ class HostFaultRange {
 
 /// Before a stub runs with unmasked exceptions: SIGFPE is not blocked on this thread (a blocked one
 /// would end the process) and still comes to our handler (the embedding program may have replaced it).
-void arm_host_faults();
+/// traps: exceptions are unmasked; when they are not, only the thread's mask is seen to, which costs no system call after the
+/// first time.
+void arm_host_faults(bool traps = true);
 
 /// Guest memory belongs to the VMM and may vanish under the engine (munmap, a truncated file: SIGSEGV, SIGBUS). Accesses to
 /// it are plain loads and stores all over the engine; while run() runs f, one that faults ends f at once, by a jump

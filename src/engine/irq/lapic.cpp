@@ -8,6 +8,7 @@ namespace ring3::engine {
 namespace {
 
 constexpr u32 kVersionValue = 0x14 | 5u << 16;  // integrated, six LVT entries
+constexpr u32 kVersionOneMore = 1u << 16;
 constexpr u32 kVersionEoiSuppression = 1u << 24;
 
 constexpr u32 kLvtMasked = 1u << 16;
@@ -15,8 +16,6 @@ constexpr u32 kSvrEnable = 1u << 8, kSvrSuppressEoi = 1u << 12;
 
 // Error status register bits.
 constexpr u32 kErrSendVector = 1u << 5, kErrReceiveVector = 1u << 6, kErrRegister = 1u << 7;
-
-bool is_lvt(unsigned n) { return n >= 0x32 && n <= 0x37; }
 
 // What can be written in each LVT entry (SDM figure 11-8); the delivery status bit is read-only.
 u32 lvt_writable(unsigned n) {
@@ -58,9 +57,27 @@ Lapic::~Lapic() {
   timer_.cancel();
 }
 
+bool Lapic::has_lvt(unsigned n) const { return (n >= kLvtTimer && n <= kLvtError) || (n == kLvtCmci && cmci_); }
+
+template <class F>
+void Lapic::each_lvt(F f) const {
+  for (unsigned n = kLvtTimer; n <= kLvtError; ++n) f(n);
+  if (cmci_) f(unsigned{kLvtCmci});
+}
+
+u32 Lapic::version() const {
+  return kVersionValue + (cmci_ ? kVersionOneMore : 0) + (features_.eoi_suppression ? kVersionEoiSuppression : 0);
+}
+
 void Lapic::set_features(const Features& features) {
   features_ = features;
-  put(kVersion, kVersionValue | (features.eoi_suppression ? kVersionEoiSuppression : 0));
+  put(kVersion, version());
+}
+
+void Lapic::set_cmci(bool on) {
+  if (on && !cmci_) put(kLvtCmci, kLvtMasked);
+  cmci_ = on;
+  put(kVersion, version());
 }
 
 void Lapic::reset(bool init) {
@@ -80,8 +97,8 @@ void Lapic::reset(bool init) {
   } else {
     set_xapic_id(static_cast<u8>(vcpu_));
   }
-  put(kVersion, kVersionValue | (features_.eoi_suppression ? kVersionEoiSuppression : 0));
-  for (unsigned n = kLvtTimer; n <= kLvtError; ++n) put(n, kLvtMasked);
+  put(kVersion, version());
+  each_lvt([this](unsigned n) { put(n, kLvtMasked); });
   // The BSP's LINT0 passes the 8259 through from the start (KVM_X86_QUIRK_LINT0_REENABLED), for
   // firmware that never programs it.
   if (bsp_) put(kLvtLint0, static_cast<u32>(DeliveryMode::kExtInt) << 8);
@@ -259,9 +276,9 @@ int Lapic::accept(const InterruptMessage& m) {
 }
 
 bool Lapic::local_event(Source source) {
-  static constexpr unsigned kEntry[] = {kLvtTimer, kLvtThermal, kLvtPerf, kLvtLint0, kLvtLint1, kLvtError};
+  static constexpr unsigned kEntry[] = {kLvtTimer, kLvtThermal, kLvtPerf, kLvtLint0, kLvtLint1, kLvtError, kLvtCmci};
   const u32 entry = reg(kEntry[static_cast<unsigned>(source)]);
-  if (!enabled() || (entry & kLvtMasked)) return false;
+  if (!enabled() || (source == Source::kCmci && !cmci_) || (entry & kLvtMasked)) return false;
   InterruptMessage m;
   m.vector = static_cast<u8>(entry);
   const bool lint = source == Source::kLint0 || source == Source::kLint1;
@@ -355,7 +372,7 @@ bool Lapic::readable(unsigned n) const {
     case kIcrHigh:
       return !x2apic();
     default:
-      return (n >= kIsr && n < kEsr) || is_lvt(n);
+      return (n >= kIsr && n < kEsr) || has_lvt(n);
   }
 }
 
@@ -460,7 +477,7 @@ bool Lapic::write_register(unsigned n, u32 value) {
       return true;
     }
     default:
-      if (!is_lvt(n)) return false;
+      if (!has_lvt(n)) return false;
       set_lvt(n, value);
       return true;
   }
@@ -500,7 +517,7 @@ void Lapic::set_svr(u32 value) {
   put(kSvr, value & writable);
   if ((old & kSvrEnable) && !(value & kSvrEnable)) {
     const u32 lint0 = reg(kLvtLint0);
-    for (unsigned n = kLvtTimer; n <= kLvtError; ++n) put(n, reg(n) | kLvtMasked);
+    each_lvt([this](unsigned n) { put(n, reg(n) | kLvtMasked); });
     note_lint0(lint0, reg(kLvtLint0));
   }
 }
@@ -558,8 +575,8 @@ int Lapic::set_state(const kvm_lapic_state& in) {
   timer_stop_locked();
   const u32 lint0 = reg(kLvtLint0);
   for (unsigned n = 0; n < 64; ++n) put(n, r[n]);
-  put(kVersion, kVersionValue | (features_.eoi_suppression ? kVersionEoiSuppression : 0));
-  for (unsigned n = kLvtTimer; n <= kLvtError; ++n) put(n, r[n] & lvt_writable(n));
+  put(kVersion, version());
+  each_lvt([&](unsigned n) { put(n, r[n] & lvt_writable(n)); });
   put(kDivide, r[kDivide] & 0xb);
   note_lint0(lint0, reg(kLvtLint0));
   update_ppr();

@@ -12,7 +12,7 @@
 /// The local APIC of one vCPU: xAPIC registers, x2APIC MSRs, timer.
 ///
 /// Spec:      SDM vol. 3A ch. 11; virt/kvm/api KVM_GET/SET_LAPIC, KVM_CAP_X2APIC_API.
-/// Modelled:  everything an integrated APIC of version 0x14 with six LVT entries has; the timer's
+/// Modelled:  everything an integrated APIC of version 0x14 has, with six LVT entries or, for corrected machine checks, seven; the timer's
 ///            input clock is 1 GHz, as KVM's.
 /// Deviation: delivery status is always idle; periodic timers are stretched to at least 200 µs.
 /// Threading: "owner" below: the thread that runs the vCPU or holds it for an ioctl. accept(), lint(),
@@ -54,6 +54,8 @@ class Lapic {
   unsigned vcpu() const { return vcpu_; }
   /// KVM_SET_CPUID2. Owner.
   void set_features(const Features& features);
+  /// KVM_X86_SETUP_MCE with MCG_CMCI_P: the LVT entry of corrected machine checks. Owner.
+  void set_cmci(bool on);
 
   // --- the vCPU's run loop ---------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class Lapic {
   int accept(const InterruptMessage& message);
   /// A pulse on LINT0 or LINT1 (pin 0 or 1), or a local source, through its
   /// LVT entry. False when masked.
-  enum class Source { kTimer, kThermal, kPerf, kLint0, kLint1, kError };
+  enum class Source { kTimer, kThermal, kPerf, kLint0, kLint1, kError, kCmci };
   bool local_event(Source source);
   /// The PIT pulses LINT0: counts only when that is set to NMI.
   void lint0_nmi();
@@ -155,6 +157,7 @@ class Lapic {
     kEsr = 0x28,
     kIcr = 0x30,
     kIcrHigh = 0x31,
+    kLvtCmci = 0x2f,
     kLvtTimer = 0x32,
     kLvtThermal = 0x33,
     kLvtPerf = 0x34,
@@ -175,6 +178,10 @@ class Lapic {
   void clear_bit(unsigned bank, u8 vector) { regs_[bank + (vector >> 5)].fetch_and(~(1u << (vector & 31))); }
   int highest(unsigned bank) const;
 
+  bool has_lvt(unsigned n) const;
+  template <class F>
+  void each_lvt(F f) const;
+  u32 version() const;
   bool readable(unsigned n) const;
   u32 read_register(unsigned n);
   bool write_register(unsigned n, u32 value);  // false: no such register, or read-only
@@ -206,6 +213,7 @@ class Lapic {
   const bool bsp_;
   std::atomic<u64> base_;
   Features features_;
+  bool cmci_ = false;
   VectorListener* vectors_ = nullptr;
   std::array<std::atomic<u32>, 64> regs_{};
   std::atomic<bool> irr_pending_{false};  // false: IRR is empty
