@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -79,6 +80,29 @@ class Smp(Guest):
         self.assertEqual(result.returncode, 0, self.tail(result))
         self.assertRegex(result.stdout, r"(?m)^2$", self.tail(result))
         self.assertRegex(result.stdout, r"(?m)^ring3-test: status 0$", self.tail(result))
+
+
+class KeptCode(Guest):
+    """Translations kept between runs: what the guest computes is the same, and a file that is no good is no harm."""
+
+    def test_boots_again(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "code")
+            option = "--engine-option=code-cache=" + path
+            command = "echo $(seq 1 100 | sort -rn | head -n 1) $(echo ring3 | sha256sum | cut -c 1-16)"
+            sizes = []
+            for round in range(4):
+                if round == 3:  # damaged: said in one line, and made anew
+                    with open(path, "r+b") as file:
+                        file.seek(100_000)
+                        file.write(b"damaged")
+                result = self.boot("cloud", 'ring3.test="%s"' % command, option, *(["-c", "2"] if round == 2 else []))
+                self.assertEqual(result.returncode, 0, self.tail(result))
+                self.assertIn("100 " + hashlib.sha256(b"ring3\n").hexdigest()[:16], result.stdout, self.tail(result))
+                self.assertEqual("begun anew" in result.stderr, round == 3, self.tail(result))
+                sizes.append(os.path.getsize(path))
+            self.assertTrue(all(1_000_000 < size <= 128 << 20 for size in sizes), sizes)
+            self.assertEqual(os.listdir(directory), ["code"])
 
 
 class Interactive(Guest):

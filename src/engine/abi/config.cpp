@@ -26,6 +26,10 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
       auto v = number(name, text, 1, 1024);
       if (!v) return v.error();
       config.cache_bytes = static_cast<std::size_t>(*v) << 20;
+    } else if (name == "code-cache") {
+      auto kept = KeptCode::create(text);
+      if (!kept) return kept.error();
+      config.kept = std::move(*kept);
     } else if (name == "code-mib") {
       auto v = number(name, text, 1, 1024);
       if (!v) return v.error();
@@ -59,7 +63,7 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
       if (!v) return v.error();
       config.quantum = *v;
     } else {
-      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-mib, engine, interpreted-ops, lockstep, perf-map, quantum)");
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-cache, code-mib, engine, interpreted-ops, lockstep, perf-map, quantum)");
     }
   }
   if (config.lockstep != 0 && !config.translate) {

@@ -6,6 +6,7 @@
 #include "engine/abi/provider.hpp"
 #include "engine/timer/clock.hpp"
 #include "engine/translate/interpreted_ops.hpp"
+#include "engine/translate/kept_code.hpp"
 #include "engine/translate/perf_map.hpp"
 
 /// EngineOptions, checked.
@@ -16,6 +17,7 @@ struct Config {
   bool translate = true;                ///< engine=translator; false: the interpreter alone
   std::size_t code_bytes = 512u << 20;  ///< translated code of a VM, shared out likewise; at least 4 MiB a vCPU
   u64 lockstep = 0;                     ///< not 0: the translator's every n-th block is compared with the interpreter
+  std::shared_ptr<KeptCode> kept;       ///< code-cache=: translations of earlier runs; null: none
   std::shared_ptr<PerfMap> perf_map;    ///< null: none is written
   std::shared_ptr<InterpretedOps> interpreted_ops;  ///< null: nobody asks
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time

@@ -14,6 +14,7 @@ namespace ring3::engine {
 /// | name        | value            | meaning                                              |
 /// |-------------|------------------|------------------------------------------------------|
 /// | cache-mib   | 1..1024          | decoded-code cache of a whole VM, MiB (default 16)   |
+/// | code-cache  | a file           | translations of earlier runs, and of this one when the VM ends; the user's own file, made if missing (default: none) |
 /// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 512)     |
 /// | engine      | interpreter, translator | what runs guest code (default: the translator where can_translate(), else the interpreter) |
 /// | interpreted-ops | a file    | gets a table of the instructions that the translator left to the interpreter |

@@ -80,6 +80,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
     TranslatorVcpu::Options options;
     options.arena_bytes = code_bytes;
     options.lockstep_every = vm.config().lockstep;
+    options.kept = vm.config().kept.get();
     options.perf_map = vm.config().perf_map.get();
     options.interpreted_ops = vm.config().interpreted_ops.get();
     // Another vCPU's stores could not be told from differences, and would be undone while one is looked into.

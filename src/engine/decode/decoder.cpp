@@ -325,6 +325,8 @@ InsnForm form_of(const ZydisDecodedInstruction& z, const ZydisDecodedOperand* zo
 
 }  // namespace
 
+u64 decoder_version() { return ZydisGetVersion(); }
+
 DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mode, bool amd, DecodedInsn* insn) {
   InsnForm form;
   return decode(bytes, size, mode, real_mode, amd, insn, &form);

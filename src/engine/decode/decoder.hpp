@@ -24,4 +24,7 @@ struct InsnForm {
 /// The same, and the form of what is valid.
 DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mode, bool amd, DecodedInsn* insn, InsnForm* form);
 
+/// Another number when the library underneath is another.
+u64 decoder_version();
+
 }  // namespace ring3::engine

@@ -80,6 +80,7 @@ struct DirectExit {
   /// The tag is given as tag | kUngrouped.
   bool ungrouped = false;
   u16 insns = 0;  ///< instructions of the block that are done then; 0: all
+  u32 tag = 0;  ///< offset of the u32 in the stub that says its tag
   static constexpr u32 kSamePage = ~0u;
   static constexpr u32 kUngrouped = 1u << 31;
 };

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <random>
 
+#include "base/split_mix.hpp"
 #include "engine/decode/decoder.hpp"
 #include "engine/interp/families.hpp"
 #include "engine/interp/operand.hpp"
@@ -223,59 +224,32 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   request.rip = rip;
   request.mode = mode;
   request.position_independent = position_independent(rip, mode);
-  unsigned count = 0, at = 0, branches = 0;
-  while (count < max && at < size) {
-    DecodedInsn& insn = insns_[count];
-    const unsigned left = std::min(size - at, 15u);
-    const DecodeResult r = mode.code32 ? decode(image + at, left, CodeMode::Bits32, false, c_.features.amd, &insn)
-                                       : decoder_.decode64(image + at, left, c_.features.amd, &insn);
-    if (r != DecodeResult::Ok) break;
-    has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
-    const bool ends = insn.has(kEndsBlock) && insn.op != Op::Sti;
-    const bool on = ends && !ungrouped && may_go_on(insn, gpa.page_offset() + at) && ++branches < kMaxBranches;
-    at += insn.length;
-    count++;
-    if (ends && !on) break;
-    // What stands there already is not made a second time.
-    if (on && cache_->find(gpa + at, request.position_independent ? 0 : rip + at, key(mode, false)) != nullptr) break;
-  }
-
   request.loops = lockstep_ == nullptr && !ungrouped;
   request.ungrouped = ungrouped;
-  u8 guest_bytes[15];
-  if (count == 0 && room < sizeof guest_bytes && lockstep_ == nullptr) {
-    // An instruction that goes on in the next page.
-    const Stop kept = mmu_.stop();
-    const unsigned got = mmu_.fetch_bytes(rip, guest_bytes, sizeof guest_bytes);
-    mmu_.stop() = kept;
-    std::memcpy(guest_bytes, image, room);
-    if (got > room && decode(guest_bytes, got, mode.code32 ? CodeMode::Bits32 : CodeMode::Bits64, false, c_.features.amd,
-                             &insns_[0]) == DecodeResult::Ok && insns_[0].length > room) {
-      has_feature_[0] = insns_[0].op != Op::Invalid && c_.features[insns_[0].feature];
-      count = 1;
-      request.edge = insns_[0].length - room;
-    }
-  }
+  const u8 mode_key = key(mode, ungrouped);
+  const KeptCode::Source source{kept_context(), rip, mode_key, request.position_independent, {image, size}};
+  KeptCode* const keeper = lockstep_ == nullptr ? options_.kept : nullptr;
   for (unsigned attempt = 0; attempt < 2; attempt++) {
-    request.insns = std::span<const DecodedInsn>(insns_.data(), count);
-    request.has_feature = std::span<const bool>(has_feature_.get(), count);
     request.first_tag = cache_->next_tag();
-    out_.clear();
-    if (count == 0 || !translator_->translate(request, &out_)) {
-      out_.clear();
-      const Op op = count == 0 ? Op::Invalid : insns_[0].op;
-      const bool vector = needs_vectors(op);
-      leave_stub(rip, request.position_independent,
-                 mode.lazy && vector && has_feature_[0]                     ? frame::kExitVectors
-                 : count == 0 || mode.code32 || request.edge != 0 ? frame::kExitInterpret
-                                                                  : exit_of_left(insns_[0]),
-                 &out_);
-      out_.bytes = count == 0 ? std::min(room, 15u) : std::min<u32>(room, insns_[0].length);
-      // What is undefined may depend on bytes past its length.
-      if (count != 0 && insns_[0].op == Op::Invalid) out_.bytes = std::min(room, 15u);
-    } else {
-      out_.bytes = std::min<u32>(room, out_.bytes);
-      stats_.translated++;
+    KeptCode::Block block{&out_, 0};
+    const DecodedInsn* left = &insns_[0];
+    const bool found = keeper != nullptr && keeper->find(source, request.first_tag, &block) &&
+                       (out_.left_at.empty() || decode_kept(image + block.left_at, size - block.left_at, mode));
+    if (!found) {
+      unsigned read = decode_block(image, size, max, gpa, rip, &request);
+      const bool keep = keeper != nullptr && read != 0 && insns_[0].op != Op::Invalid;
+      const bool may_move = keep && KeptCode::may_move(source);
+      if (may_move) {
+        make_moved(image, size, gpa, &request);
+        read = decode_block(image, size, max, gpa, rip, &request);
+      }
+      if (make(request, &out_)) stats_.translated++;
+      left = &insns_[out_.left];
+      block.left_at = finish_bytes(room, &out_);
+      if (keep) {
+        const KeptCode::Moved moved{addresses_, &moved_};
+        keeper->add(source, read, block, may_move ? &moved : nullptr);
+      }
     }
     if (left_stale_) {
       left_.clear();
@@ -283,11 +257,10 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       left_stale_ = false;
     }
     for (u32 slot : out_.left_at) {
-      const u32 number = number_left(insns_[out_.left]);
+      const u32 number = number_left(*left);
       std::memcpy(out_.code.data() + slot, &number, 4);
     }
-    if (CodeBlock* b = cache_->add(gpa, request.position_independent ? 0 : rip, key(mode, ungrouped),
-                                  request.position_independent, out_, image)) {
+    if (CodeBlock* b = cache_->add(gpa, request.position_independent ? 0 : rip, mode_key, request.position_independent, out_, image)) {
       if (options_.perf_map != nullptr) {
         options_.perf_map->add(b->code, b->code_size, rip, mode.user);
         options_.perf_map->add(b->cold, b->cold_size, rip, mode.user);
@@ -298,6 +271,130 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
     mmu_.add_code_page(gpa.page());
   }
   return nullptr;
+}
+
+/// What is left to the interpreter was decoded with the block: it is a part of it. Returns where it begins, if it is there.
+u32 TranslatorVcpu::finish_bytes(unsigned room, TranslatedBlock* out) const {
+  u32 at = 0;
+  if (!out->left_at.empty()) {
+    for (u32 n = 0; n < out->left; n++) at += insns_[n].length;
+    out->bytes = std::max<u32>(out->bytes, at + insns_[out->left].length);
+  }
+  out->bytes = std::min<u32>(room, out->bytes);
+  return at;
+}
+
+/// The request's instructions, decoded from the image, as they are when it has moved: to moved_, and the places in the
+/// image that move with it to addresses_.
+void TranslatorVcpu::make_moved(const u8* image, unsigned size, Gpa gpa, BlockRequest* request) {
+  u8 there[kMaxInsns * 15];
+  std::memcpy(there, image, size);
+  addresses_.clear();
+  const u64 rip = request->rip;
+  unsigned at = 0;
+  unsigned done = 0;
+  const auto move = [&](unsigned offset, u64 number, u16 against) {
+    u32 v;
+    std::memcpy(&v, image + offset, 4);
+    if (v != static_cast<u32>(number) || offset < done) return false;
+    v += against != 0 ? 0 - static_cast<u32>(KeptCode::kMove) : static_cast<u32>(KeptCode::kMove);
+    std::memcpy(there + offset, &v, 4);
+    addresses_.push_back(static_cast<u16>(offset | against));
+    done = offset + 4;
+    return true;
+  };
+  for (const DecodedInsn& i : request->insns) {
+    const bool immediate = std::any_of(std::begin(i.operands), std::end(i.operands), [](const Operand& o) { return o.kind == OperandKind::Imm; });
+    const u64 disp = static_cast<u64>(i.disp);
+    const bool relative = i.mem.base == kRipBase;
+    // What is near to 0 stays there: the variables of a CPU, off GS.
+    if (i.has(kHasMem) && (relative ? rip + at + i.length + disp < (1u << 21) : KeptCode::near(disp, rip))) {
+      for (const unsigned behind : {0u, 1u, 2u, 4u})
+        if (i.length > 5 + behind && move(at + i.length - 4 - behind, disp, relative ? KeptCode::kAgainst : u16{0})) break;
+    }
+    if (immediate && KeptCode::near(static_cast<u64>(i.imm), rip)) {
+      for (const unsigned bytes : {4u, 8u})
+        if (i.length > bytes && move(at + i.length - bytes, static_cast<u64>(i.imm), 0)) break;
+    }
+    at += i.length;
+  }
+  decode_block(there, size, static_cast<unsigned>(request->insns.size()), gpa, rip, request);
+  request->rip = rip + KeptCode::kMove;
+  make(*request, &moved_);
+  finish_bytes(static_cast<unsigned>(kPageSize - (rip & (kPageSize - 1))), &moved_);
+  request->rip = rip;
+}
+
+/// What is the same for all translations of this vCPU, beside their bytes and mode.
+u64 TranslatorVcpu::kept_context() const {
+  static_assert(static_cast<unsigned>(Feature::Count) <= 64);
+  return SplitMix64::mix(c_.features.has.to_ullong() ^ u64{options_.max_insns} << 56) ^ u64{c_.features.amd};
+}
+
+DecodeResult TranslatorVcpu::decode_one(const u8* bytes, unsigned size, TranslateMode mode, DecodedInsn* insn) {
+  size = std::min(size, 15u);
+  return mode.code32 ? decode(bytes, size, CodeMode::Bits32, false, c_.features.amd, insn)
+                     : decoder_.decode64(bytes, size, c_.features.amd, insn);
+}
+
+bool TranslatorVcpu::decode_kept(const u8* bytes, unsigned size, TranslateMode mode) {
+  return decode_one(bytes, size, mode, &insns_[0]) == DecodeResult::Ok;
+}
+
+/// The request's instructions. How many bytes of the image say what they are; 0: more than the image.
+unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned max, Gpa gpa, u64 rip, BlockRequest* request) {
+  const TranslateMode mode = request->mode;
+  unsigned count = 0, at = 0, branches = 0;
+  bool whole = true;
+  while (count < max && at < size) {
+    DecodedInsn& insn = insns_[count];
+    if (decode_one(image + at, size - at, mode, &insn) != DecodeResult::Ok) {
+      whole = false;
+      break;
+    }
+    has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
+    const bool ends = insn.has(kEndsBlock) && insn.op != Op::Sti;
+    const bool on = ends && !request->ungrouped && may_go_on(insn, gpa.page_offset() + at) && ++branches < kMaxBranches;
+    at += insn.length;
+    count++;
+    if (ends && !on) break;
+    // What stands there already is not made a second time.
+    if (on && cache_->find(gpa + at, request->position_independent ? 0 : rip + at, key(mode, false)) != nullptr) break;
+  }
+  request->edge = 0;
+  u8 guest_bytes[15];
+  if (count == 0 && size < sizeof guest_bytes && lockstep_ == nullptr) {
+    // An instruction that goes on in the next page.
+    const Stop kept = mmu_.stop();
+    const unsigned got = mmu_.fetch_bytes(rip, guest_bytes, sizeof guest_bytes);
+    mmu_.stop() = kept;
+    std::memcpy(guest_bytes, image, size);
+    if (got > size && decode_one(guest_bytes, got, mode, &insns_[0]) == DecodeResult::Ok && insns_[0].length > size) {
+      has_feature_[0] = insns_[0].op != Op::Invalid && c_.features[insns_[0].feature];
+      count = 1;
+      request->edge = insns_[0].length - size;
+    }
+  }
+  request->insns = std::span<const DecodedInsn>(insns_.data(), count);
+  request->has_feature = std::span<const bool>(has_feature_.get(), count);
+  return count == 0 || request->edge != 0 ? 0 : whole ? at : size;
+}
+
+/// False: a stub that leaves the first instruction to the interpreter.
+bool TranslatorVcpu::make(const BlockRequest& request, TranslatedBlock* out) {
+  out->clear();
+  const std::size_t count = request.insns.size();
+  if (count != 0 && translator_->translate(request, out)) return true;
+  out->clear();
+  const Op op = count == 0 ? Op::Invalid : insns_[0].op;
+  leave_stub(request.rip, request.position_independent,
+             request.mode.lazy && needs_vectors(op) && has_feature_[0]        ? frame::kExitVectors
+             : count == 0 || request.mode.code32 || request.edge != 0 ? frame::kExitInterpret
+                                                                       : exit_of_left(insns_[0]),
+             out);
+  // What is undefined may depend on bytes past its length.
+  out->bytes = op == Op::Invalid ? 15 : insns_[0].length;
+  return false;
 }
 
 CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode, bool ungrouped) {

@@ -12,6 +12,7 @@
 #include "engine/translate/block_translator.hpp"
 #include "engine/translate/code_cache.hpp"
 #include "engine/translate/interpreted_ops.hpp"
+#include "engine/translate/kept_code.hpp"
 #include "engine/translate/lockstep.hpp"
 #include "engine/translate/perf_map.hpp"
 
@@ -34,6 +35,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     u64 lockstep_every = 0;   ///< not 0: every n-th block is compared with the interpreter; nothing is linked
     std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
     PerfMap* perf_map = nullptr;  ///< told of every block; outlives this
+    KeptCode* kept = nullptr;  ///< translations are looked for here first, and kept here; outlives this
     InterpretedOps* interpreted_ops = nullptr;  ///< told of every interpreted instruction; outlives this
   };
   struct Stats {
@@ -103,6 +105,13 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   CodeBlock* lookup(u64 rip, TranslateMode mode, bool ungrouped);
   CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode, bool ungrouped);
   void enter(const u8* code);
+  u64 kept_context() const;
+  DecodeResult decode_one(const u8* bytes, unsigned size, TranslateMode mode, DecodedInsn* insn);
+  bool decode_kept(const u8* bytes, unsigned size, TranslateMode mode);  ///< into insns_[0]
+  unsigned decode_block(const u8* image, unsigned size, unsigned max, Gpa gpa, u64 rip, BlockRequest* request);
+  bool make(const BlockRequest& request, TranslatedBlock* out);
+  void make_moved(const u8* image, unsigned size, Gpa gpa, BlockRequest* request);
+  u32 finish_bytes(unsigned room, TranslatedBlock* out) const;
   u32 number_left(const DecodedInsn& insn);
   /// host - linear of an access that the translation allows, 0: it is interpreted. In two pages only if the host's
   /// are neighbours too, or for a read, which then reads from a copy.
@@ -127,6 +136,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   HostFaultRange fault_range_;
   JitFrame frame_;
   TranslatedBlock out_;
+  TranslatedBlock moved_;  ///< the same code translated at another address, for KeptCode
+  std::vector<u16> addresses_;
   DecodeCache decoder_;
   std::vector<DecodedInsn> insns_;
   std::unique_ptr<bool[]> has_feature_;
