@@ -158,7 +158,7 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
     unlink(tag);
     guard = x.wide ? (rip & kPageMask) + bias : bias >> 48;
     // Several address spaces take turns here: from now on the jump table is asked before.
-    if (x.frame_flags && (x.wide || !to->user) && ++x.changes == kChanges) {
+    if (x.frame_flags && (x.wide || !to->user) && x.changes < kChanges && ++x.changes == kChanges) {
       u8 bytes[4];
       std::memcpy(bytes, &frame::kExitCrossFrame, 4);
       arena_->patch(x.slot, bytes);

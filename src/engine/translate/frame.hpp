@@ -83,7 +83,8 @@ struct alignas(64) JitFrame {
   /// attention is raised. For polls.
   u64 exit_attention = 0;
   /// In: r14 = RIP of the next instruction, in another page, r15d = the exit's tag, the status flags in `flags`.
-  /// Goes on through the jump table, or as exit_next. For exits whose link was made for others too often.
+  /// Goes on through the jump table, or (one time in RING3_CROSS_EXITS anyway) as exit_next. For exits whose link was
+  /// made for others too often.
   u64 exit_cross_frame = 0;
   /// call. In: r14 = linear address, r15d = size in bytes. Out: r14 kept; r15 = what is added to a linear address of
   /// this access (a read; a write) for its host address, 0 when it cannot be made: then exit_interpret. A read's
@@ -115,6 +116,7 @@ struct alignas(64) JitFrame {
   u64 transit_function = 0;  ///< u64 (*)(void* context, u64 rip, u64 number); uses no vector registers
   u64 system_function = 0;   ///< u64 (*)(void* context, u64 operand, u64 op); uses no vector registers
   u64 kept[9] = {};  ///< over transit_function: the guest's rax rcx rdx rsi rdi r8 r13 r14 rsp
+  i32 cross_left = RING3_CROSS_EXITS;  ///< exit_cross_frame's: below 0 the exit is linked anew
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -172,6 +174,7 @@ RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
 RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
 RING3_CHECK_OFFSET(tlb_mask, RING3_FRAME_TLB_MASK);
 RING3_CHECK_OFFSET(last_start, RING3_FRAME_LAST_START);
+RING3_CHECK_OFFSET(cross_left, RING3_FRAME_CROSS_LEFT);
 RING3_CHECK_OFFSET(scratch, RING3_FRAME_SCRATCH);
 RING3_CHECK_OFFSET(jump_table, RING3_FRAME_JUMP_TABLE);
 RING3_CHECK_OFFSET(jump_bias, RING3_FRAME_JUMP_BIAS);

@@ -51,6 +51,10 @@
 #define RING3_FRAME_EXIT_INTERPRET_FRAME 464
 #define RING3_FRAME_EXIT_RETURN 472
 #define RING3_FRAME_SCRATCH 480 /* 6 slots */
+#define RING3_FRAME_CROSS_LEFT 696
+
+/* Exits to other pages that search the jump table until one is linked anew. */
+#define RING3_CROSS_EXITS 64
 
 #define RING3_FRAME_EXIT_TRANSIT 592
 #define RING3_FRAME_SYSTEM_OP 600

@@ -204,9 +204,13 @@ leave:
 
 thunk ring3_jit_exit_cross_frame
     mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+    decl %gs:RING3_FRAME_CROSS_LEFT
+    js 2f                         /* now and then the exit is linked anew: those that are taken most stay linked */
     look_up
     jne 1f
     jmp *8(%r15)
+2:  movl $RING3_CROSS_EXITS, %gs:RING3_FRAME_CROSS_LEFT
+    mov %r14, %gs:RING3_FRAME_EXIT_RIP
 1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
     flags_from_frame
     movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
