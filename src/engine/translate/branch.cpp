@@ -150,10 +150,9 @@ void BlockBuilder::exit_indirect() {
     e_.and_imm(kScratch1, -static_cast<i32>(kPageSize));
     e_.store(frame_at(frame::kPage), kScratch1);
   }
-  e_.encode({.vex = true, .w = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = kScratch1, .rm = kScratch0, .imm_size = 1, .imm = {16}});  // rorx r15, r14, 16
-  e_.encode({.opcode = 0x01, .reg = kScratch0, .rm = kScratch1});                     // add r15d, r14d
-  e_.encode({.map = 1, .opcode = 0xb7, .reg = kScratch1, .rm = kScratch1});           // movzx r15d, r15w
-  e_.encode({.opcode = 0xc1, .reg = 4, .rm = kScratch1, .imm_size = 1, .imm = {4}});  // shl r15d, 4
+  static_assert(sizeof(JumpEntry) == 16 && kJumpEntries == 1u << 16);
+  e_.encode({.vex = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = kScratch1, .rm = kScratch0, .imm_size = 1, .imm = {30}});  // rorx r15d, r14d, 30
+  e_.and32(kScratch1, 0xffff0);
   e_.add(kScratch1, frame_at(frame::kJumpTable));
   e_.add(kScratch0, frame_at(frame::kJumpBias));
   e_.add(kScratch0, HostMem::at(kScratch1));
@@ -192,6 +191,11 @@ void BlockBuilder::check_canonical(u8 reg, u8 temp) {
     return;
   }
   e_.mov(temp, reg);
+  if (request_->mode.user) {  // the interpreter raises what there is to raise in the upper half
+    e_.shr(temp, 47);
+    e_.jcc(5, interpret_label());
+    return;
+  }
   e_.encode({.w = true, .opcode = 0xc1, .reg = 4, .rm = temp, .imm_size = 1, .imm = {16}});  // shl
   e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = temp, .imm_size = 1, .imm = {16}});  // sar
   e_.encode({.w = true, .opcode = 0x39, .reg = reg, .rm = temp});                            // cmp

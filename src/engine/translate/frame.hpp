@@ -237,6 +237,6 @@ struct JumpEntry {
   u64 code = 0;     ///< host address; entered with the status flags in JitFrame::flags
 };
 inline constexpr unsigned kJumpEntries = 1u << 16;
-inline constexpr u64 jump_index(u64 rip) { return (rip + (rip >> 16)) & (kJumpEntries - 1); }
+inline constexpr u64 jump_index(u64 rip) { return (rip >> 2) & (kJumpEntries - 1); }
 
 }  // namespace ring3::engine

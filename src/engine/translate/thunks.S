@@ -193,10 +193,8 @@ leave:
    Not equal: not there. */
 .macro look_up
     mov %r14, %gs:RING3_FRAME_EXIT_RIP
-    rorx $16, %r14, %r15
-    add %r14d, %r15d
-    movzwl %r15w, %r15d
-    shl $4, %r15d
+    rorx $30, %r14d, %r15d
+    and $0xffff0, %r15d
     add %gs:RING3_FRAME_JUMP_TABLE, %r15
     add %gs:RING3_FRAME_JUMP_BIAS, %r14
     add (%r15), %r14
