@@ -56,8 +56,8 @@ void BlockBuilder::poll(u64 target) {
   const bool host = flags_ == Flags::Host;
   polls_.push_back({{}, target, host, !host});
   if (!host) {
-    e_.load(kScratch0, frame_at(frame::kAttention));
-    e_.cmp32_imm(HostMem::at(kScratch0), 0);
+    e_.load(kScratch1, frame_at(frame::kAttention));
+    e_.cmp32_imm(HostMem::at(kScratch1), 0);
     e_.jcc(5, polls_.back().entry);
     return;
   }
@@ -72,14 +72,15 @@ void BlockBuilder::poll(u64 target) {
 
 /// Position-independent: the page moves along, and the link holds for one place of the target's page in one
 /// address space.
-void BlockBuilder::exit_to_other_page(u64 target, bool backward) {
+void BlockBuilder::exit_to_other_page(u64 target, bool backward, const i64* r14) {
   const Flags flags = flags_;
-  flags_away(kScratch0);
+  flags_away(kScratch0);  // r14 is kept, or there is nothing to do
   if (backward) poll(target);
   const u64 in_page = target & (kPageSize - 1);
   stubs_.push_back({{}, static_cast<i64>(in_page), true});
-  e_.load(kScratch0, frame_at(frame::kPage));
-  e_.lea(kScratch0, HostMem::at(kScratch0, static_cast<i32>(page_offset(target) - static_cast<i64>(in_page))));
+  if (r14 == nullptr) e_.load(kScratch0, frame_at(frame::kPage));
+  const i64 base = r14 != nullptr ? *r14 : 0;
+  e_.lea(kScratch0, HostMem::at(kScratch0, static_cast<i32>(page_offset(target) - static_cast<i64>(in_page) - base)));
   e_.store(frame_at(frame::kPage), kScratch0);
   e_.add(kScratch0, frame_at(frame::kJumpBias));
   e_.bytes({0x49, 0xbf});  // mov r15, the link's
@@ -92,10 +93,10 @@ void BlockBuilder::exit_to_other_page(u64 target, bool backward) {
   flags_ = flags;  // what the branch's other way has
 }
 
-void BlockBuilder::exit_to(u64 target, bool backward) {
+void BlockBuilder::exit_to(u64 target, bool backward, const i64* r14) {
   ended_ = true;
   if (pic() && !same_page(target)) {
-    exit_to_other_page(target, backward);
+    exit_to_other_page(target, backward, r14);
     return;
   }
   if (backward) poll(target);
@@ -305,7 +306,8 @@ bool BlockBuilder::call(const DecodedInsn& i) {
     push_return(a);
     move_rsp(-word());
     shadow_call(back);
-    exit_to(target);
+    const i64 at = page_offset(back);  // in r14
+    exit_to(target, target <= rip(), flags_ != Flags::Host ? &at : nullptr);
     return true;
   }
   if (o.kind == OperandKind::Mem) {

@@ -219,8 +219,9 @@ class BlockBuilder {
   // ---- exits (branch.cpp) ----
   void exit_interpret_now();
   void exit_to(u64 target) { exit_to(target, target <= rip()); }
-  void exit_to(u64 target, bool backward);  ///< direct; flags where they are, scratch registers free
-  void exit_to_other_page(u64 target, bool backward);
+  /// Direct; flags where they are, scratch registers free. r14: it holds the page's address and this much, or null.
+  void exit_to(u64 target, bool backward, const i64* r14 = nullptr);
+  void exit_to_other_page(u64 target, bool backward, const i64* r14);
   void exit_if(u8 condition, u64 target);   ///< direct, forward, in the same page; flags in the host
   void exit_indirect();                     ///< r14 = target; r15 free
   void flags_away(u8 scratch);              ///< the flags are in the frame, or dead, from here on
