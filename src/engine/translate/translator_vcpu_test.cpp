@@ -202,7 +202,7 @@ TEST(TranslatorVcpu, OtherPagesGoThroughTheJumpTable) {
   m.s.rip = TestMachine::kCode;
   EXPECT_TRUE(m.resume().halted());
   EXPECT_EQ(m.s.gpr[RCX], 0u);
-  EXPECT_LT(m.vcpu->stats().entries, 20u);
+  EXPECT_LT(m.vcpu->stats().entries, 20u + 2000 / RING3_CROSS_EXITS);  // two exits a turn, of which one in so many is offered to be linked
 }
 
 TEST(TranslatorVcpu, AttentionEndsALoop) {
