@@ -17,7 +17,8 @@ void ring3_diff_leave();
 namespace ring3::diff {
 namespace {
 
-constexpr u64 kFrame = 0x30000000;
+/// As native_entry.S has it. No address that a random operand is likely to reach: it is there on this side alone.
+constexpr u64 kFrame = 0x2a5c7000;
 constexpr u16 kCs64 = 0x33, kCs32 = 0x23, kDs = 0x2b;  // Linux' user selectors
 
 struct Frame {

@@ -1,6 +1,6 @@
 // Entry to and exit from the instruction under test. The frame lies at a fixed low address, so
 // that no register is needed to find it. Offsets are those of struct Frame in native.cpp.
-#define FRAME 0x30000000
+#define FRAME 0x2a5c7000
 #define GPR(n) (FRAME + 8 * (n))
 #define RIP_ (FRAME + 0x80)
 #define RFLAGS (FRAME + 0x88)
