@@ -38,8 +38,8 @@ class HostFaultRange {
 
 /// Before a stub runs with unmasked exceptions: SIGFPE is not blocked on this thread (a blocked one
 /// would end the process) and still comes to our handler (the embedding program may have replaced it).
-/// traps: exceptions are unmasked; when they are not, only the thread's mask is seen to, which costs no system call after the
-/// first time.
+/// traps: exceptions are unmasked. When they are not (DIV may still trap), a thread looks after the handler every millisecond or
+/// two only: a program that replaces it takes it away for so long at most, and not every KVM_RUN makes a system call.
 void arm_host_faults(bool traps = true);
 
 /// Guest memory belongs to the VMM and may vanish under the engine (munmap, a truncated file: SIGSEGV, SIGBUS). Accesses to

@@ -438,7 +438,7 @@ void TranslatorVcpu::enter(const u8* code) {
 Interpreter::Result TranslatorVcpu::run(u64 budget) {
   const u64 limit = c_.retired + budget < c_.retired ? ~0ull : c_.retired + budget;
   limit_ = limit;
-  arm_host_faults(false);  // vector code is translated for masked exceptions alone
+  arm_host_faults(false);  // vector code runs translated with masked exceptions alone
   const JitGsBase gs(&frame_);
   gs_before_ = gs.previous();
   in_run_ = true;
