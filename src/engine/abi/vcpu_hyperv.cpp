@@ -1,8 +1,5 @@
 // What the Hyper-V room needs of a vCPU.
-#include <sched.h>
-
-#include <ctime>
-
+#include "base/backoff.hpp"
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
 
@@ -40,14 +37,7 @@ void Vcpu::serve_flushes() {
   vm_.tracker().leave_guest(index_);
   for (const auto& [v, ticket] : flush_waits_) {
     for (unsigned spins = 0; v->flush_served_.load(std::memory_order_acquire) < ticket && vm_.tracker().in_guest(v->index_); spins++) {
-      if (spins < 64) {
-        __builtin_ia32_pause();
-      } else if (spins < 1024) {
-        sched_yield();
-      } else {
-        const timespec nap{0, 50'000};
-        nanosleep(&nap, nullptr);
-      }
+      back_off(spins);
     }
   }
   flush_waits_.clear();

@@ -1,7 +1,4 @@
-#include <sched.h>
-
 #include <algorithm>
-#include <ctime>
 
 #include "engine/mmu/mmu.hpp"
 #include "engine/mmu/tracker_core.hpp"
@@ -156,17 +153,6 @@ void TrackerCore::post_drop(u16 mask, u64 host, unsigned self,
   }
 }
 
-void TrackerCore::relax(unsigned spins) {
-  if (spins < 64) {
-    __builtin_ia32_pause();
-  } else if (spins < 1024) {
-    sched_yield();
-  } else {
-    const timespec nap{0, 50'000};
-    nanosleep(&nap, nullptr);
-  }
-}
-
 void TrackerCore::slots_changed() {
   std::vector<std::pair<Mailbox*, u64>> tickets;
   const unsigned end = mailbox_end_.load(std::memory_order_seq_cst);
@@ -182,7 +168,7 @@ void TrackerCore::slots_changed() {
     for (unsigned spins = 0; box->in_guest.load(std::memory_order_seq_cst) &&
                              box->slots_served.load(std::memory_order_acquire) < ticket;
          spins++) {
-      relax(spins);
+      back_off(spins);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/backoff.hpp"
 #include "base/mapping.hpp"
 #include "base/types.hpp"
 #include "memory/guest_memory.hpp"
@@ -112,7 +113,7 @@ class TrackerCore {
                                box->tlb_served.load(std::memory_order_acquire) < ticket;
            spins++) {
         serve_own();
-        relax(spins);
+        back_off(spins);
       }
     }
   }
@@ -131,7 +132,6 @@ class TrackerCore {
   void post_code_write(Gpa key_page, u64 offset, unsigned size, unsigned vcpu, std::vector<Gpa>* mine);
   void post_drop(u16 mask, u64 host, unsigned self, std::vector<std::pair<Mailbox*, u64>>* tickets);
   void drop_holder_entry(u64 key_frame, const std::vector<Holder>& left);
-  static void relax(unsigned spins);
 
   memory::GuestMemory& memory_;
   std::array<std::atomic<Mailbox*>, kMaxVcpus> mailboxes_{};

@@ -4,11 +4,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <random>
 
+#include "base/temporary_directory.hpp"
 #include "engine/interp/test_machine.hpp"
 #include "engine/translate/translator_vcpu.hpp"
 
@@ -214,16 +214,11 @@ TEST(KeptCode, NumbersOutOfRange) {
   }
 }
 
-struct Directory {
-  Directory() { EXPECT_NE(::mkdtemp(path), nullptr); }
-  ~Directory() { EXPECT_EQ(std::system(("rm -rf " + std::string(path)).c_str()), 0); }
-  char path[32] = "/tmp/ring3-kept-XXXXXX";
-  std::string file(const char* name) const { return std::string(path) + "/" + name; }
-};
-
 TEST(KeptCode, AFileOfTheUsersOwn) {
-  Directory d;
-  const std::string path = d.file("code");
+  const TemporaryDirectory d;
+  ASSERT_FALSE(d.path().empty());
+  const auto file = [&](const char* name) { return d.path() + "/" + name; };
+  const std::string path = file("code");
   const std::vector<u8> bytes = bytes_of(kPieces[0], kHigh);
   TranslatedBlock out;
   KeptCode::Block block{&out, 0};
@@ -241,10 +236,10 @@ TEST(KeptCode, AFileOfTheUsersOwn) {
     ASSERT_TRUE(k.ok());
     EXPECT_TRUE((*k)->find(source(bytes, kHigh), 0, &block));
   }
-  ASSERT_EQ(::symlink("code", d.file("link").c_str()), 0);
-  EXPECT_EQ(KeptCode::create(d.file("link")).error().code, EPERM);
-  EXPECT_EQ(KeptCode::create(d.path).error().code, EPERM);  // a directory
-  EXPECT_EQ(KeptCode::create(d.file("nowhere/code")).error().code, ENOENT);
+  ASSERT_EQ(::symlink("code", file("link").c_str()), 0);
+  EXPECT_EQ(KeptCode::create(file("link")).error().code, EPERM);
+  EXPECT_EQ(KeptCode::create(d.path()).error().code, EPERM);  // a directory
+  EXPECT_EQ(KeptCode::create(file("nowhere/code")).error().code, ENOENT);
   ASSERT_EQ(::chmod(path.c_str(), 0620), 0);
   EXPECT_EQ(KeptCode::create(path).error().code, EPERM);
   ASSERT_EQ(::chmod(path.c_str(), 0600), 0);

@@ -228,8 +228,8 @@ thunk ring3_jit_exit_return
 1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
     jmp ring3_jit_exit_indirect_frame
 
-.macro fill name, write
-thunk \name
+/* What a C++ function does not keep. */
+.macro push_scratch
     push %rax
     push %rcx
     push %rdx
@@ -239,6 +239,22 @@ thunk \name
     push %r9
     push %r10
     push %r11
+.endm
+.macro pop_scratch
+    pop %r11
+    pop %r10
+    pop %r9
+    pop %r8
+    pop %rdi
+    pop %rsi
+    pop %rdx
+    pop %rcx
+    pop %rax
+.endm
+
+.macro fill name, write
+thunk \name
+    push_scratch
     push %r14
     push %rbp
     mov %rsp, %rbp                /* the shadow stack keeps 8-byte alignment only */
@@ -263,15 +279,7 @@ thunk \name
     mov %rbp, %rsp
     pop %rbp
     pop %r14
-    pop %r11
-    pop %r10
-    pop %r9
-    pop %r8
-    pop %rdi
-    pop %rsi
-    pop %rdx
-    pop %rcx
-    pop %rax
+    pop_scratch
     ret
 2:  put_away
     movl $RING3_VECTORS_AWAY, %gs:RING3_FRAME_VECTORS
@@ -283,15 +291,7 @@ thunk \name
 
 /* What it calls leaves the vectors alone. */
 thunk ring3_jit_system_op
-    push %rax
-    push %rcx
-    push %rdx
-    push %rsi
-    push %rdi
-    push %r8
-    push %r9
-    push %r10
-    push %r11
+    push_scratch
     push %rbp
     mov %rsp, %rbp
     and $-16, %rsp
@@ -302,15 +302,7 @@ thunk ring3_jit_system_op
     mov %rax, %r15
     mov %rbp, %rsp
     pop %rbp
-    pop %r11
-    pop %r10
-    pop %r9
-    pop %r8
-    pop %rdi
-    pop %rsi
-    pop %rdx
-    pop %rcx
-    pop %rax
+    pop_scratch
     ret
 
 /* u64 ring3_jit_call_out(u64 (*f)(void*), void* argument): for what is called from there. f may use vectors. */
