@@ -16,35 +16,6 @@ u64 read_clock(clockid_t id) {
   return static_cast<u64>(ts.tv_sec) * 1'000'000'000 + static_cast<u64>(ts.tv_nsec);
 }
 
-struct Sample {
-  u64 tsc, ns;
-};
-
-// The pair whose two TSC reads stand closest together: least disturbed by interrupts and preemption.
-Sample sample() {
-  Sample best{};
-  u64 width = ~0ull;
-  for (int i = 0; i < 20; ++i) {
-    const u64 a = __rdtsc();
-    const u64 ns = read_clock(CLOCK_MONOTONIC);
-    const u64 b = __rdtsc();
-    if (b - a < width) {
-      width = b - a;
-      best = {a + (b - a) / 2, ns};
-    }
-  }
-  return best;
-}
-
-u64 measure_khz(long sleep_ns) {
-  const Sample a = sample();
-  const timespec nap{0, sleep_ns};
-  nanosleep(&nap, nullptr);
-  const Sample b = sample();
-  if (b.ns <= a.ns || b.tsc <= a.tsc) return 0;
-  return static_cast<u64>(static_cast<u128>(b.tsc - a.tsc) * 1'000'000 / (b.ns - a.ns));
-}
-
 u64 cpuid_khz() {
   u32 a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid(0x15, &a, &b, &c, &d) && a && b && c) {
@@ -60,18 +31,6 @@ u64 cpuid_khz() {
   return 0;
 }
 
-u32 find_khz() {
-  const u64 told = cpuid_khz();
-  if (told) {
-    // CPUID may be another machine's under a careless hypervisor: believe it within 1 %.
-    const u64 seen = measure_khz(1'000'000);
-    if (told <= ~0u && seen && told > seen - seen / 100 && told < seen + seen / 100)
-      return static_cast<u32>(told);
-  }
-  const u64 khz = measure_khz(10'000'000);
-  return khz && khz <= ~0u ? static_cast<u32>(khz) : 1'000'000;
-}
-
 bool find_stable() {
   u32 a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid(0x80000007, &a, &b, &c, &d) && (d >> 8 & 1)) return true;
@@ -84,9 +43,58 @@ bool find_stable() {
   return tsc;
 }
 
+// A sample is off by a few nanoseconds: over two milliseconds that is about one in a million.
+constexpr u64 kShortest = 2'000'000, kLongest = 1'000'000'000;
+
 }  // namespace
 
-HostClock::HostClock() : khz_(find_khz()), stable_(find_stable()) {}
+// The pair whose two TSC reads stand closest together: least disturbed by interrupts and preemption.
+HostClock::Sample HostClock::sample() {
+  Sample best{};
+  u64 width = ~0ull;
+  for (int i = 0; i < 20; ++i) {
+    const u64 a = __rdtsc();
+    const u64 ns = read_clock(CLOCK_MONOTONIC_RAW);
+    const u64 b = __rdtsc();
+    if (b - a < width) {
+      width = b - a;
+      best = {a + (b - a) / 2, ns};
+    }
+  }
+  return best;
+}
+
+u64 HostClock::measure_khz(const Sample& begin) {
+  const Sample end = sample();
+  if (end.ns <= begin.ns || end.tsc <= begin.tsc) return 0;
+  return static_cast<u64>(static_cast<u128>(end.tsc - begin.tsc) * 1'000'000 / (end.ns - begin.ns));
+}
+
+u32 HostClock::find_khz() const {
+  const std::lock_guard lock(mutex_);
+  if (const u32 khz = khz_.load(std::memory_order_relaxed); khz != 0) return khz;
+  // What has passed since this clock was made serves as the interval, unless the host may have slept in it.
+  Sample begin = begin_;
+  u64 now = read_clock(CLOCK_MONOTONIC_RAW);
+  if (now - begin.ns > kLongest) {
+    begin = sample();
+    now = begin.ns;
+  }
+  // No sleep: whoever asks first may be in a jail that knows of none.
+  while (now - begin.ns < kShortest) {
+    _mm_pause();
+    now = read_clock(CLOCK_MONOTONIC_RAW);
+  }
+  const u64 seen = measure_khz(begin);
+  const u64 told = cpuid_khz();
+  // CPUID may be another machine's under a careless hypervisor: believe it within 1 %.
+  u64 khz = told && told > seen - seen / 100 && told < seen + seen / 100 ? told : seen;
+  if (khz == 0 || khz > ~0u) khz = 1'000'000;
+  khz_.store(static_cast<u32>(khz), std::memory_order_release);
+  return static_cast<u32>(khz);
+}
+
+HostClock::HostClock() : begin_(sample()), stable_(find_stable()) {}
 u64 HostClock::monotonic_ns() const { return read_clock(CLOCK_MONOTONIC); }
 u64 HostClock::realtime_ns() const { return read_clock(CLOCK_REALTIME); }
 u64 HostClock::host_tsc() const { return __rdtsc(); }

@@ -1,5 +1,6 @@
 #pragma once
 #include <atomic>
+#include <mutex>
 
 #include "base/types.hpp"
 
@@ -15,7 +16,7 @@ class Clock {
   virtual u64 monotonic_ns() const = 0;
   virtual u64 realtime_ns() const = 0;
   virtual u64 host_tsc() const = 0;
-  /// Frequency of host_tsc(); never 0.
+  /// Frequency of host_tsc(); never 0. The first call may take two milliseconds.
   virtual u32 host_tsc_khz() const = 0;
   /// Whether host_tsc() advances at that rate on all CPUs alike (invariant and synchronised).
   virtual bool tsc_stable() const = 0;
@@ -23,22 +24,37 @@ class Clock {
   virtual bool is_rdtsc() const { return false; }
 };
 
-/// The machine's clocks. The TSC frequency comes from the first of
-/// CPUID leaf 0x15 (crystal × ratio), leaf 0x40000010 (hypervisor), a measurement of about
-/// 10 ms against CLOCK_MONOTONIC. It is found once per HostClock: make one per VM or per process.
+/// The machine's clocks. The TSC frequency comes from the first of CPUID leaf 0x15 (crystal × ratio), leaf 0x40000010
+/// (hypervisor), a measurement against CLOCK_MONOTONIC_RAW. It is found once per HostClock, when it is first asked for: many
+/// programs that open an engine never do. Make one per VM or per process.
 class HostClock final : public Clock {
  public:
   HostClock();
+  HostClock(const HostClock&) = delete;
+  HostClock& operator=(const HostClock&) = delete;
   u64 monotonic_ns() const override;
   u64 realtime_ns() const override;
   u64 host_tsc() const override;
-  u32 host_tsc_khz() const override { return khz_; }
+  u32 host_tsc_khz() const override {
+    const u32 khz = khz_.load(std::memory_order_acquire);
+    return khz != 0 ? khz : find_khz();
+  }
   bool tsc_stable() const override { return stable_; }
   bool is_rdtsc() const override { return true; }
 
  private:
-  u32 khz_;
-  bool stable_;
+  // Both clocks at one moment.
+  struct Sample {
+    u64 tsc, ns;
+  };
+  static Sample sample();
+  static u64 measure_khz(const Sample& begin);
+  u32 find_khz() const;
+
+  const Sample begin_;
+  const bool stable_;
+  mutable std::mutex mutex_;
+  mutable std::atomic<u32> khz_{0};
 };
 
 /// Time that moves only by advance(): for tests. The TSC follows the monotonic clock at khz.

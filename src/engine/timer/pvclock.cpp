@@ -45,12 +45,14 @@ u64 scale_tsc_delta(u64 ticks, TscScale scale) {
 
 KvmClock::KvmClock(const Clock& clock)
     : clock_(clock),
-      scale_(tsc_to_ns_scale(clock.host_tsc_khz())),
       ref_tsc_(clock.host_tsc()),
       ref_mono_(clock.monotonic_ns()) {}
 
 u64 KvmClock::at_locked(u64 host_tsc, u64 mono_ns) const {
-  if (clock_.tsc_stable()) return ref_clock_ + scale_tsc_delta(host_tsc - ref_tsc_, scale_);
+  if (clock_.tsc_stable()) {
+    if (scale_.mul == 0) scale_ = tsc_to_ns_scale(clock_.host_tsc_khz());
+    return ref_clock_ + scale_tsc_delta(host_tsc - ref_tsc_, scale_);
+  }
   return ref_clock_ + (mono_ns - ref_mono_);
 }
 

@@ -67,7 +67,7 @@ class KvmClock {
 
   const Clock& clock_;
   mutable std::mutex mutex_;
-  const TscScale scale_;  // host TSC to ns
+  mutable TscScale scale_{};  // host TSC to ns; mul 0: not asked for yet
   // The clock read ref_clock_ at this instant. With a stable host TSC it advances by that, so that the host's
   // view and the guest's stay the same line; otherwise by CLOCK_MONOTONIC.
   u64 ref_tsc_, ref_mono_, ref_clock_ = 0;

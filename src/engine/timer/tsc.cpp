@@ -26,7 +26,7 @@ bool TscSync::all_matched() const {
 }
 
 Tsc::Tsc(const Clock& clock, TscSync& sync, u32 khz)
-    : clock_(clock), sync_(sync), rdtsc_(clock.is_rdtsc()), khz_(clock.host_tsc_khz()) {
+    : clock_(clock), sync_(sync), rdtsc_(clock.is_rdtsc()) {
   if (khz) (void)set_khz(khz);
   {
     const std::lock_guard lock(sync_.mutex_);
@@ -82,12 +82,16 @@ void Tsc::host_write(u64 value) {
   u64 offset = value - scaled(clock_.host_tsc());
   const u64 ratio = ratio_.load(std::memory_order_relaxed);
   if (sync_.last_ratio_ == ratio) {
-    const u64 khz = khz_.load(std::memory_order_relaxed);
-    const u64 expected =
-        sync_.last_value_ + static_cast<u64>(static_cast<u128>(ns - sync_.last_ns_) * khz / 1'000'000);
-    const u64 second = khz * 1000;
     // 0 is what a vCPU that is being created or reset writes: it joins the others, whenever that is.
-    if (value == 0 || value - expected + second < 2 * second) offset = sync_.last_offset_;
+    bool joins = value == 0;
+    if (!joins) {
+      const u64 rate = khz();
+      const u64 expected =
+          sync_.last_value_ + static_cast<u64>(static_cast<u128>(ns - sync_.last_ns_) * rate / 1'000'000);
+      const u64 second = rate * 1000;
+      joins = value - expected + second < 2 * second;
+    }
+    if (joins) offset = sync_.last_offset_;
   }
   sync_.last_ns_ = ns;
   sync_.last_value_ = scaled(clock_.host_tsc()) + offset;
@@ -112,9 +116,8 @@ u64 Tsc::deadline_ns(u64 value) const {
   const u64 now_ns = clock_.monotonic_ns();
   const u64 now = read();
   if (value <= now) return now_ns;
-  const u64 khz = ratio_.load(std::memory_order_relaxed) == kUnity ? clock_.host_tsc_khz()
-                                                                   : khz_.load(std::memory_order_relaxed);
-  const u128 ns = (static_cast<u128>(value - now) * 1'000'000 + khz - 1) / khz;
+  const u64 rate = ratio_.load(std::memory_order_relaxed) == kUnity ? clock_.host_tsc_khz() : khz();
+  const u128 ns = (static_cast<u128>(value - now) * 1'000'000 + rate - 1) / rate;
   return now_ns + (ns > kForeverNs ? kForeverNs : static_cast<u64>(ns));
 }
 

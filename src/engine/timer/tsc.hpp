@@ -53,7 +53,10 @@ class Tsc {
   const std::atomic<u64>& ratio_word() const { return ratio_; }
   const std::atomic<u64>& offset_word() const { return offset_; }
 
-  u32 khz() const { return khz_.load(std::memory_order_relaxed); }
+  u32 khz() const {
+    const u32 khz = khz_.load(std::memory_order_relaxed);
+    return khz != 0 ? khz : clock_.host_tsc_khz();
+  }
   /// KVM_SET_TSC_KHZ: 0 selects the host's rate. The count goes on from its present value.
   /// 0 or -EINVAL (above 100 GHz, or so far from the host's rate that it cannot be scaled).
   int set_khz(u32 khz);
@@ -88,7 +91,7 @@ class Tsc {
   std::atomic<u64> ratio_{kUnity};  // guest ticks per host tick, 16.48 fixed point
   std::atomic<u64> offset_{0};
   std::atomic<u64> adjust_{0};
-  std::atomic<u32> khz_;
+  std::atomic<u32> khz_{0};  // 0: the host's rate, which nobody has asked for yet
 };
 
 }  // namespace ring3::engine
