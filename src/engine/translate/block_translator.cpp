@@ -277,7 +277,7 @@ void BlockBuilder::finish() {
     e_.mov_imm(kScratch1, (request_->first_tag + static_cast<u32>(n)) | (stubs_[n].ungrouped ? DirectExit::kUngrouped : 0));
     out_->exits[n].tag = e_.size() - 4;
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
-               .mem = HostMem::frame_gs(stubs_[n].in_frame ? frame::kExitNextFrame : frame::kExitNext)});
+               .mem = HostMem::frame(stubs_[n].in_frame ? frame::kExitNextFrame : frame::kExitNext)});
     out_->exits[n].slot = e_.size() - 4;
   }
   for (Miss& m : misses_) {

@@ -67,7 +67,7 @@ inline bool needs_vectors(Op op) {
 struct DirectExit {
   u32 field = 0;   ///< offset in code of the rel32 of a JMP or Jcc; at first it leads to stub
   u32 slot = 0;    ///< offset of the frame slot that the stub jumps through: a u32
-  u32 stub = 0;    ///< offset of the stub: r14 = target, r15d = tag, jmp gs:[kExitNext]
+  u32 stub = 0;    ///< offset of the stub: r14 = target, r15d = tag, jmp [kExitNext]
   u64 target = 0;  ///< guest RIP; of position-independent code: what is to be added to the page
   /// The exit comes with the status flags in the frame: it goes to its target's frame_entry.
   bool frame_flags = false;

@@ -106,11 +106,8 @@ void BlockBuilder::exit_to(u64 target, bool backward, const i64* r14) {
   u32 bias = DirectExit::kSamePage;
   if (!same_page(target)) {
     if (in_frame) {
-      // cmp dword gs:[bias_high], the link's
-      e_.bytes({0x65, 0x81, 0x3c, 0x25});
-      e_.imm32(frame::kBiasHigh);
-      bias = e_.size();
-      e_.imm32(0);
+      e_.encode({.opcode = 0x81, .reg = 7, .memory = true, .mem = frame_at(frame::kBiasHigh), .imm_size = 4});  // cmp, the link's
+      bias = e_.size() - 4;
       e_.jcc(5, stub);
     } else {
       e_.mov(kScratch0, kHostRcx);

@@ -159,8 +159,9 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
     guard = x.wide ? (rip & kPageMask) + bias : bias >> 48;
     // Several address spaces take turns here: from now on the jump table is asked before.
     if (x.frame_flags && (x.wide || !to->user) && x.changes < kChanges && ++x.changes == kChanges) {
+      constexpr u32 kSlot = frame::kExitCrossFrame - RING3_FRAME_CENTRE;
       u8 bytes[4];
-      std::memcpy(bytes, &frame::kExitCrossFrame, 4);
+      std::memcpy(bytes, &kSlot, 4);
       arena_->patch(x.slot, bytes);
     }
   }

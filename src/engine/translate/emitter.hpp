@@ -38,15 +38,15 @@ struct HostMem {
   u8 base = kHostNone;
   u8 index = kHostNone;  ///< never rsp
   u8 scale_log2 = 0;
-  bool gs = false;  ///< by the host's segment, at the JitFrame
+  bool gs = false;  ///< by the host's segment, at the TLB
   i32 disp = 0;
 
   /// In the JitFrame.
   static HostMem frame(u32 offset) {
     return {kHostR9, kHostNone, 0, false, static_cast<i32>(offset) - RING3_FRAME_CENTRE};
   }
-  /// The same with a displacement of four bytes, which is the offset, and without a REX prefix of its own.
-  static HostMem frame_gs(u32 offset) { return {kHostNone, kHostNone, 0, true, static_cast<i32>(offset)}; }
+  /// In the TLB's entry at this offset, which a register holds or nothing.
+  static HostMem tlb(u8 base, u32 disp) { return {base, kHostNone, 0, true, static_cast<i32>(disp)}; }
   static HostMem at(u8 base, i32 disp = 0) { return {base, kHostNone, 0, false, disp}; }
 };
 

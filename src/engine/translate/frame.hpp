@@ -5,13 +5,14 @@
 #include "engine/mmu/mmu.hpp"
 #include "engine/translate/frame_layout.h"
 
-/// What translated code and the run loop share: one JitFrame per vCPU, at the host's gs base.
+/// What translated code and the run loop share: one JitFrame per vCPU.
 ///
 /// Host registers in translated code (at instruction boundaries):
 ///   rax rcx rdx rbx rbp rsi rdi r8 r12    the guest's registers of the same name
 ///   r10, r11                              the guest's r13, r14
 ///   r13                                   the guest's rsp
 ///   r9                                    &JitFrame + RING3_FRAME_CENTRE
+///   gs base                               the TLB's current bank (JitFrame::tlb)
 ///   in the frame                          the guest's r9, r10, r11, r15: those that compilers use least
 ///   r14, r15                              scratch
 ///   rsp                                   the host's stack, with the shadow stack of returns on its end: 8-byte
@@ -26,13 +27,13 @@
 ///         is the address on top makes a host RET, which the host predicts. Any exit, and any C++ that changes
 ///         mode, address space or translations, leaves it empty (rsp = shadow_base), with a pair below that
 ///         matches nothing.
-/// Memory: a frame slot is addressed as [r9 + disp], in four bytes where it is one of the first 256, or as gs:[disp32]
-///         (65, ModRM.rm = 100b, SIB = 25h, disp32).
+/// Memory: a frame slot is addressed as [r9 + disp], in four bytes where it is one of the first 256.
 namespace ring3::engine {
 
 struct alignas(64) JitFrame {
   u64 r9 = 0, r10 = 0, r11 = 0, r15 = 0;
-  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank; only STAC and CLAC change it in a block
+  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank, where the thread's gs base is; only STAC and CLAC
+                        ///< change it in a block
   u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
   u64 page = 0;         ///< linear address of the page that runs, for position-independent code
   u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
@@ -70,7 +71,7 @@ struct alignas(64) JitFrame {
   u64 sentinel = 0;     ///< a non-canonical address: the return address on an empty shadow stack
   u64 pointer = 0;      ///< what r9 holds
 
-  // Thunks: jumped to with `jmp gs:[offset]` (fills: `call gs:[offset]`), from anywhere in the arena. For all:
+  // Thunks: jumped to with `jmp [r9 + offset - 128]` (fills: by call), from anywhere in the arena. For all:
   // guest registers, flags and vectors in place.
 
   /// In: r14 = RIP of the next instruction, r15d = the exit's tag (BlockRequest::first_tag + its
@@ -139,7 +140,7 @@ enum class SystemOp : u32 {
 };
 
 namespace frame {
-inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_FRAME_R11, kR15 = RING3_FRAME_R15, kTlb = RING3_FRAME_TLB,
+inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_FRAME_R11, kR15 = RING3_FRAME_R15,
                      kAttention = RING3_FRAME_ATTENTION, kFsBase = RING3_FRAME_FS_BASE,
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
@@ -163,12 +164,10 @@ inline constexpr u32 kStackPage = offsetof(JitFrame, stack_page), kStackLimit = 
 inline constexpr u32 kLoopStart = offsetof(JitFrame, loop_start), kLoopRoom = offsetof(JitFrame, loop_room);
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))
-RING3_CHECK_OFFSET(pointer, RING3_FRAME_POINTER);
 RING3_CHECK_OFFSET(r9, RING3_FRAME_R9);
 RING3_CHECK_OFFSET(r10, RING3_FRAME_R10);
 RING3_CHECK_OFFSET(r11, RING3_FRAME_R11);
 RING3_CHECK_OFFSET(r15, RING3_FRAME_R15);
-RING3_CHECK_OFFSET(tlb, RING3_FRAME_TLB);
 RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
 RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
 RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
@@ -220,7 +219,7 @@ RING3_CHECK_OFFSET(kept, RING3_FRAME_KEPT);
 RING3_CHECK_OFFSET(kernel_gs_base, RING3_FRAME_KERNEL_GS_BASE);
 #undef RING3_CHECK_OFFSET
 
-/// The software TLB as translated code indexes it: entry = tlb + ((linear >> kTlbShift) & kTlbMask).
+/// The software TLB as translated code indexes it: entry at gs:[(linear >> kTlbShift) & kTlbMask].
 /// An access hits when (linear ^ tag) <= 4096 - size, unsigned; host address = linear + addend.
 inline constexpr u32 kTlbShift = 7;
 inline constexpr u32 kTlbMask = (Mmu::kTlbSize - 1) * sizeof(Mmu::TlbEntry);

@@ -1,12 +1,11 @@
 #pragma once
-/* Offsets into JitFrame (frame.hpp), for C++ and for thunks.S. Host gs base = &JitFrame. */
+/* Offsets into JitFrame (frame.hpp), for C++ and for thunks.S. */
 /* Host r9 = &JitFrame + RING3_FRAME_CENTRE: a byte reaches the first 256 bytes, where stands what is used most. */
 #define RING3_FRAME_CENTRE 128
 #define RING3_FRAME_R9 0
 #define RING3_FRAME_R10 8
 #define RING3_FRAME_R11 16
 #define RING3_FRAME_R15 24
-#define RING3_FRAME_TLB 32
 #define RING3_FRAME_ATTENTION 40
 #define RING3_FRAME_PAGE 48
 #define RING3_FRAME_JUMP_TABLE 56
@@ -35,7 +34,6 @@
 #define RING3_FRAME_VECTORS 340
 #define RING3_FRAME_SAVED_RAX 344
 #define RING3_FRAME_SENTINEL 352
-#define RING3_FRAME_POINTER 360
 #define RING3_FRAME_EXIT_NEXT 368
 #define RING3_FRAME_EXIT_INTERPRET 376
 #define RING3_FRAME_EXIT_ATTENTION 384

@@ -3,7 +3,7 @@
 /// Guest addresses and the inline check.
 ///
 /// The check, for an operand of n bytes at a:
-///     r15 = tlb + entry(a);  r14 = a ^ [r15 + tag];  r14 <= 4096 - n ?  r15 = [r15 + addend]
+///     r15 = entry(a);  r14 = a ^ gs:[r15 + tag];  r14 <= 4096 - n ?  r15 = gs:[r15 + addend]
 /// A tag is the page its entry stands for, or no page's address that belongs to the entry: the difference is the offset in
 /// the page, or more. An access that crosses into the next page misses too. Where alignment is required, a misaligned
 /// address misses. The operand is then at a + addend, with the instruction's
@@ -191,17 +191,16 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   if (a.constant && a.segment == 0 && a.bit == kNoReg) {
     const u64 v = a.value;
     if ((v & (kPageSize - 1)) + size > kPageSize || (aligned && (v & (size - 1u)) != 0)) return false;
-    const i32 entry = static_cast<i32>((v >> frame::kTlbShift) & frame::kTlbMask);
-    e_.load(kScratch1, HostMem::frame(frame::kTlb));
+    const u32 entry = static_cast<u32>((v >> frame::kTlbShift) & frame::kTlbMask);
     const u64 page = v & kPageMask;
     if (fits(page)) {
-      e_.cmp_imm(HostMem::at(kScratch1, entry + static_cast<i32>(tag)), static_cast<i32>(page));
+      e_.cmp_imm(HostMem::tlb(kHostNone, entry + tag), static_cast<i32>(page));
     } else {
       e_.mov_imm(kScratch0, page);
-      e_.cmp(kScratch0, HostMem::at(kScratch1, entry + static_cast<i32>(tag)));
+      e_.cmp(kScratch0, HostMem::tlb(kHostNone, entry + tag));
     }
     e_.jcc(5, s.entry);
-    e_.load(kScratch1, HostMem::at(kScratch1, entry + static_cast<i32>(frame::kTlbAddend)));
+    e_.load(kScratch1, HostMem::tlb(kHostNone, entry + frame::kTlbAddend));
     e_.bind(s.resume);
     if (fits(v)) {
       *out = {HostMem::at(kScratch1, static_cast<i32>(v)), true, false};
@@ -219,10 +218,9 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     e_.mov(kScratch1, kScratch0);
     e_.shr(kScratch1, frame::kTlbShift);
     emit_tlb_mask();
-    e_.add(kScratch1, HostMem::frame(frame::kTlb));
-    e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
+    e_.cmp(kScratch0, HostMem::tlb(kScratch1, tag));
     e_.jcc(5, s.entry);
-    e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+    e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
     e_.bind(s.resume);
     *out = {HostMem{kScratch0, kScratch1, 0, false, at}, false, false};
     return true;
@@ -235,8 +233,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   emit_rorx(kScratch1, in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0 ? host(a.base) : kScratch0,
             frame::kTlbShift);
   emit_tlb_mask();
-  e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  e_.xor_(kScratch0, HostMem::at(kScratch1, static_cast<i32>(tag)));
+  e_.xor_(kScratch0, HostMem::tlb(kScratch1, tag));
   if (aligned) {
     e_.test_imm(kScratch0, -static_cast<i32>(kPageSize) | (size - 1));
     e_.jcc(5, s.entry);
@@ -244,7 +241,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     emit_start_compare(size);
     e_.jcc(7, s.entry);
   }
-  e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+  e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
   e_.bind(s.resume);
   operand_of(a, out);
   return true;
@@ -287,11 +284,10 @@ void BlockBuilder::emit_group_check(const Address& first, u32 size, bool write, 
   emit_address(kScratch0, first);
   emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
   emit_tlb_mask();
-  e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  e_.xor_(kScratch0, HostMem::at(kScratch1, static_cast<i32>(write ? frame::kTlbWriteTag : frame::kTlbReadTag)));
+  e_.xor_(kScratch0, HostMem::tlb(kScratch1, write ? frame::kTlbWriteTag : frame::kTlbReadTag));
   emit_start_compare(size);
   e_.jcc(7, miss);
-  e_.load(kScratch1, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+  e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
 }
 
 /// Flags stay.

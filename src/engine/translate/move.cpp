@@ -30,7 +30,7 @@ bool BlockBuilder::lea(const DecodedInsn& i) {
     }
   }
   if (size == 2) {
-    if (special(guest)) {  // mov gs:[slot], r14w
+    if (special(guest)) {  // mov [slot], r14w
       e_.encode({.p66 = true, .opcode = 0x89, .reg = kScratch0, .memory = true, .mem = slot(guest)});
     } else {
       e_.encode({.p66 = true, .opcode = 0x89, .reg = kScratch0, .rm = host(guest)});

@@ -118,10 +118,9 @@ void BlockBuilder::check_edge() {
   e_.mov(kScratch1, kScratch0);
   e_.shr(kScratch1, frame::kTlbShift);
   emit_tlb_mask();
-  e_.add(kScratch1, HostMem::frame(frame::kTlb));
-  e_.cmp(kScratch0, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbExecTag)));
+  e_.cmp(kScratch0, HostMem::tlb(kScratch1, frame::kTlbExecTag));
   e_.jcc(kNotEqual, interpret_label());
-  e_.add(kScratch0, HostMem::at(kScratch1, static_cast<i32>(frame::kTlbAddend)));
+  e_.add(kScratch0, HostMem::tlb(kScratch1, frame::kTlbAddend));
   for (unsigned n = 0; n < request_->edge;) {
     const unsigned left = request_->edge - n;
     const u8 size = left >= 4 ? 4 : left >= 2 ? 2 : 1;

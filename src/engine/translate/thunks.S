@@ -1,6 +1,8 @@
 /* Entering and leaving translated code; the contracts are in frame.hpp. AT&T syntax. */
 #include "engine/translate/frame_layout.h"
 
+/* A slot of the frame; r9 is what it is in translated code. */
+#define SLOT(offset) (offset - RING3_FRAME_CENTRE)(%r9)
 #define GPR(n) (8 * (n))
 #define XMM(n) (160 + 16 * (n))
 #define YMMH(n) (576 + 16 * (n))
@@ -29,14 +31,14 @@
 .endm
 
 .macro put_away /* r14 */
-    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     stmxcsr 24(%r14)
     all save_vector
     vzeroupper
-    ldmxcsr %gs:RING3_FRAME_HOST_MXCSR
+    ldmxcsr SLOT(RING3_FRAME_HOST_MXCSR)
 .endm
 
-/* void ring3_jit_enter(const u8* code): the guest's state is in VcpuState, the frame at gs. */
+/* void ring3_jit_enter(const u8* code, u64 pointer): the guest's state is in VcpuState; pointer: JitFrame::pointer. */
     .globl ring3_jit_enter
     .hidden ring3_jit_enter
     .type ring3_jit_enter, @function
@@ -49,32 +51,33 @@ ring3_jit_enter:
     push %r14
     push %r15
     sub $8, %rsp
-    mov %rsp, %gs:RING3_FRAME_HOST_RSP
+    mov %rsi, %r9
+    mov %rsp, SLOT(RING3_FRAME_HOST_RSP)
     lea -RING3_SHADOW_BYTES(%rsp), %rax
-    mov %rax, %gs:RING3_FRAME_SHADOW_LIMIT
-    push %gs:RING3_FRAME_SENTINEL
+    mov %rax, SLOT(RING3_FRAME_SHADOW_LIMIT)
+    push SLOT(RING3_FRAME_SENTINEL)
     lea ring3_jit_exit_indirect_frame(%rip), %rax
     push %rax
-    mov %rsp, %gs:RING3_FRAME_SHADOW_BASE
-    stmxcsr %gs:RING3_FRAME_HOST_MXCSR
+    mov %rsp, SLOT(RING3_FRAME_SHADOW_BASE)
+    stmxcsr SLOT(RING3_FRAME_HOST_MXCSR)
     mov %rdi, %r15
-    cmpl $0, %gs:RING3_FRAME_VECTORS
+    cmpl $0, SLOT(RING3_FRAME_VECTORS)
     je 1f
-    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     ldmxcsr 24(%r14)
     all load_vector
 1:
-    mov %gs:RING3_FRAME_STATE_RFLAGS, %r14
+    mov SLOT(RING3_FRAME_STATE_RFLAGS), %r14
     mov (%r14), %rax
     mov %eax, %ecx
     mov %al, %ah
     shr $11, %ecx
     and $1, %ecx
     mov %cl, %al
-    mov %eax, %gs:RING3_FRAME_FLAGS
+    mov %eax, SLOT(RING3_FRAME_FLAGS)
     add $0x7f, %al                /* OF */
     sahf                          /* the others */
-    mov %gs:RING3_FRAME_STATE_GPR, %r14
+    mov SLOT(RING3_FRAME_STATE_GPR), %r14
     mov GPR(0)(%r14), %rax
     mov GPR(1)(%r14), %rcx
     mov GPR(2)(%r14), %rdx
@@ -87,7 +90,6 @@ ring3_jit_enter:
     mov GPR(12)(%r14), %r12
     mov GPR(13)(%r14), %r10
     mov GPR(14)(%r14), %r11
-    mov %gs:RING3_FRAME_POINTER, %r9
     jmp *%r15
     .size ring3_jit_enter, . - ring3_jit_enter
 
@@ -100,15 +102,15 @@ ring3_jit_enter:
 .endm
 
 thunk ring3_jit_exit_interpret
-    movl $RING3_REASON_INTERPRET, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_INTERPRET, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 .macro flags_from_frame
-    mov %rax, %gs:RING3_FRAME_SAVED_RAX
-    mov %gs:RING3_FRAME_FLAGS, %eax
+    mov %rax, SLOT(RING3_FRAME_SAVED_RAX)
+    mov SLOT(RING3_FRAME_FLAGS), %eax
     add $0x7f, %al
     sahf
-    mov %gs:RING3_FRAME_SAVED_RAX, %rax
+    mov SLOT(RING3_FRAME_SAVED_RAX), %rax
 .endm
 
 thunk ring3_jit_exit_next_frame
@@ -118,7 +120,7 @@ thunk ring3_jit_exit_next_frame
 /* The lookup was made where this comes from. */
 thunk ring3_jit_exit_indirect_frame
     flags_from_frame
-    movl $RING3_REASON_INDIRECT, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_INDIRECT, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 thunk ring3_jit_exit_interpret_frame
@@ -126,36 +128,36 @@ thunk ring3_jit_exit_interpret_frame
     jmp ring3_jit_exit_interpret
 
 thunk ring3_jit_exit_left
-    movl $RING3_REASON_LEFT, %gs:RING3_FRAME_EXIT_REASON
-    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+    movl $RING3_REASON_LEFT, SLOT(RING3_FRAME_EXIT_REASON)
+    mov %r15d, SLOT(RING3_FRAME_EXIT_TAG)
     jmp leave
 
 thunk ring3_jit_exit_dead_frame
     flags_from_frame
-    movl $RING3_REASON_DEAD, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_DEAD, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 thunk ring3_jit_exit_attention_frame
     flags_from_frame
 thunk ring3_jit_exit_attention
-    movl $RING3_REASON_ATTENTION, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_ATTENTION, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 /* From the fault handler: r14 = host address of the instruction that faulted. */
 thunk ring3_jit_exit_fault
-    movl $RING3_REASON_FAULT, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_FAULT, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 thunk ring3_jit_exit_vectors
-    movl $RING3_REASON_VECTORS, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_VECTORS, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 thunk ring3_jit_exit_next
-    movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
-    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
+    movl $RING3_REASON_NEXT, SLOT(RING3_FRAME_EXIT_REASON)
+    mov %r15d, SLOT(RING3_FRAME_EXIT_TAG)
 leave:
-    mov %r14, %gs:RING3_FRAME_EXIT_RIP
-    mov %gs:RING3_FRAME_STATE_GPR, %r14
+    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
+    mov SLOT(RING3_FRAME_STATE_GPR), %r14
     mov %rax, GPR(0)(%r14)
     mov %rcx, GPR(1)(%r14)
     mov %rdx, GPR(2)(%r14)
@@ -174,12 +176,12 @@ leave:
     movzbl %al, %eax
     shl $11, %eax
     or %ecx, %eax
-    mov %rax, %gs:RING3_FRAME_SAVED_FLAGS
-    cmpl $0, %gs:RING3_FRAME_VECTORS
+    mov %rax, SLOT(RING3_FRAME_SAVED_FLAGS)
+    cmpl $0, SLOT(RING3_FRAME_VECTORS)
     je 1f
     put_away
 1:
-    mov %gs:RING3_FRAME_HOST_RSP, %rsp
+    mov SLOT(RING3_FRAME_HOST_RSP), %rsp
     add $8, %rsp
     pop %r15
     pop %r14
@@ -192,40 +194,40 @@ leave:
 /* r14 + bias and the jump table's entry, as exits of blocks look it up (jump_index()); the flags are in the frame.
    Not equal: not there. */
 .macro look_up
-    mov %r14, %gs:RING3_FRAME_EXIT_RIP
+    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
     rorx $30, %r14d, %r15d
     and $0xffff0, %r15d
-    add %gs:RING3_FRAME_JUMP_TABLE, %r15
-    add %gs:RING3_FRAME_JUMP_BIAS, %r14
+    add SLOT(RING3_FRAME_JUMP_TABLE), %r15
+    add SLOT(RING3_FRAME_JUMP_BIAS), %r14
     add (%r15), %r14
 .endm
 
 thunk ring3_jit_exit_cross_frame
-    mov %r15d, %gs:RING3_FRAME_EXIT_TAG
-    decl %gs:RING3_FRAME_CROSS_LEFT
+    mov %r15d, SLOT(RING3_FRAME_EXIT_TAG)
+    decl SLOT(RING3_FRAME_CROSS_LEFT)
     js 2f                         /* now and then the exit is linked anew: those that are taken most stay linked */
     look_up
     jne 1f
     jmp *8(%r15)
-2:  movl $RING3_CROSS_EXITS, %gs:RING3_FRAME_CROSS_LEFT
-    mov %r14, %gs:RING3_FRAME_EXIT_RIP
-1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
+2:  movl $RING3_CROSS_EXITS, SLOT(RING3_FRAME_CROSS_LEFT)
+    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
+1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     flags_from_frame
-    movl $RING3_REASON_NEXT, %gs:RING3_FRAME_EXIT_REASON
+    movl $RING3_REASON_NEXT, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
 
 thunk ring3_jit_exit_return
-    mov %gs:RING3_FRAME_SHADOW_BASE, %rsp
-    mov %gs:RING3_FRAME_ATTENTION, %r15
+    mov SLOT(RING3_FRAME_SHADOW_BASE), %rsp
+    mov SLOT(RING3_FRAME_ATTENTION), %r15
     cmpl $0, (%r15)
     jne ring3_jit_exit_attention_frame
     mov %r14, %r15
     and $-4096, %r15
-    mov %r15, %gs:RING3_FRAME_PAGE
+    mov %r15, SLOT(RING3_FRAME_PAGE)
     look_up
     jne 1f
     jmp *8(%r15)
-1:  mov %gs:RING3_FRAME_EXIT_RIP, %r14
+1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     jmp ring3_jit_exit_indirect_frame
 
 /* What a C++ function does not keep. */
@@ -261,18 +263,19 @@ thunk \name
     and $-32, %rsp
     sub $512, %rsp
     mov %r14, %rsi
-    cmpl $RING3_VECTORS_IN, %gs:RING3_FRAME_VECTORS
+    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     jb 3f
     ja 2f
     all push_vector
     vzeroupper
 3:
-    mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
+    mov SLOT(RING3_FRAME_FILL_CONTEXT), %rdi
     mov %r15d, %edx
     mov $\write, %ecx
-    call *%gs:RING3_FRAME_FILL_FUNCTION
+    call *SLOT(RING3_FRAME_FILL_FUNCTION)
     mov %rax, %r15
-    cmpl $RING3_VECTORS_IN, %gs:RING3_FRAME_VECTORS
+    mov 32(%rbp), %r9             /* as it was pushed */
+    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     jne 1f
     all pop_vector
 1:
@@ -282,7 +285,7 @@ thunk \name
     pop_scratch
     ret
 2:  put_away
-    movl $RING3_VECTORS_AWAY, %gs:RING3_FRAME_VECTORS
+    movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
     jmp 3b
 .endm
 
@@ -295,10 +298,10 @@ thunk ring3_jit_system_op
     push %rbp
     mov %rsp, %rbp
     and $-16, %rsp
-    mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
+    mov SLOT(RING3_FRAME_FILL_CONTEXT), %rdi
     mov %r14, %rsi
     mov %r15d, %edx
-    call *%gs:RING3_FRAME_SYSTEM_FUNCTION
+    call *SLOT(RING3_FRAME_SYSTEM_FUNCTION)
     mov %rax, %r15
     mov %rbp, %rsp
     pop %rbp
@@ -325,14 +328,14 @@ ring3_jit_call_out:
     pop %rbp
     ret
 
-#define KEPT(n) %gs:(RING3_FRAME_KEPT + 8 * (n))
+#define KEPT(n) SLOT(RING3_FRAME_KEPT + 8 * (n))
 
 /* rbx, rbp, r12, r14 and r15 are the callee's to keep. */
 thunk ring3_jit_exit_transit
     mov %rax, KEPT(0)
     lahf
     seto %al
-    mov %eax, %gs:RING3_FRAME_FLAGS
+    mov %eax, SLOT(RING3_FRAME_FLAGS)
     mov %rcx, KEPT(1)
     mov %rdx, KEPT(2)
     mov %rsi, KEPT(3)
@@ -341,12 +344,15 @@ thunk ring3_jit_exit_transit
     mov %r10, KEPT(6)
     mov %r11, KEPT(7)
     mov %r13, KEPT(8)
-    mov %gs:RING3_FRAME_SHADOW_BASE, %rsp
-    mov %gs:RING3_FRAME_FILL_CONTEXT, %rdi
+    mov SLOT(RING3_FRAME_SHADOW_BASE), %rsp
+    mov SLOT(RING3_FRAME_FILL_CONTEXT), %rdi
     mov %r14, %rsi
     mov %r15d, %edx
-    call *%gs:RING3_FRAME_TRANSIT_FUNCTION
-    mov %gs:RING3_FRAME_POINTER, %r9
+    push %r9
+    sub $8, %rsp
+    call *SLOT(RING3_FRAME_TRANSIT_FUNCTION)
+    add $8, %rsp
+    pop %r9
     mov KEPT(1), %rcx
     mov KEPT(2), %rdx
     mov KEPT(3), %rsi
@@ -357,14 +363,14 @@ thunk ring3_jit_exit_transit
     mov KEPT(8), %r13
     cmp $RING3_TRANSIT_DONE, %rax
     jbe 2f
-    cmpl $RING3_VECTORS_WANTED, %gs:RING3_FRAME_VECTORS
+    cmpl $RING3_VECTORS_WANTED, SLOT(RING3_FRAME_VECTORS)
     je 1f
     mov %rax, %r14
     mov KEPT(0), %rax
     jmp *%r14
 1:
-    movl $RING3_VECTORS_IN, %gs:RING3_FRAME_VECTORS
-    mov %gs:RING3_FRAME_STATE_XSAVE, %r14
+    movl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     ldmxcsr 24(%r14)
     all load_vector
     mov %rax, %r14
@@ -376,7 +382,7 @@ thunk ring3_jit_exit_transit
     flags_from_frame
     jmp ring3_jit_exit_left
 3:
-    mov %gs:RING3_FRAME_EXIT_RIP, %r14
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     jmp ring3_jit_exit_indirect_frame
 
     .section .note.GNU-stack, "", @progbits

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 extern "C" {
-void ring3_jit_enter(const ring3::u8* code);
+void ring3_jit_enter(const ring3::u8* code, ring3::u64 pointer);
 extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
     ring3_jit_exit_cross_frame[], ring3_jit_exit_left[], ring3_jit_exit_interpret_frame[], ring3_jit_exit_return[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
     ring3_jit_exit_indirect_frame[], ring3_jit_exit_attention_frame[], ring3_jit_fill_read[], ring3_jit_fill_write[],
@@ -64,11 +64,16 @@ void fill_thunks(JitFrame* frame) {
 
 const u8* fault_thunk() { return ring3_jit_exit_fault; }
 
-void enter_translated(const u8* code) { ring3_jit_enter(code); }
+void enter_translated(const u8* code, const JitFrame& frame) { ring3_jit_enter(code, frame.pointer); }
 
 bool host_can_translate() { return __builtin_cpu_supports("avx") && __builtin_cpu_supports("bmi2"); }
 
-JitGsBase::JitGsBase(JitFrame* frame) : previous_(gs_base()) { set_gs_base(reinterpret_cast<u64>(frame)); }
+JitGsBase::JitGsBase() : previous_(gs_base()) {}
+void JitGsBase::use(JitFrame* frame, const Mmu::TlbEntry* tlb) {
+  if (frame->tlb == reinterpret_cast<u64>(tlb)) return;
+  frame->tlb = reinterpret_cast<u64>(tlb);
+  set_gs_base(frame->tlb);
+}
 void JitGsBase::put_back(u64 previous) { set_gs_base(previous); }
 JitGsBase::~JitGsBase() { set_gs_base(previous_); }
 

@@ -8,19 +8,22 @@ namespace ring3::engine {
 void fill_thunks(JitFrame* frame);
 /// Where a host fault in translated code goes on, r14 = address of the instruction.
 const u8* fault_thunk();
-/// Runs translated code until an exit. Precondition: JitGsBase stands on this thread with the same frame.
-void enter_translated(const u8* code);
+/// Runs translated code until an exit. Precondition: JitGsBase::use() with this frame on this thread.
+void enter_translated(const u8* code, const JitFrame& frame);
 /// f(argument), from code that must leave vector registers alone.
 extern "C" u64 ring3_jit_call_out(u64 (*f)(void*), void* argument);
 /// Whether this host can run translated code at all (AVX, BMI2).
 bool host_can_translate();
 
-/// Holds the thread's gs base at a frame; 64-bit Linux programs have no use of their own for it.
+/// Lends the thread's gs base to translated code, which finds the TLB there; 64-bit Linux programs have no use of their
+/// own for it.
 class JitGsBase {
  public:
-  explicit JitGsBase(JitFrame* frame);
+  JitGsBase();
   ~JitGsBase();
   u64 previous() const { return previous_; }
+  /// Translated code's accesses go by tlb from now on. frame->tlb says what the thread's base is; nullptr: the caller's.
+  static void use(JitFrame* frame, const Mmu::TlbEntry* tlb);
   /// What the destructor does, where it was jumped over.
   static void put_back(u64 previous);
   JitGsBase(const JitGsBase&) = delete;

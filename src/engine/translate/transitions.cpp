@@ -32,7 +32,7 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
     case SystemOp::Clac:
       s_.rflags = op == SystemOp::Stac ? s_.rflags | rflags::AC : s_.rflags & ~rflags::AC;
       c_.privilege_changed();
-      frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+      JitGsBase::use(&frame_, mmu_.tlb());
       return 1;
     case SystemOp::StiOpen:
       if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return 0;
@@ -154,7 +154,7 @@ u64 TranslatorVcpu::go_on() {
   frame_.vectors = vectors;
   set_jumps(bias);
   frame_.page = s_.rip & kPageMask;
-  frame_.tlb = reinterpret_cast<u64>(mmu_.tlb());
+  JitGsBase::use(&frame_, mmu_.tlb());
   return reinterpret_cast<u64>(code);
 }
 

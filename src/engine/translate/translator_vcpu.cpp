@@ -19,7 +19,7 @@ constexpr unsigned kVectorsHeld = 64;  ///< how often supervisor code is entered
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
-/// Leaves at rip, with the status flags in RFLAGS: r14 = rip; jmp gs:[thunk].
+/// Leaves at rip, with the status flags in RFLAGS: r14 = rip; jmp [thunk].
 /// With exit_left and exit_transit, r15d is yet to be filled in.
 void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
   std::vector<u8>& code = out->code;
@@ -28,9 +28,9 @@ void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
     for (unsigned i = 0; i < size; i++) code.push_back(static_cast<u8>(v >> (8 * i)));
   };
   const auto leave = [&](u32 through) {
-    if (pic) {  // mov r14, gs:[page]; lea r14, [r14 + offset]
-      code.insert(code.end(), {0x65, 0x4c, 0x8b, 0x34, 0x25});
-      value(frame::kPage, 4);
+    if (pic) {  // mov r14, [page]; lea r14, [r14 + offset]
+      code.insert(code.end(), {0x4d, 0x8b, 0xb1});
+      value(frame::kPage - RING3_FRAME_CENTRE, 4);
       code.insert(code.end(), {0x4d, 0x8d, 0xb6});
       value(rip & (kPageSize - 1), 4);
     } else {
@@ -42,11 +42,11 @@ void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
       out->left_at.push_back(static_cast<u32>(code.size()));
       value(0, 4);
     }
-    code.insert(code.end(), {0x65, 0xff, 0x24, 0x25});
-    value(through, 4);
+    code.insert(code.end(), {0x41, 0xff, 0xa1});
+    value(through - RING3_FRAME_CENTRE, 4);
   };
-  code.insert(code.end(), {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25});  // mov r14, rax; mov eax, gs:[flags]
-  value(frame::kFlags, 4);
+  code.insert(code.end(), {0x49, 0x89, 0xc6, 0x41, 0x8b, 0x81});  // mov r14, rax; mov eax, [flags]
+  value(frame::kFlags - RING3_FRAME_CENTRE, 4);
   code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
   out->entry = static_cast<u32>(code.size());
   leave(thunk);
@@ -422,8 +422,8 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.page = s_.rip & kPageMask;
   const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
   frame_.stack_limit = 0;
-  frame_.tlb = reinterpret_cast<u64>(shadow != nullptr ? shadow : mmu_.tlb());
-  enter_translated(code);
+  JitGsBase::use(&frame_, shadow != nullptr ? shadow : mmu_.tlb());
+  enter_translated(code, frame_);
   s_.gpr[R9] = frame_.r9;
   s_.gpr[R10] = frame_.r10;
   s_.gpr[R11] = frame_.r11;
@@ -439,7 +439,8 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
   const u64 limit = c_.retired + budget < c_.retired ? ~0ull : c_.retired + budget;
   limit_ = limit;
   arm_host_faults(false);  // vector code runs translated with masked exceptions alone
-  const JitGsBase gs(&frame_);
+  const JitGsBase gs;
+  frame_.tlb = 0;
   gs_before_ = gs.previous();
   in_run_ = true;
   const struct Leave {

@@ -68,15 +68,15 @@ class TinyTranslator final : public BlockTranslator {
     out_->insns++;
     out_->bytes += insn.length;
   }
-  void jump_gs(u32 offset) {
-    out_->code.insert(out_->code.end(), {0x65, 0xff, 0x24, 0x25});
-    put(&out_->code, offset, 4);
+  void jump_slot(u32 offset) {
+    out_->code.insert(out_->code.end(), {0x41, 0xff, 0xa1});
+    put(&out_->code, offset - RING3_FRAME_CENTRE, 4);
   }
   /// The entry with the flags in the frame, before all of it, and dead_stub.
   void entries() {
     std::vector<u8>& code = out_->code;
-    std::vector<u8> prologue = {0x49, 0x89, 0xc6, 0x65, 0x8b, 0x04, 0x25};  // mov r14, rax; mov eax, gs:[flags]
-    put(&prologue, frame::kFlags, 4);
+    std::vector<u8> prologue = {0x49, 0x89, 0xc6, 0x41, 0x8b, 0x81};  // mov r14, rax; mov eax, [flags]
+    put(&prologue, frame::kFlags - RING3_FRAME_CENTRE, 4);
     prologue.insert(prologue.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
     const u32 size = static_cast<u32>(prologue.size());
     code.insert(code.begin(), prologue.begin(), prologue.end());
@@ -91,28 +91,28 @@ class TinyTranslator final : public BlockTranslator {
     out_->dead_stub = static_cast<u32>(code.size());
     code.insert(code.end(), {0x49, 0xbe});
     put(&code, request_->rip, 8);
-    jump_gs(frame::kExitDeadFrame);
+    jump_slot(frame::kExitDeadFrame);
   }
   /// An exit to target, polling attention first.
   void leave(u64 target) {
     std::vector<u8>& code = out_->code;
     if ((target ^ request_->rip) >> kPageShift != 0) {
-      // mov r14, rax; lahf; seto al; mov gs:[flags], eax; mov rax, r14
-      code.insert(code.end(), {0x49, 0x89, 0xc6, 0x9f, 0x0f, 0x90, 0xc0, 0x65, 0x89, 0x04, 0x25});
-      put(&code, frame::kFlags, 4);
+      // mov r14, rax; lahf; seto al; mov [flags], eax; mov rax, r14
+      code.insert(code.end(), {0x49, 0x89, 0xc6, 0x9f, 0x0f, 0x90, 0xc0, 0x41, 0x89, 0x81});
+      put(&code, frame::kFlags - RING3_FRAME_CENTRE, 4);
       code.insert(code.end(), {0x4c, 0x89, 0xf0, 0x49, 0xbe});
       put(&code, target, 8);
       code.insert(code.end(), {0x41, 0xbf});
       put(&code, frame::kNoTag, 4);
-      jump_gs(frame::kExitCrossFrame);
+      jump_slot(frame::kExitCrossFrame);
       return;
     }
-    // mov r14, gs:[attention]; mov r15, rcx; mov ecx, [r14]; jrcxz ok
-    code.insert(code.end(), {0x65, 0x4c, 0x8b, 0x34, 0x25});
-    put(&code, frame::kAttention, 4);
-    code.insert(code.end(), {0x49, 0x89, 0xcf, 0x41, 0x8b, 0x0e, 0xe3, 21, 0x4c, 0x89, 0xf9, 0x49, 0xbe});
+    // mov r14, [attention]; mov r15, rcx; mov ecx, [r14]; jrcxz ok
+    code.insert(code.end(), {0x4d, 0x8b, 0xb1});
+    put(&code, frame::kAttention - RING3_FRAME_CENTRE, 4);
+    code.insert(code.end(), {0x49, 0x89, 0xcf, 0x41, 0x8b, 0x0e, 0xe3, 20, 0x4c, 0x89, 0xf9, 0x49, 0xbe});
     put(&code, target, 8);
-    jump_gs(frame::kExitAttention);
+    jump_slot(frame::kExitAttention);
     code.insert(code.end(), {0x4c, 0x89, 0xf9});  // ok: mov rcx, r15
     DirectExit e;
     e.target = target;
@@ -124,7 +124,7 @@ class TinyTranslator final : public BlockTranslator {
     put(&code, target, 8);
     code.insert(code.end(), {0x41, 0xbf});
     put(&code, request_->first_tag + out_->exits.size(), 4);
-    jump_gs(frame::kExitNext);
+    jump_slot(frame::kExitNext);
     e.slot = static_cast<u32>(code.size()) - 4;
     out_->exits.push_back(e);
   }
