@@ -24,7 +24,7 @@ class BlockGuest {
  public:
   struct Translation {
     bool on = false;
-    unsigned max_insns = 64;
+    unsigned max_insns = engine::kMaxBlockInsns;
   };
   BlockGuest(BlockMode mode, Translation translation);
   ~BlockGuest();

@@ -63,7 +63,7 @@ bool decode_at(const BlockGuest& g, BlockMode mode, u64 rip, DecodedInsn* i) {
 /// differ (docs/adr/0004).
 u64 dead_flags(BlockGuest& g, BlockMode mode, u64 rip) {
   u64 dead = 0, live = 0;
-  for (unsigned n = 0; n < 64; n++) {
+  for (unsigned n = 0; n < kMaxBlockInsns; n++) {
     DecodedInsn i;
     if (!decode_at(g, mode, rip, &i)) break;
     const FlagUse use = flag_use(i);
@@ -328,7 +328,7 @@ int work(const Options& o, u64 job) {
       mode = BlockMode::User64;
       while (o.mode != name(mode) && mode != BlockMode::User32) mode = static_cast<BlockMode>(static_cast<int>(mode) + 1);
     }
-    static constexpr unsigned kInsns[] = {64, 64, 1, 3, 16};
+    static constexpr unsigned kInsns[] = {kMaxBlockInsns, 64, 1, 3, 16};
     const unsigned insns = o.insns > 0 ? static_cast<unsigned>(o.insns) : kInsns[rng.below(5)];
     Comparison c(mode, insns, o.seed + job, o);
     // Several programs in one machine: the cache has old code of the same addresses.

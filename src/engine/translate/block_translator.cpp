@@ -263,6 +263,12 @@ void BlockBuilder::finish() {
     e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
                .mem = HostMem::frame(i.flags_in_frame ? frame::kExitInterpretFrame : frame::kExitInterpret)});
   }
+  for (FarExit& f : far_exits_) {
+    e_.bind(f.entry);
+    flags_ = Flags::Host;
+    exit_to(f.target, false);
+    out_->exits.back().insns = static_cast<u16>(f.index + 1);
+  }
   for (Poll& p : polls_) {
     e_.bind(p.entry);
     if (p.rcx) e_.mov(kHostRcx, kScratch0);
@@ -309,6 +315,7 @@ void BlockBuilder::start_over() {
   slow_.clear();
   interpret_.clear();
   polls_.clear();
+  far_exits_.clear();
   stubs_.clear();
   misses_.clear();
   group_misses_.clear();

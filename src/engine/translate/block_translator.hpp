@@ -45,11 +45,12 @@ struct BlockRequest {
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
 
-/// A block may go on behind a Jcc that leads forward in its page. (A later one's way back needs a poll.)
-inline bool may_go_on(const DecodedInsn& i, u64 page_offset) {
-  const u64 next = page_offset + i.length;
-  return i.op == Op::Jcc && i.operands[0].kind == OperandKind::Rel && i.imm >= 0 &&
-         next + static_cast<u64>(i.imm) < kPageSize && i.imm < static_cast<i64>(kPageSize);
+/// Instructions of a block at most.
+inline constexpr unsigned kMaxBlockInsns = 224;
+
+/// A block may go on behind a Jcc that leads forward. (What leads back is a loop, and taken.)
+inline bool may_go_on(const DecodedInsn& i) {
+  return i.op == Op::Jcc && i.operands[0].kind == OperandKind::Rel && i.imm >= 0;
 }
 
 /// The thunk that an instruction which is left to the interpreter goes through, with its number.

@@ -206,6 +206,12 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   if (o.kind == OperandKind::Rel) {
     const u64 target = wrapped(next_rip() + static_cast<u64>(i.imm));
     if (!reachable(target)) return false;
+    if (loop_.on && target == request_->rip) {
+      ended_ = true;
+      if (!in_second_body_) poll(target);
+      e_.jmp(in_second_body_ ? loop_.fast : loop_.setup);
+      return true;
+    }
     exit_to(target);
     return true;
   }
@@ -239,10 +245,15 @@ bool BlockBuilder::jcc(const DecodedInsn& i) {
     exit_to(wrapped(next_rip()));
     return true;
   }
+  const bool goes_on = index_ + 1 < request_->insns.size();  // the block, where it is not taken
   if (!loop && same_page(target) && target > rip()) {
     exit_if(i.opcode & 15, target);
-    if (index_ + 1 < request_->insns.size()) return true;  // the block goes on where it is not taken
-    exit_to(wrapped(next_rip()));
+    if (!goes_on) exit_to(wrapped(next_rip()));
+    return true;
+  }
+  if (goes_on) {
+    far_exits_.push_back({{}, target, index_});
+    e_.jcc(i.opcode & 15, far_exits_.back().entry);
     return true;
   }
   if (!loop && same_page(wrapped(next_rip()))) {

@@ -117,6 +117,12 @@ class BlockBuilder {
     Label entry;
     bool attention = false;
   };
+  /// A branch's way to another page, where the block goes on behind it. The flags are in the host.
+  struct FarExit {
+    Label entry;
+    u64 target = 0;
+    std::size_t index = 0;  ///< of the branch
+  };
 
   // ---- block_translator.cpp ----
   bool supported(std::size_t n) const;
@@ -283,6 +289,7 @@ class BlockBuilder {
   std::vector<SlowPath> slow_;
   std::vector<Interpret> interpret_;  ///< per instruction that was translated
   std::vector<Poll> polls_;
+  std::vector<FarExit> far_exits_;
   std::vector<Stub> stubs_;
   bool must_group_ = false;  ///< access() refuses what it would check alone
   bool whole_ = false;       ///< accesses lie in one page or are interpreted

@@ -180,7 +180,7 @@ bool KeptCode::expand(const u8* record, const Source& s, u32 first_tag, Block* o
     return offset < r.cold ? offset + size <= r.cold : offset + size <= r.code;
   };
   if (r.cold == 0 || r.cold >= r.code || r.entry >= r.cold || !holds(r.frame_entry, 5) || r.frame_entry >= r.cold) return false;
-  if (r.dead_stub >= r.code || r.insns > 64 || r.bytes == 0 || r.bytes > r.read) return false;
+  if (r.dead_stub >= r.code || r.insns > kMaxBlockInsns || r.bytes == 0 || r.bytes > r.read) return false;
   if (r.offset + r.read > kPageSize || (r.lefts != 0 && r.left >= r.read)) return false;
   const u8* code = record + r.code_at();
   b.clear();

@@ -4,7 +4,7 @@
 
 /// Loops of one block: checks before the loop instead of in it.
 ///
-/// A block that ends with a conditional branch to its own start, and in which some base and index registers are
+/// A block that ends with a branch to its own start, and in which some base and index registers are
 /// moved by constants only, gets a second body. There, the accesses off those registers (a stream each) have no check.
 /// It is entered from the first one's backward branch by way of `setup`, which finds every stream's bytes of the next
 /// iteration in the TLB, in one page each, keeps the addends in the frame, and from what is left of the pages how far
@@ -49,7 +49,8 @@ void BlockBuilder::plan_loop(std::size_t count) {
   const DecodedInsn& last = request_->insns[count - 1];
   u64 size = 0;
   for (std::size_t n = 0; n < count; n++) size += request_->insns[n].length;
-  if (last.op != Op::Jcc || last.operands[0].kind != OperandKind::Rel || size + static_cast<u64>(last.imm) != 0) return;
+  if (last.op != Op::Jcc && last.op != Op::Jmp) return;
+  if (last.operands[0].kind != OperandKind::Rel || size + static_cast<u64>(last.imm) != 0) return;
   u64 live = rflags::STATUS;
   for (std::size_t n = count; n-- > 0;) live = live_before(request_->insns[n], use_[n], live);
   if (live != 0) return;
@@ -163,7 +164,7 @@ bool BlockBuilder::second_body(std::size_t done) {
   const Stream& leader = loop_.streams[loop_.leader];
   Label start = begin_;
   e_.bind(loop_.setup);
-  start_groups(false);
+  start_groups(true);  // for the accesses off other registers
   for (unsigned k = 0; k < loop_.count; k++) loop_.streams[k].group.slot = groups_[k].slot;
   emit_setup(leader, leader.group.slot, true);
   for (unsigned k = 0; k < loop_.count; k++)

@@ -75,7 +75,7 @@ TEST(SystemOps, StiHoldsInterruptsForOneInstruction) {
   m.c().interrupt_window = true;
   m.load_code(hex("fb 90 90 90"));  // sti; nop
   const u64 start = m.s.rip;
-  EXPECT_EQ(m.vcpu->run(100), Interpreter::Result::Attention);
+  EXPECT_EQ(m.vcpu->run(1000), Interpreter::Result::Attention);
   EXPECT_EQ(m.s.rip, start + 2);
   EXPECT_FALSE(m.s.sti_shadow);
 }

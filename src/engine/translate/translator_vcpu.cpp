@@ -13,7 +13,7 @@
 namespace ring3::engine {
 namespace {
 
-constexpr unsigned kMaxInsns = 64;
+constexpr unsigned kMaxBlockBytes = 1536;
 constexpr unsigned kMaxBranches = 4;  ///< of a block, its last one among them
 constexpr unsigned kVectorsHeld = 64;  ///< how often supervisor code is entered with vectors loaded after it wanted them
 /// Instructions that the interpreter runs at once in a mode that is not translated.
@@ -96,8 +96,8 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
       options_(options),
       host_tsc_(c_.env.host_tsc()),
       fault_range_(cache_->arena().begin(), cache_->arena().end(), fault_thunk()),
-      insns_(kMaxInsns),
-      has_feature_(new bool[kMaxInsns]) {
+      insns_(kMaxBlockInsns),
+      has_feature_(new bool[kMaxBlockInsns]) {
   fill_thunks(&frame_);
   // Not canonical, and nothing that a guest could guess.
   frame_.pointer = reinterpret_cast<u64>(&frame_) + RING3_FRAME_CENTRE;
@@ -214,9 +214,9 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   mmu_.add_code_page(gpa.page());
   // An image: what is decoded and what is kept are the same bytes, whoever writes meanwhile.
   const unsigned room = static_cast<unsigned>(kPageSize - gpa.page_offset());
-  const unsigned max = std::clamp(options_.max_insns, 1u, kMaxInsns);
-  u8 image[kMaxInsns * 15];
-  const unsigned size = std::min(room, max * 15);
+  const unsigned max = std::clamp(options_.max_insns, 1u, kMaxBlockInsns);
+  u8 image[kMaxBlockBytes];
+  const unsigned size = std::min({room, max * 15, kMaxBlockBytes});
   // SAFETY: host is readable to the end of its page.
   std::memcpy(image, host, size);
 
@@ -287,7 +287,7 @@ u32 TranslatorVcpu::finish_bytes(unsigned room, TranslatedBlock* out) const {
 /// The request's instructions, decoded from the image, as they are when it has moved: to moved_, and the places in the
 /// image that move with it to addresses_.
 void TranslatorVcpu::make_moved(const u8* image, unsigned size, Gpa gpa, BlockRequest* request) {
-  u8 there[kMaxInsns * 15];
+  u8 there[kMaxBlockBytes];
   std::memcpy(there, image, size);
   addresses_.clear();
   const u64 rip = request->rip;
@@ -354,7 +354,7 @@ unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned m
     }
     has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
     const bool ends = insn.has(kEndsBlock) && insn.op != Op::Sti;
-    const bool on = ends && !request->ungrouped && may_go_on(insn, gpa.page_offset() + at) && ++branches < kMaxBranches;
+    const bool on = ends && !request->ungrouped && may_go_on(insn) && ++branches < kMaxBranches;
     at += insn.length;
     count++;
     if (ends && !on) break;

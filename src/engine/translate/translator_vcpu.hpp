@@ -31,7 +31,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
  public:
   struct Options {
     std::size_t arena_bytes = 256u << 20;  ///< of address space; pages count from when code fills them
-    unsigned max_insns = 64;  ///< of a block
+    unsigned max_insns = kMaxBlockInsns;  ///< of a block
     u64 lockstep_every = 0;   ///< not 0: every n-th block is compared with the interpreter; nothing is linked
     std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
     PerfMap* perf_map = nullptr;  ///< told of every block; outlives this
