@@ -6,6 +6,7 @@ namespace ring3::engine {
 
 void Emitter::truncate(u32 size) {
   size_ = size;
+  r15_ = kUnknown;
   while (!relatives_.empty() && relatives_.back() >= size) relatives_.pop_back();
 }
 void Emitter::imm32(u32 v) {
@@ -21,6 +22,8 @@ bool Emitter::encode(const Encoding& e) {
   unsigned n = 0;
   const auto put = [&](unsigned b) { out[n++] = static_cast<u8>(b); };
   const bool rm_used = e.has_modrm ? !e.memory : true;
+  const bool calls = e.map == 0 && e.opcode == 0xff && e.has_modrm && (e.reg == 2 || e.reg == 3);
+  if ((!e.vectors && ((e.has_modrm && e.reg == kHostR15) || (rm_used && e.rm == kHostR15))) || calls) r15_ = kUnknown;
   const bool r = e.has_modrm && (e.reg & 8);
   const bool x = e.memory && e.mem.index != kHostNone && (e.mem.index & 8);
   const bool b = e.memory ? e.mem.base != kHostNone && (e.mem.base & 8) : rm_used && (e.rm & 8);
@@ -97,22 +100,24 @@ void Emitter::op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map) {
 }
 void Emitter::op_rr(bool w, u8 opcode, u8 reg, u8 rm) {
   const u8 rex = static_cast<u8>((w ? 8 : 0) | (reg & 8 ? 4 : 0) | (rm & 8 ? 1 : 0));
-  if (rex) byte(0x40 | rex);
-  bytes({opcode, static_cast<u8>(0xc0 | (reg & 7) << 3 | (rm & 7))});
+  if (reg == kHostR15 || rm == kHostR15) r15_ = kUnknown;
+  if (rex) put(0x40 | rex);
+  put_all({opcode, static_cast<u8>(0xc0 | (reg & 7) << 3 | (rm & 7))});
 }
 
 void Emitter::mov(u8 to, u8 from) { op_rr(true, 0x89, from, to); }
 void Emitter::mov32(u8 to, u8 from) { op_rr(false, 0x89, from, to); }
 void Emitter::mov_imm(u8 to, u64 value) {
+  if (to == kHostR15) r15_ = kUnknown;
   if (value <= 0xffffffff) {
-    if (to & 8) byte(0x41);
-    byte(static_cast<u8>(0xb8 | (to & 7)));
+    if (to & 8) put(0x41);
+    put(static_cast<u8>(0xb8 | (to & 7)));
     imm32(static_cast<u32>(value));
   } else if (static_cast<u64>(static_cast<i64>(static_cast<i32>(value))) == value) {
-    bytes({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), 0xc7, static_cast<u8>(0xc0 | (to & 7))});
+    put_all({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), 0xc7, static_cast<u8>(0xc0 | (to & 7))});
     imm32(static_cast<u32>(value));
   } else {
-    bytes({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), static_cast<u8>(0xb8 | (to & 7))});
+    put_all({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), static_cast<u8>(0xb8 | (to & 7))});
     imm64(value);
   }
 }
@@ -129,7 +134,7 @@ void Emitter::lea32(u8 to, const HostMem& m) { op_rm(false, 0x8d, to, m); }
 
 void Emitter::shr(u8 reg, u8 count) {
   op_rr(true, 0xc1, 5, reg);
-  byte(count);
+  put(count);
 }
 void Emitter::and32(u8 reg, u32 mask) {
   op_rr(false, 0x81, 4, reg);
@@ -138,7 +143,7 @@ void Emitter::and32(u8 reg, u32 mask) {
 void Emitter::and_imm(u8 reg, i32 mask) {
   if (mask >= -128 && mask <= 127) {
     op_rr(true, 0x83, 4, reg);
-    byte(static_cast<u8>(mask));
+    put(static_cast<u8>(mask));
   } else {
     op_rr(true, 0x81, 4, reg);
     imm32(static_cast<u32>(mask));
@@ -163,14 +168,19 @@ void Emitter::cmp32_imm(const HostMem& m, i32 value) {
   const bool small = value >= -128 && value <= 127;
   op_rm(false, small ? 0x83 : 0x81, 7, m);
   if (small) {
-    byte(static_cast<u8>(value));
+    put(static_cast<u8>(value));
   } else {
     imm32(static_cast<u32>(value));
   }
 }
+void Emitter::load_r15(u32 slot) {
+  if (r15_ == slot) return;
+  load(kHostR15, HostMem::frame(slot));
+  r15_ = slot;
+}
 void Emitter::test8_imm(u8 reg, u8 mask) {
-  byte(static_cast<u8>(0x40 | (reg & 8 ? 1 : 0)));
-  bytes({0xf6, static_cast<u8>(0xc0 | (reg & 7)), mask});
+  put(static_cast<u8>(0x40 | (reg & 8 ? 1 : 0)));
+  put_all({0xf6, static_cast<u8>(0xc0 | (reg & 7)), mask});
 }
 
 void Emitter::use(Label& l) {
@@ -184,18 +194,20 @@ void Emitter::use(Label& l) {
   }
 }
 void Emitter::jcc(u8 condition, Label& to) {
-  bytes({0x0f, static_cast<u8>(0x80 | condition)});
+  put_all({0x0f, static_cast<u8>(0x80 | condition)});
   use(to);
 }
 void Emitter::jmp(Label& to) {
-  byte(0xe9);
+  put(0xe9);
   use(to);
 }
 void Emitter::call(Label& to) {
-  byte(0xe8);
+  r15_ = kUnknown;
+  put(0xe8);
   use(to);
 }
 void Emitter::bind(Label& l) {
+  r15_ = kUnknown;
   l.at = size();
   note_label();
   for (u32 use = l.uses; use != Label::kUnbound;) {
@@ -207,12 +219,12 @@ void Emitter::bind(Label& l) {
   l.uses = Label::kUnbound;
 }
 u32 Emitter::jrcxz_short(u8 address_size) {
-  if (address_size == 4) byte(0x67);
-  bytes({0xe3, 0});
+  if (address_size == 4) put(0x67);
+  put_all({0xe3, 0});
   return size() - 1;
 }
 u32 Emitter::jcc_short(u8 condition) {
-  bytes({static_cast<u8>(0x70 | condition), 0});
+  put_all({static_cast<u8>(0x70 | condition), 0});
   return size() - 1;
 }
 

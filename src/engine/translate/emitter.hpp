@@ -62,6 +62,7 @@ struct Encoding {
   u8 map = 0;   ///< 0 one byte, 1 0F, 2 0F38, 3 0F3A
   u8 opcode = 0;
   bool has_modrm = true;
+  bool vectors = false;  ///< reg and rm are no general registers
   u8 reg = 0;  ///< ModRM.reg with its extension bit, or the opcode extension
   bool memory = false;
   u8 rm = 0;  ///< register operand, or the register inside the opcode when there is no ModRM
@@ -86,6 +87,7 @@ class Emitter {
     relatives_.clear();
     early_label_ = false;
     watched_ = 0;
+    r15_ = kUnknown;
   }
   /// From here on early_label() tells of the five bytes that come now.
   void watch() { watched_ = size(); }
@@ -97,10 +99,13 @@ class Emitter {
   /// A label was bound between the first of the watched bytes and the fifth.
   bool early_label() const { return early_label_; }
 
-  void byte(u8 b) { *room(1) = b; }
+  void byte(u8 b) {
+    r15_ = kUnknown;
+    put(b);
+  }
   void bytes(std::initializer_list<u8> list) {
-    u8* at = room(static_cast<u32>(list.size()));
-    for (const u8 b : list) *at++ = b;
+    r15_ = kUnknown;
+    put_all(list);
   }
   void imm32(u32 v);
   void imm64(u64 v);
@@ -135,6 +140,12 @@ class Emitter {
   void cmp32_imm(const HostMem& m, i32 value);
   void test8_imm(u8 reg, u8 mask);
 
+  /// r15 = the frame's slot, if it is not there since the last call for this slot or holds().
+  void load_r15(u32 slot);
+  /// r15 holds what the frame's slot does: to any instruction that may write r15 (all that mention it, and raw bytes), call or
+  /// label. What is kept in the slot must not change meanwhile.
+  void holds(u32 slot) { r15_ = slot; }
+
   // ---- control ----
   void jcc(u8 condition, Label& to);  ///< rel32; condition: the low four bits of the opcode
   void jmp(Label& to);
@@ -145,10 +156,18 @@ class Emitter {
   u32 jcc_short(u8 condition);
   void bind_short(u32 at) {
     code_[at] = static_cast<u8>(size() - at - 1);
+    r15_ = kUnknown;
     note_label();
   }
 
  private:
+  static constexpr u32 kUnknown = ~0u;
+
+  void put(u8 b) { *room(1) = b; }
+  void put_all(std::initializer_list<u8> list) {
+    u8* at = room(static_cast<u32>(list.size()));
+    for (const u8 b : list) *at++ = b;
+  }
   void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map = 0);
   void op_rr(bool w, u8 opcode, u8 reg, u8 rm);
   void use(Label& l);
@@ -166,6 +185,7 @@ class Emitter {
   std::vector<u32> relatives_;
   bool early_label_ = false;
   u32 watched_ = 0;
+  u32 r15_ = kUnknown;  ///< the frame slot that r15 holds
 };
 
 }  // namespace ring3::engine

@@ -135,16 +135,16 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   if (size == 0 || size > 64) return false;
   const u32 tag = kind == Kind::Write ? frame::kTlbWriteTag : frame::kTlbReadTag;
   // Through a group's addend; the flags stay.
-  const auto through = [&](const HostMem& addend) {
-    e_.load(kScratch1, addend);
+  const auto through = [&](u32 slot) {
+    e_.load_r15(slot);
     operand_of(a, out);
     return true;
   };
   if (in_second_body_ && (!aligned || loop_.hoisted[index_])) {
-    if (const Group* g = group_of(a, size, kind)) return through(HostMem::frame(g->slot));
+    if (const Group* g = group_of(a, size, kind)) return through(g->slot);
   }
   if (grouping_ && !aligned) {
-    if (const Group* g = group_of(a, size, kind)) return through(HostMem::frame(g->slot));
+    if (const Group* g = group_of(a, size, kind)) return through(g->slot);
     if (const Group* g = open_group(a, size, kind)) {
       clobber_flags();
       group_misses_.emplace_back();
@@ -165,11 +165,12 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
         e_.cmp(kScratch0, HostMem::frame(frame::kStackLimit));
         e_.jcc(3, m.stack);
         e_.bind(m.resume);
-        return through(HostMem::frame(g->slot));
+        return through(g->slot);
       }
       emit_group_check(m.address, m.size, g->write, m.entry);
       e_.bind(m.resume);
       e_.store(HostMem::frame(g->slot), kScratch1);
+      e_.holds(g->slot);
       operand_of(a, out);
       return true;
     }

@@ -178,6 +178,7 @@ bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
   if (insn.op == Op::HostVec) {
     if (!e.has_modrm || !runs_on_host(e.vex, e.map, e.opcode)) return false;
     out->gpr_fields = vector_fields(e, insn);
+    e.vectors = out->gpr_fields == 0;
   } else if (e.has_modrm) {
     out->gpr_fields = integer_fields(e);
   } else {
