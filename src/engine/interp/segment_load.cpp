@@ -130,20 +130,6 @@ void load_null(Context& c, Seg seg, u16 selector) {
   old = g;
 }
 
-Segment null_stack_segment(u8 cpl) {
-  Segment g;
-  g.selector = cpl;
-  g.limit = 0xffffffff;
-  g.type = 3;
-  g.s = 1;
-  g.dpl = cpl;
-  g.present = 0;
-  g.unusable = 1;
-  g.db = 1;
-  g.g = 1;
-  return g;
-}
-
 bool check_stack_segment(Context& c, u16 selector, u8 cpl, bool target64, u8 vector, u32 ext, Segment* out) {
   if (is_null(selector)) {
     if (target64 && cpl != 3 && (selector & 3) == cpl) {

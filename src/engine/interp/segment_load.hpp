@@ -76,8 +76,20 @@ bool check_stack_segment(Context& c, u16 selector, u8 cpl, bool target64, u8 vec
 /// After a return to an outer level: data segments that the new level may not hold become null.
 void drop_inner_segments(Context& c, u8 cpl);
 
-/// The SS of 64-bit mode after a change of level: null, with the level in its RPL and DPL.
-Segment null_stack_segment(u8 cpl);
+/// The SS of 64-bit mode after a change of level: null, with the level in its RPL and DPL. Inlined always, as what follows.
+[[gnu::always_inline]] inline Segment null_stack_segment(u8 cpl) {
+  Segment g;
+  g.selector = cpl;
+  g.limit = 0xffffffff;
+  g.type = 3;
+  g.s = 1;
+  g.dpl = cpl;
+  g.present = 0;
+  g.unusable = 1;
+  g.db = 1;
+  g.g = 1;
+  return g;
+}
 /// A flat segment as SYSCALL and friends load it. Inlined always: also into code that is made without vectors.
 [[gnu::always_inline]] inline Segment flat_code(u16 selector, u8 dpl, bool long64) {
   Segment g;

@@ -55,7 +55,7 @@ inline bool may_go_on(const DecodedInsn& i) {
 
 /// The thunk that an instruction which is left to the interpreter goes through, with its number.
 inline u32 exit_of_left(const DecodedInsn& i) {
-  const bool transition = i.op == Op::Syscall || (i.op == Op::Sysret && i.opsize == 8);
+  const bool transition = i.op == Op::Syscall || ((i.op == Op::Sysret || i.op == Op::Iret) && i.opsize == 8);
   return transition ? frame::kExitTransit : frame::kExitLeft;
 }
 

@@ -109,7 +109,7 @@ struct alignas(64) JitFrame {
   u64 scratch[6] = {};  ///< the translator's, within one instruction (fill thunks keep them)
   u8 bounce[64] = {};  ///< bytes of a read in two pages
 
-  /// As exit_left, for SYSCALL and SYSRET: when nothing is rare about them they run here, and translated code goes on
+  /// As exit_left, for SYSCALL, SYSRET and IRET: when nothing is rare about them they run here, and translated code goes on
   /// where they lead to, vectors in place (transitions.cpp).
   u64 exit_transit = 0;
   /// call. SystemOp: in r15d, its operand in r14; out: r14 kept, r15 the answer. As fill_read otherwise.

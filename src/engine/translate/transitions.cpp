@@ -7,11 +7,11 @@
 /// user and kernel.
 ///
 /// This file is made without vector registers (src/CMakeLists.txt). It calls nothing that is not: inlined or trivial
-/// members, Mmu::privilege_changed(), and ring3_jit_call_out().
+/// members, Mmu::privilege_changed(), and ring3_jit_call_out(); and what uses vectors when the guest's are not there.
 ///
 /// What is rare (a mode that changes, an open interrupt window, a trap flag, anything that faults) is refused with
 /// nothing changed: the interpreter does it.
-/// Spec: as the interpreter's handlers (interp/system.cpp, syscall.cpp, stack.cpp).
+/// Spec: as the interpreter's handlers (interp/system.cpp, syscall.cpp, stack.cpp, far.cpp).
 namespace ring3::engine {
 namespace {
 
@@ -92,6 +92,35 @@ u64 TranslatorVcpu::transit_function(void* self, u64 rip, u64 number) {
   return v.transit(rip, v.left_[number].insn);
 }
 
+/// Between flat 64-bit segments, from CPL 0 to there or to CPL 3.
+bool TranslatorVcpu::transit_iret() {
+  constexpr u64 kFlatCode = 0x00af'9b00'0000'ffff, kFlatData = 0x00cf'9300'0000'ffff;  // accessed; DPL 0
+  constexpr u64 kChanged = rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::RF |
+                           rflags::AC | rflags::VIF | rflags::VIP | rflags::ID;
+  // With AC set, reads of the descriptor table would not be those of the system.
+  if (c_.cpl != 0 || s_.nmi_blocked || (s_.rflags & (rflags::NT | rflags::AC))) return false;
+  ReturnFrame f{*this, frame_.kept[8]};
+  const bool whole = frame_.vectors == RING3_VECTORS_AWAY ? read_return(&f) : ring3_jit_call_out(&read_return, &f);
+  if (!whole || !f.read) return false;
+  const u64 cpl = f.cs & 3;
+  if ((cpl != 0 && cpl != 3) || (f.ss & 3) != cpl) return false;
+  const bool null_stack = cpl == 0 && is_null(static_cast<u16>(f.ss));
+  if (f.code != (kFlatCode | cpl << 45) || (!null_stack && f.stack != (kFlatData | cpl << 45))) return false;
+  if (!canonical(c_, f.rip) || (f.rflags & rflags::TF)) return false;
+  if (cpl == 3) {
+    for (Seg seg : {ES, DS, FS, GS})
+      if (!s_.seg[seg].unusable && !is_null(s_.seg[seg].selector) && s_.seg[seg].dpl != 3) return false;
+    for (Seg seg : {ES, DS, FS, GS})  // as drop_inner_segments()
+      if (is_null(s_.seg[seg].selector)) s_.seg[seg].selector = 0;
+  }
+  s_.rflags = (s_.rflags & ~kChanged) | (f.rflags & kChanged) | rflags::FIXED1;
+  s_.rip = f.rip;
+  s_.seg[CS] = flat_code(static_cast<u16>(f.cs), static_cast<u8>(cpl), true);
+  s_.seg[SS] = null_stack ? null_stack_segment(0) : flat_data(static_cast<u16>(f.ss), static_cast<u8>(cpl));
+  frame_.kept[8] = f.rsp;
+  return true;
+}
+
 /// Refuses, or is done and answers where translated code goes on: its address, or RING3_TRANSIT_DONE when the run loop
 /// is to find it.
 u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
@@ -114,6 +143,9 @@ u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
       // A target outside the lower half faults, here or when it is fetched.
       if (c_.cpl != 0 || !(s_.efer & efer::SCE) || rcx >> 47 != 0 || (frame_.r11 & rflags::TF)) return RING3_TRANSIT_REFUSED;
       return_by_sysret(s_, rcx, frame_.r11, true, c_.features.amd);
+      break;
+    case Op::Iret:
+      if (!transit_iret()) return RING3_TRANSIT_REFUSED;
       break;
     default:
       return RING3_TRANSIT_REFUSED;

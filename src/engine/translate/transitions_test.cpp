@@ -50,10 +50,16 @@ void expect_same(Machine& a, Machine& b) {
   EXPECT_EQ(a.s.rflags, b.s.rflags);
   EXPECT_EQ(a.c().cpl, b.c().cpl);
   EXPECT_EQ(a.s.xsave.mxcsr(), b.s.xsave.mxcsr());
-  for (Seg seg : {CS, SS}) {
-    EXPECT_EQ(a.s.seg[seg].selector, b.s.seg[seg].selector);
-    EXPECT_EQ(a.s.seg[seg].dpl, b.s.seg[seg].dpl);
-    EXPECT_EQ(a.s.seg[seg].db, b.s.seg[seg].db);
+  for (unsigned seg = 0; seg < kSegCount; seg++) {
+    const Segment &x = a.s.seg[seg], &y = b.s.seg[seg];
+    EXPECT_EQ(x.selector, y.selector);
+    EXPECT_EQ(x.base, y.base);
+    EXPECT_EQ(x.limit, y.limit);
+    EXPECT_EQ(x.type, y.type);
+    EXPECT_EQ(x.dpl, y.dpl);
+    EXPECT_EQ(x.present, y.present);
+    EXPECT_EQ(x.unusable, y.unusable);
+    EXPECT_EQ(x.s * 16 + x.l * 8 + x.db * 4 + x.g * 2 + x.avl, y.s * 16 + y.l * 8 + y.db * 4 + y.g * 2 + y.avl);
   }
   for (unsigned n = 0; n < 256; n++) {
     EXPECT_EQ(a.s.xsave.bytes[XsaveArea::kXmm + n], b.s.xsave.bytes[XsaveArea::kXmm + n]) << "XMM byte " << n;
@@ -191,6 +197,50 @@ TEST(Transitions, AlignmentChecksAfterTheReturn) {
   // or r11, AC: from then on user accesses are checked one by one.
   const Result r = run(at_last(hex("49 81 cb 00 00 04 00"), kSysret), false, [](Machine& m) { m.s.cr0 |= cr0::AM; });
   EXPECT_TRUE(r.end.raised(vec::GP, 0));
+}
+
+// mov r8, rsp; push 2bh; push r8; push r11; push 33h; push rcx; iretq
+const Bytes kIret = hex("49 89 e0 6a 2b 41 50 41 53 6a 33 51 48 cf");
+
+TEST(Transitions, InterruptReturnsDoNotLeave) {
+  const Result r = run(hex("49 ff c4") + kIret);  // inc r12
+  EXPECT_TRUE(r.end.raised(vec::GP, 0));                                // HLT
+  EXPECT_GE(r.transitions, 2 * kRounds - 8);
+  // With vectors in place: paddb xmm0, xmm3
+  EXPECT_GE(run(hex("66 0f fc c3") + kIret).transitions, kRounds);
+}
+
+TEST(Transitions, AnInterruptReturnToItself) {
+  // lea r9, [rip + there]; mov r8, rsp; push ss; push r8; pushfq; push cs; push r9; iretq; there:
+  const auto kernel = [](const char* stack, const char* code) {
+    return hex("4c 8d 0d 0e 00 00 00 49 89 e0 6a") + hex(stack) + hex("41 50 9c 6a") + hex(code) + hex("41 51 48 cf") + kSysret;
+  };
+  EXPECT_GE(run(kernel("18", "10")).transitions, 3 * kRounds - 12);
+  EXPECT_GE(run(kernel("00", "10")).transitions, 3 * kRounds - 12);
+}
+
+TEST(Transitions, InterruptReturnsThatAreRare) {
+  const auto expect = [](const Bytes& last, u8 vector, u32 error, const std::function<void(Machine&)>& prepare = {}) {
+    const Result r = run(at_last(last, kIret), false, prepare);
+    EXPECT_TRUE(r.end.has_event);
+    EXPECT_EQ(r.end.event.vector, vector);
+    EXPECT_EQ(r.end.event.error, error);
+  };
+  expect(hex("48 0f ba e9 2f"), vec::GP, 0);        // bts rcx, 47
+  expect(hex("49 81 cb 00 01 00 00"), vec::DB, 0);  // or r11, TF
+  expect(hex("49 81 cb 00 02 24 00"), vec::GP, 0);  // or r11, ID|AC|IF: fine
+  const auto with = [](u16 selector, u8 access, u8 flags) {
+    return [=](Machine& m) { m.set_gdt(selector, 0, 0xfffff, access, flags); };
+  };
+  expect({}, vec::NP, 0x30, with(0x30, 0x7b, 0xa));
+  expect({}, vec::SS, 0x28, with(0x28, 0x73, 0xc));
+  expect({}, vec::GP, 0x30, with(0x30, 0xf3, 0xc));  // data
+  expect({}, vec::GP, 0x28, with(0x28, 0x93, 0xc));  // DPL 0
+  expect({}, vec::GP, 0x30, [](Machine& m) { m.s.gdtr.limit = 0x2f; });
+  expect({}, vec::GP, 0, with(0x30, 0xfa, 0xa));  // not accessed yet: fine, HLT
+  expect({}, vec::GP, 0, [](Machine& m) {          // segments that user code may not hold
+    for (Seg seg : {ES, DS, FS, GS}) m.s.seg[seg] = TestMachine::segment(0x18, 0, 0xffffffff, 3, 0, true, false, true);
+  });
 }
 
 TEST(Transitions, TheBudgetHolds) {

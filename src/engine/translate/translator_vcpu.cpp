@@ -8,6 +8,7 @@
 #include "engine/decode/decoder.hpp"
 #include "engine/interp/families.hpp"
 #include "engine/interp/operand.hpp"
+#include "engine/interp/segment_load.hpp"
 #include "engine/translate/thunks.hpp"
 
 namespace ring3::engine {
@@ -134,6 +135,26 @@ u64 TranslatorVcpu::fill(void* self, u64 linear, u64 size, u64 write) {
       },
       &call);
   return whole ? call.addend : 0;
+}
+
+/// The stack's and the table's part of an IRET, at CPL 0. 0: not read, and nothing is raised.
+u64 TranslatorVcpu::read_return(void* frame) {
+  return run_in_nested_trap(
+      [](void* at) {
+        ReturnFrame& f = *static_cast<ReturnFrame*>(at);
+        TranslatorVcpu& v = f.v;
+        const Stop kept = v.mmu_.stop();
+        const auto descriptor = [&](u64 selector, u64* to) {
+          const DescriptorTable& gdt = v.s_.gdtr;
+          return (selector & 4) == 0 && (selector & 0xfff8) != 0 && (selector & 0xfff8) + 7 <= gdt.limit &&
+                 v.mmu_.read(gdt.base + (selector & 0xfff8), to);
+        };
+        f.read = v.mmu_.read(f.sp, &f.rip, SS) && v.mmu_.read(f.sp + 8, &f.cs, SS) && v.mmu_.read(f.sp + 16, &f.rflags, SS) &&
+                 v.mmu_.read(f.sp + 24, &f.rsp, SS) && v.mmu_.read(f.sp + 32, &f.ss, SS) && descriptor(f.cs, &f.code) &&
+                 (is_null(static_cast<u16>(f.ss)) || descriptor(f.ss, &f.stack));
+        if (!f.read) v.mmu_.stop() = kept;
+      },
+      frame);
 }
 
 void TranslatorVcpu::rewind() {

@@ -122,8 +122,20 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   u64 system_op(SystemOp op, u64 operand);
   static u64 transit_function(void* self, u64 rip, u64 number);
   u64 transit(u64 rip, const DecodedInsn& insn);
+  struct ReturnFrame;
+  bool transit_iret();
+  static u64 read_return(void* frame);  ///< is made with vector registers
   u64 go_on();
   void note_interpreted();                  // interpreted_ops.cpp
+
+  /// What IRET reads, from sp on.
+  struct ReturnFrame {
+    TranslatorVcpu& v;
+    u64 sp;
+    u64 rip = 0, cs = 0, rflags = 0, rsp = 0, ss = 0;
+    u64 code = 0, stack = 0;  ///< the descriptors
+    bool read = false;
+  };
 
   VcpuState& s_;
   Mmu& mmu_;
