@@ -11,7 +11,7 @@
 ///           Exec::Branch with RIP at itself when attention is raised (checked between iterations) and,
 ///           under slow_step, after every iteration.
 /// Flags:    CMPS and SCAS set them when they end or are interrupted; a fault leaves those from before.
-/// Bulk:     MOVS and STOS go a page at a time where both sides are plain RAM and DF is clear.
+/// Bulk:     MOVS, and STOS with DF clear, go a page at a time where all sides are plain RAM.
 namespace ring3::engine {
 namespace {
 
@@ -82,13 +82,19 @@ RING3_INLINE Exec repeat(Context& c, const DecodedInsn& i, Regs& r, u64 bytes, b
 constexpr auto kAlways = [] { return true; };
 constexpr auto kNoBulk = [](u64) { return u64{0}; };
 
-/// Up to max elements forward from reg's offset within one page: their count, and their linear address.
+/// Up to max elements from reg's offset on within one page: their count, and the lowest one's linear address.
 template <class T>
 RING3_INLINE u64 span(Context& c, const Regs& r, Gpr reg, Seg seg, bool write, u64 max, u64* lin) {
   const u64 offset = r.get(reg);
   // The segment is checked for the whole span; when that fails the elements find the fault themselves.
   u64 base;
   if (!c.linear(seg, offset, sizeof(T), write, &base)) return 0;
+  if (r.backwards()) {
+    const u64 in_page = base & ~kPageMask;
+    if (in_page + sizeof(T) > kPageSize) return 0;
+    const u64 n = std::min({max, in_page / sizeof(T) + 1, offset / sizeof(T) + 1});
+    return c.linear(seg, offset - (n - 1) * sizeof(T), static_cast<unsigned>(n * sizeof(T)), write, lin) ? n : 0;
+  }
   u64 n = std::min({max, (kPageSize - (base & ~kPageMask)) / sizeof(T), r.room(reg) / sizeof(T)});
   if (n == 0 || !c.linear(seg, offset, static_cast<unsigned>(n * sizeof(T)), write, lin)) return 0;
   return n;
@@ -103,21 +109,24 @@ Exec movs(Context& c, const DecodedInsn& i) {
     return read_at<T>(c, seg, r.get(RSI), &v) && write_at<T>(c, kEs, r.get(RDI), v);
   };
   const auto bulk = [&](u64 count) -> u64 {
-    if (r.backwards() || count < 4) return 0;
+    if (count < 4) return 0;
     u64 from, to;
-    u64 n = span<T>(c, r, RSI, seg, false, count, &from);
-    if (n != 0) n = span<T>(c, r, RDI, kEs, true, n, &to);
+    const u64 most = span<T>(c, r, RSI, seg, false, count, &from);
+    const u64 n = most != 0 ? span<T>(c, r, RDI, kEs, true, most, &to) : 0;
     if (n < 2) return 0;
+    if (r.backwards()) from += (most - n) * sizeof(T);
     const unsigned bytes = static_cast<unsigned>(n * sizeof(T));
     const u8* source = c.mmu.bulk_pointer(from, false, bytes);
     if (source == nullptr) return 0;
     u8* target = c.mmu.bulk_pointer(to, true, bytes);
     if (target == nullptr) return 0;
-    const u64 distance = reinterpret_cast<u64>(target) - reinterpret_cast<u64>(source);
+    const u64 up = reinterpret_cast<u64>(target) - reinterpret_cast<u64>(source);
+    const u64 distance = r.backwards() ? 0 - up : up;
     // SAFETY: both ranges were given by the Mmu for these bytes.
     if (distance == 0) return n;
     if (distance < bytes) {  // the copy feeds on itself: a pattern
-      for (u64 k = 0; k < n; k++) {
+      for (u64 done = 0; done < n; done++) {
+        const u64 k = r.backwards() ? n - 1 - done : done;
         T v;
         std::memcpy(&v, source + k * sizeof(T), sizeof(T));
         std::memcpy(target + k * sizeof(T), &v, sizeof(T));

@@ -75,6 +75,36 @@ TEST(String, OverlapIsExact) {
   }
 }
 
+/// The same with DF set, over the end of a page, whose elements may lie in both.
+TEST(String, OverlapIsExactBackwards) {
+  for (const int distance : {1, 2, 7, 8, 100, 0x2f8, -1, -3, -8, -100, -0x2f8}) {
+    for (const unsigned size : {1u, 2u, 4u, 8u}) {
+      for (const unsigned skew : {0u, 3u}) {
+        both_ways(TestMode::Long64, [&](TestMachine& m) {
+          constexpr unsigned kBytes = 0x1800;
+          const unsigned n = 0x600 / size, source = 0xc00 + skew, target = source + static_cast<unsigned>(distance);
+          for (unsigned k = 0; k < kBytes; k++) *m.ram(kD + k) = static_cast<u8>(k * 31 ^ k >> 7);
+          Bytes model(m.ram(kD), m.ram(kD) + kBytes);
+          for (unsigned k = n; k-- > 0;) {
+            u8 element[8];
+            std::memcpy(element, &model[source + k * size], size);
+            std::memcpy(&model[target + k * size], element, size);
+          }
+          m.s.rflags |= rflags::DF;
+          m.s.gpr[RSI] = kD + source + (n - 1) * size;
+          m.s.gpr[RDI] = kD + target + (n - 1) * size;
+          m.s.gpr[RCX] = n;
+          ASSERT_TRUE(m.run(hex(size == 1 ? "f3 a4" : size == 2 ? "66 f3 a5" : size == 4 ? "f3 a5" : "f3 48 a5")).halted());
+          EXPECT_EQ(0, std::memcmp(model.data(), m.ram(kD), kBytes)) << distance << " " << size;
+          EXPECT_EQ(m.s.gpr[RSI], kD + source - size);
+          EXPECT_EQ(m.s.gpr[RDI], kD + target - size);
+          EXPECT_EQ(m.s.gpr[RCX], 0u);
+        });
+      }
+    }
+  }
+}
+
 /// A fault in the middle: everything before it is committed, and the registers stand at the element.
 TEST(String, FaultInTheMiddle) {
   both_ways(TestMode::Long64, [](TestMachine& m) {
