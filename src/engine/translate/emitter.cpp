@@ -10,23 +10,42 @@ void Emitter::truncate(u32 size) {
   while (!relatives_.empty() && relatives_.back() >= size) relatives_.pop_back();
 }
 void Emitter::imm32(u32 v) {
-  std::memcpy(room(4), &v, 4);
+  u8* at = begin();
+  std::memcpy(at, &v, 4);
+  end(at + 4);
 }
 void Emitter::imm64(u64 v) {
-  std::memcpy(room(8), &v, 8);
+  u8* at = begin();
+  std::memcpy(at, &v, 8);
+  end(at + 8);
 }
 void Emitter::patch32(u32 at, u32 v) { std::memcpy(code_.data() + at, &v, 4); }
 
+u8* Emitter::memory_operand(u8* at, u8 reg, const HostMem& m) {
+  const unsigned field = (reg & 7u) << 3;
+  const bool no_base = m.base == kHostNone;
+  const unsigned base = no_base ? 5 : m.base & 7u;
+  const bool small = m.disp >= -128 && m.disp <= 127;
+  const unsigned mod = no_base || (m.disp == 0 && base != 5) ? 0 : small ? 1 : 2;
+  if (no_base || m.index != kHostNone || base == 4) {
+    *at++ = static_cast<u8>(mod << 6 | field | 4);
+    *at++ = static_cast<u8>(static_cast<unsigned>(m.scale_log2) << 6 | (m.index == kHostNone ? 4 : m.index & 7u) << 3 | base);
+  } else {
+    *at++ = static_cast<u8>(mod << 6 | field | base);
+  }
+  std::memcpy(at, &m.disp, 4);
+  return at + (mod == 1 ? 1 : mod == 2 || no_base ? 4 : 0);
+}
+
 bool Emitter::encode(const Encoding& e) {
-  u8 out[32];
-  unsigned n = 0;
-  const auto put = [&](unsigned b) { out[n++] = static_cast<u8>(b); };
   const bool rm_used = e.has_modrm ? !e.memory : true;
   const bool calls = e.map == 0 && e.opcode == 0xff && e.has_modrm && (e.reg == 2 || e.reg == 3);
   if ((!e.vectors && ((e.has_modrm && e.reg == kHostR15) || (rm_used && e.rm == kHostR15))) || calls) r15_ = kUnknown;
+  u8* at = begin();
+  const auto put = [&](unsigned b) { *at++ = static_cast<u8>(b); };
   const bool r = e.has_modrm && (e.reg & 8);
   const bool x = e.memory && e.mem.index != kHostNone && (e.mem.index & 8);
-  const bool b = e.memory ? e.mem.base != kHostNone && (e.mem.base & 8) : rm_used && (e.rm & 8);
+  const bool b = e.memory ? e.mem.base != kHostNone && (e.mem.base & 8) : (e.rm & 8) != 0;
 
   if (e.memory && e.mem.gs) put(0x65);
   if (e.lock) put(0xf0);
@@ -55,71 +74,59 @@ bool Emitter::encode(const Encoding& e) {
     put(e.opcode | (e.rm & 7));
   } else {
     put(e.opcode);
-    const unsigned reg = (e.reg & 7u) << 3;
-    if (!e.memory) {
-      put(0xc0 | reg | (e.rm & 7));
+    if (e.memory) {
+      at = memory_operand(at, e.reg, e.mem);
     } else {
-      const HostMem& m = e.mem;
-      const bool no_base = m.base == kHostNone;
-      const bool sib = no_base || m.index != kHostNone || (m.base & 7) == 4;
-      unsigned mod;
-      if (no_base) {
-        mod = 0;
-      } else if (m.disp == 0 && (m.base & 7) != 5) {
-        mod = 0;
-      } else {
-        mod = m.disp >= -128 && m.disp <= 127 ? 1 : 2;
-      }
-      put(mod << 6 | reg | (sib ? 4 : m.base & 7u));
-      if (sib) {
-        const unsigned index = m.index == kHostNone ? 4 : m.index & 7u;
-        put(static_cast<unsigned>(m.scale_log2) << 6 | index << 3 | (no_base ? 5 : m.base & 7u));
-      }
-      if (mod == 1) {
-        put(static_cast<u8>(m.disp));
-      } else if (mod == 2 || no_base) {
-        std::memcpy(out + n, &m.disp, 4);
-        n += 4;
-      }
+      put(0xc0 | (e.reg & 7u) << 3 | (e.rm & 7u));
     }
   }
-  for (unsigned i = 0; i < e.imm_size; i++) put(e.imm[i]);
-  std::memcpy(room(n), out, n);
+  std::memcpy(at, e.imm, sizeof e.imm);
+  end(at + e.imm_size);
   return true;
 }
 
-void Emitter::op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map) {
-  Encoding e;
-  e.w = w;
-  e.map = map;
-  e.opcode = opcode;
-  e.reg = reg;
-  e.memory = true;
-  e.mem = m;
-  encode(e);
+void Emitter::op_rm(bool w, u8 opcode, u8 reg, const HostMem& m) {
+  if (reg == kHostR15) r15_ = kUnknown;
+  u8* at = begin();
+  if (m.gs) *at++ = 0x65;
+  unsigned rex = (w ? 8 : 0) | (reg & 8) >> 1;
+  if (m.index != kHostNone) rex |= (m.index & 8) >> 2;
+  if (m.base != kHostNone) rex |= (m.base & 8) >> 3;
+  if (rex != 0) *at++ = static_cast<u8>(0x40 | rex);
+  *at++ = opcode;
+  end(memory_operand(at, reg, m));
 }
 void Emitter::op_rr(bool w, u8 opcode, u8 reg, u8 rm) {
-  const u8 rex = static_cast<u8>((w ? 8 : 0) | (reg & 8 ? 4 : 0) | (rm & 8 ? 1 : 0));
   if (reg == kHostR15 || rm == kHostR15) r15_ = kUnknown;
-  if (rex) put(0x40 | rex);
-  put_all({opcode, static_cast<u8>(0xc0 | (reg & 7) << 3 | (rm & 7))});
+  u8* at = begin();
+  const unsigned rex = (w ? 8u : 0) | (reg & 8u) >> 1 | (rm & 8u) >> 3;
+  if (rex != 0) *at++ = static_cast<u8>(0x40 | rex);
+  *at++ = opcode;
+  *at++ = static_cast<u8>(0xc0 | (reg & 7) << 3 | (rm & 7));
+  end(at);
 }
 
 void Emitter::mov(u8 to, u8 from) { op_rr(true, 0x89, from, to); }
 void Emitter::mov32(u8 to, u8 from) { op_rr(false, 0x89, from, to); }
 void Emitter::mov_imm(u8 to, u64 value) {
   if (to == kHostR15) r15_ = kUnknown;
+  u8* at = begin();
+  const u8 high = to & 8 ? 1 : 0, low = to & 7;
+  u32 size = 4;
   if (value <= 0xffffffff) {
-    if (to & 8) put(0x41);
-    put(static_cast<u8>(0xb8 | (to & 7)));
-    imm32(static_cast<u32>(value));
+    if (high != 0) *at++ = 0x41;
+    *at++ = 0xb8 | low;
   } else if (static_cast<u64>(static_cast<i64>(static_cast<i32>(value))) == value) {
-    put_all({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), 0xc7, static_cast<u8>(0xc0 | (to & 7))});
-    imm32(static_cast<u32>(value));
+    *at++ = 0x48 | high;
+    *at++ = 0xc7;
+    *at++ = 0xc0 | low;
   } else {
-    put_all({static_cast<u8>(0x48 | (to & 8 ? 1 : 0)), static_cast<u8>(0xb8 | (to & 7))});
-    imm64(value);
+    *at++ = 0x48 | high;
+    *at++ = 0xb8 | low;
+    size = 8;
   }
+  std::memcpy(at, &value, 8);
+  end(at + size);
 }
 void Emitter::load(u8 to, const HostMem& m) { op_rm(true, 0x8b, to, m); }
 void Emitter::load32(u8 to, const HostMem& m) { op_rm(false, 0x8b, to, m); }

@@ -103,6 +103,7 @@ class Emitter {
     r15_ = kUnknown;
     put(b);
   }
+  /// At most kLongest.
   void bytes(std::initializer_list<u8> list) {
     r15_ = kUnknown;
     put_all(list);
@@ -163,23 +164,31 @@ class Emitter {
  private:
   static constexpr u32 kUnknown = ~0u;
 
-  void put(u8 b) { *room(1) = b; }
-  void put_all(std::initializer_list<u8> list) {
-    u8* at = room(static_cast<u32>(list.size()));
-    for (const u8 b : list) *at++ = b;
+  void put(u8 b) {
+    u8* at = begin();
+    *at = b;
+    end(at + 1);
   }
-  void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m, u8 map = 0);
+  void put_all(std::initializer_list<u8> list) {
+    u8* at = begin();
+    for (const u8 b : list) *at++ = b;
+    end(at);
+  }
+  void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m);
+  /// ModRM, SIB and displacement; returns their end.
+  static u8* memory_operand(u8* at, u8 reg, const HostMem& m);
   void op_rr(bool w, u8 opcode, u8 reg, u8 rm);
   void use(Label& l);
   void note_label() { early_label_ |= size() > watched_ && size() - watched_ < 5; }
 
-  /// That many bytes more; the pointer holds until the next call.
-  u8* room(u32 bytes) {
-    if (code_.size() - size_ < bytes) code_.resize(2 * code_.size() + bytes);
-    size_ += bytes;
-    return code_.data() + size_ - bytes;
+  /// Where the next instruction comes. kLongest bytes may be written there, those before end()'s count.
+  u8* begin() {
+    if (code_.size() - size_ < kLongest) code_.resize(2 * code_.size());
+    return code_.data() + size_;
   }
+  void end(const u8* at) { size_ = static_cast<u32>(at - code_.data()); }
 
+  static constexpr std::size_t kLongest = 64;
   std::vector<u8> code_ = std::vector<u8>(1u << 14);  ///< its first size_ bytes
   u32 size_ = 0;
   std::vector<u32> relatives_;
