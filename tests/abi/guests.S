@@ -486,6 +486,33 @@ guest lapic64
     iretq
 end_guest lapic64
 
+# IPIs by hypercall: to APICs 0 and 64 (where none is), to nobody, in a form that is refused. The handler 256 bytes in
+# counts at 0x504.
+guest ipi_hypercall
+    x2apic_on
+    sti
+    .macro send_ipis low, high, lowest, icr, answer
+    movl $10, %eax
+    movq $\low, %rbx
+    movq $\high, %rcx
+    movl $\lowest, %edx
+    movl $\icr, %esi
+    vmcall
+    movq %rax, \answer
+    .endm
+    send_ipis 1, 1, 0, 0x30, 0x21000
+    send_ipis 4, 0, 0xfffffffe, 0x30, 0x21008
+    send_ipis -1, 0, 0xffffffff, 0, 0x21010
+    send_ipis 1, 0, 0, 0x40030, 0x21018
+    nop
+    outb %al, $0xf4
+    hlt
+    .org guest_ipi_hypercall + 256
+    incl 0x504
+    end_of_interrupt
+    iretq
+end_guest ipi_hypercall
+
 guest hypercall
     movl $0x4b564d01, %ecx    # kvmclock page at 0x22000
     xorl %edx, %edx

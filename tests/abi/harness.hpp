@@ -63,6 +63,7 @@ GUEST(doorbell);
 GUEST(work32);
 GUEST(work64);
 GUEST(hypercall);
+GUEST(ipi_hypercall);
 GUEST(spin64);
 GUEST(lapic64);
 }  // namespace guests

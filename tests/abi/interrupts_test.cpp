@@ -399,6 +399,19 @@ TEST_P(Interrupts, StartupAndIpisBetweenTwoVcpus) {
   EXPECT_EQ(m.at<u16>(0x510), 0x900);
 }
 
+TEST_P(Interrupts, IpisByHypercall) {
+  SOFT_ONLY("needs 64-bit code");
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  ASSERT_NO_FATAL_FAILURE(start_long(m, guests::ipi_hypercall, {{0x30, 256}}));
+  m.expect_end();
+  EXPECT_EQ(m.at<u32>(0x504), 1u);
+  EXPECT_EQ(m.at<u64>(0x21000), 1u);
+  EXPECT_EQ(m.at<u64>(0x21008), 0u);
+  EXPECT_EQ(m.at<u64>(0x21010), 0u);
+  EXPECT_EQ(m.at<u64>(0x21018), static_cast<u64>(-EINVAL));
+}
+
 // ---- waiting, kicks, signals ----
 
 TEST_P(Interrupts, KicksAreNeverLost) {

@@ -16,9 +16,9 @@ inline constexpr u32 kMaxCpuidEntries = 256;  ///< KVM_SET_CPUID2 takes no more
 /// KVM_CPUID leaf 0x40000001 EAX.
 namespace pv {
 inline constexpr u32 kClockSource = 1u << 0, kNopIoDelay = 1u << 1, kClockSource2 = 1u << 3, kStealTime = 1u << 5,
-                     kUnhalt = 1u << 7, kSchedYield = 1u << 13, kClockStable = 1u << 24;
+                     kUnhalt = 1u << 7, kSendIpi = 1u << 11, kSchedYield = 1u << 13, kClockStable = 1u << 24;
 inline constexpr u32 kOffered =
-    kClockSource | kNopIoDelay | kClockSource2 | kStealTime | kUnhalt | kSchedYield | kClockStable;
+    kClockSource | kNopIoDelay | kClockSource2 | kStealTime | kUnhalt | kSendIpi | kSchedYield | kClockStable;
 }  // namespace pv
 
 /// IA32_ARCH_CAPABILITIES as offered: none of the speculation problems exist in interpreted code, and

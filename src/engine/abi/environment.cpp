@@ -14,8 +14,9 @@ namespace {
 u32 size_mask(unsigned size) { return size >= 4 ? ~0u : (1u << (8 * size)) - 1; }
 
 // Hypercalls (virt/kvm/x86/hypercalls).
-constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcSchedYield = 11;
+constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcSendIpi = 10, kHcSchedYield = 11;
 constexpr u64 kHcNoSys = static_cast<u64>(-1000);  // -KVM_ENOSYS
+constexpr u64 kHcInvalid = static_cast<u64>(-EINVAL);
 }  // namespace
 
 VcpuEnvironment::VcpuEnvironment(Vcpu& vcpu) : vcpu_(vcpu), vm_(vcpu.vm()), ioeventfds_(vcpu.vm().ioeventfds()) {}
@@ -311,6 +312,31 @@ void VcpuEnvironment::set_cr8(u64 value) {
   }
 }
 
+/// An ICR's IPI to the APIC ids args[2] + n whose bits n are set in two words of the caller's size. How many took it.
+u64 VcpuEnvironment::send_ipis(const u64 args[4]) {
+  constexpr u32 kLogical = 1u << 11, kAssert = 1u << 14, kLevel = 1u << 15, kShorthand = 3u << 18;
+  const u32 icr = static_cast<u32>(args[3]);
+  if (icr & (kLogical | kShorthand)) return kHcInvalid;
+  InterruptMessage message;
+  message.vector = static_cast<u8>(icr);
+  message.mode = static_cast<DeliveryMode>(icr >> 8 & 7);
+  message.level = icr & kLevel;
+  message.assert_ = !message.level || (icr & kAssert);
+  const VcpuState& s = vcpu_.state();
+  const unsigned width = s.long_mode() && s.seg[CS].l ? 64 : 32;
+  u64 taken = 0;
+  for (unsigned word = 0; word < 2; word++) {
+    for (unsigned n = 0; n < width; n++) {
+      const u64 id = u64{static_cast<u32>(args[2])} + word * width + n;
+      // Each is one LAPIC's: nothing stands for all.
+      if (!(args[word] >> n & 1) || id >= ~0u || (id == 0xff && vm_.bus().lapic(0xff) == nullptr)) continue;
+      message.dest = static_cast<u32>(id);
+      if (const int result = vm_.bus().deliver(message, vcpu_.lapic()); result > 0) taken += static_cast<u64>(result);
+    }
+  }
+  return taken;
+}
+
 u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
   vcpu_.stats_.add(vcpu_stat::Hypercalls);
   switch (nr) {
@@ -320,6 +346,8 @@ u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
       if (!vcpu_.pv_feature(pv::kUnhalt)) return kHcNoSys;
       if (Vcpu* target = vm_.vcpu(static_cast<unsigned>(std::min<u64>(args[1], kMaxVcpus)))) target->unhalt();
       return 0;
+    case kHcSendIpi:
+      return vcpu_.pv_feature(pv::kSendIpi) ? send_ipis(args) : kHcNoSys;
     case kHcSchedYield:
       if (!vcpu_.pv_feature(pv::kSchedYield)) return kHcNoSys;
       sched_yield();

@@ -57,6 +57,7 @@ class VcpuEnvironment final : public Environment {
     bool error = false;  // MSRs: the VMM wants #GP
   };
   /// A Hyper-V hypercall that is the VMM's.
+  u64 send_ipis(const u64 args[4]);
   void ask_hypercall(u64 control, u64 input, u64 output);
   // A longer log is no instruction's; see log_full().
   static constexpr std::size_t kMaxLog = 1024;

@@ -101,7 +101,7 @@ GuestFeatures distil(const Lookup& cpuid) {
 
   const Leaf addresses = cpuid(0x80000008, 0);
   // MSRs that are there only when CPUID says so.
-  f.spec_ctrl = l7.bit(D, 26) || (f.amd && (addresses.bit(B, 14) || addresses.bit(B, 15) || addresses.bit(B, 24)));
+  f.spec_ctrl = l7.bit(D, 26) || addresses.bit(B, 14) || addresses.bit(B, 15) || addresses.bit(B, 24);
   f.ibpb = l7.bit(D, 26) || (f.amd && addresses.bit(B, 12));
   f.flush_l1d = l7.bit(D, 28);
   f.arch_capabilities = l7.bit(D, 29);

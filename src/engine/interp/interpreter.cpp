@@ -163,6 +163,11 @@ Interpreter::Impl::Ended Interpreter::Impl::stopped(const DecodedInsn* insn, boo
       s.rip = start;
       return debug(vec::BP, 0);
     }
+    if (op == Op::Sysret) {  // it is done, and nothing of it can be executed again
+      *retired = true;
+      if (c.env.replaying) c.env.retired();
+      return trap_debug(dr6::BS);
+    }
     if (op == Op::Int1) e.type = Event::Type::PrivilegedSoftware;
     if (stop.soft) e.type = op == Op::Int ? Event::Type::Software : Event::Type::SoftwareException;
     *retired = true;
@@ -196,9 +201,10 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
   const bool sti = s.sti_shadow, mov_ss = s.mov_ss_shadow;
   const bool debugged = c.guest_debug_step;
   const u64 linear = linear_rip(), start = s.rip;
-  if (c.slow_step && !rf && !mov_ss) {
+  if (c.slow_step && !rf && (!mov_ss || c.features.amd)) {  // Intel: none behind a MOV SS
     if (const u64 hits = execute_hits(linear)) {
       if (c.guest_debug_hw_bp) return debug(vec::DB, hits);
+      s.mov_ss_shadow = false;
       // A fault: its handler returns with RF set, and the instruction runs then.
       s.rflags |= rflags::RF;
       const Ended ended = trap_debug(hits);
@@ -265,7 +271,7 @@ Interpreter::Impl::Ended Interpreter::Impl::step() {
     if (c.guest_debug_hw_bp && held_db != 0) return debug(vec::DB, std::exchange(held_db, 0) | (debugged ? dr6::BS : 0));
     if (debugged) return debug(vec::DB, dr6::BS);
     if (s.mov_ss_shadow) return std::nullopt;  // held until after the next instruction
-    const bool sampled = insn.op == Op::Syscall ? (s.rflags & rflags::TF) != 0 : tf;
+    const bool sampled = insn.op == Op::Syscall || insn.op == Op::Sysret ? (s.rflags & rflags::TF) != 0 : tf;
     const u64 bits = std::exchange(held_db, 0) | (sampled ? dr6::BS : 0);
     if (bits != 0) {
       if (partial) s.rflags |= rflags::RF;

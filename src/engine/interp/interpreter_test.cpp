@@ -421,15 +421,35 @@ TEST(Debug, CodeBreakpoint) {
     EXPECT_TRUE(m.resume().halted());
     EXPECT_EQ(m.s.gpr[RAX], 3u);
     EXPECT_FALSE(m.s.rflags & rflags::RF);
-    // Under a MOV SS shadow it is not recognised.
-    m.s.gpr[RAX] = sel::Data;
-    EXPECT_TRUE(m.run(hex("8e d0 ff c3")).halted());
+    // Under a MOV SS shadow it is not recognised, but on AMD it is.
+    for (const bool amd : {false, true}) {
+      m.c().features.amd = amd;
+      m.s.gpr[RAX] = sel::Data;
+      out = m.run(hex("8e d0 ff c3"));
+      EXPECT_EQ(out.raised(vec::DB), amd);
+      EXPECT_EQ(out.halted(), !amd);
+    }
+    m.c().features.amd = false;
     // A breakpoint and a step on the instruction before it: two events.
     m.s.rflags |= rflags::TF;
     out = m.run(hex("ff c0 ff c0"));
     EXPECT_EQ(out.event.payload, kBs);
     m.s.rflags &= ~rflags::TF;
     EXPECT_EQ(m.resume().event.payload, 2u);
+  });
+}
+
+TEST(Debug, ATrapFlagThatSysretSetsTrapsAtItsTarget) {
+  both_ways(TestMode::Long64, [](TestMachine& m) {
+    m.s.efer |= efer::SCE;
+    m.s.msr.star = 0x0023'0008'0000'0000;
+    m.s.gpr[RCX] = kCode;
+    m.s.gpr[R11] = rflags::TF | 2;
+    const auto out = m.run(hex("48 0f 07"));
+    EXPECT_TRUE(out.raised(vec::DB));
+    EXPECT_EQ(out.event.payload, kBs);
+    EXPECT_EQ(m.s.rip, kCode);
+    EXPECT_EQ(m.c().cpl, 3);
   });
 }
 

@@ -37,6 +37,12 @@ Exec sysret(Context& c, const DecodedInsn& insn) {
   if (to64 && !c.features.amd && !canonical(c, s.gpr[RCX])) return c.gp0();
   return_by_sysret(s, s.gpr[RCX], s.gpr[R11], to64, c.features.amd);
   c.mode_changed();
+  // Unlike POPF's and IRET's, a TF that SYSRET sets traps at once, as if the SYSCALL before it had just ended.
+  if ((s.rflags & rflags::TF) && !c.guest_debug_step) {
+    c.stop() = Stop::fault(vec::DB);
+    c.stop().kind = Stop::Kind::Trap;
+    return Exec::Stop;
+  }
   return Exec::Branch;
 }
 

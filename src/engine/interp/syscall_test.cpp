@@ -64,13 +64,24 @@ TEST(Syscall, LegacyModeOnAmd) {
   EXPECT_EQ(m.c().cpl, 0);
 }
 
+TEST(Sysret, ATrapFlagItSetsTrapsAtOnce) {
+  Fixture m(TestMode::Long64);
+  m.s.gpr[RCX] = 0x5000;
+  m.s.gpr[R11] = rflags::TF | 2;
+  EXPECT_EQ(m.step(kSysretq), Exec::Stop);
+  EXPECT_EQ(m.c().stop().kind, Stop::Kind::Trap);
+  EXPECT_EQ(m.c().stop().vector, vec::DB);
+  EXPECT_EQ(m.s.rip, 0x5000u);
+  EXPECT_EQ(m.c().cpl, 3);
+}
+
 TEST(Sysret, To64And32) {
   Fixture m(TestMode::Long64);
   m.s.gpr[RCX] = 0x7fff'0000'1000;
-  m.s.gpr[R11] = ~0ull;
+  m.s.gpr[R11] = ~u64{rflags::TF};
   EXPECT_EQ(m.step(kSysretq), Exec::Branch);
   EXPECT_EQ(m.s.rip, 0x7fff'0000'1000u);
-  EXPECT_EQ(m.s.rflags, 0x3c7fd7u);
+  EXPECT_EQ(m.s.rflags, 0x3c7ed7u);
   EXPECT_EQ(m.s.seg[CS].selector, 0x33);
   EXPECT_EQ(m.s.seg[SS].selector, 0x2b);
   EXPECT_EQ(m.c().cpl, 3);
