@@ -383,5 +383,90 @@ TEST_P(Exits, Hypercalls) {
   EXPECT_NE(m.at<u32>(0x22018), 0u);
 }
 
+TEST_P(Exits, PairedClocks) {
+  SOFT_ONLY("needs 64-bit code");
+  TestVm m(system());
+  m.start_flat(guests::pair_clocks, true);
+  const i64 before = ::time(nullptr);
+  m.expect_end();
+  const i64 after = ::time(nullptr);
+  EXPECT_EQ(m.at<i64>(0x21018), -EOPNOTSUPP);
+  EXPECT_EQ(m.at<i64>(0x21020), m.at<i64>(0x21008) == 0 ? -EFAULT : -EOPNOTSUPP);
+  if (m.at<i64>(0x21008) != 0) {
+    EXPECT_EQ(m.at<i64>(0x21008), -EOPNOTSUPP);  // a host whose TSC is no clock
+    return;
+  }
+  EXPECT_GE(m.at<i64>(0x22000) + 1, before);  // the coarse clock lags
+  EXPECT_LE(m.at<i64>(0x22000), after + 1);
+  EXPECT_LT(m.at<u64>(0x22008), 1'000'000'000u);
+  EXPECT_LE(m.at<u64>(0x21000), m.at<u64>(0x22010));
+  EXPECT_LE(m.at<u64>(0x22010), m.at<u64>(0x21010));
+}
+
+TEST_P(Exits, XenHypercalls) {
+  SOFT_ONLY("needs 64-bit code");
+  TestVm m(system());
+  Endpoint& vm = m.vm().endpoint();
+  ASSERT_EQ(vm.ioctl(KVM_CHECK_EXTENSION, KVM_CAP_XEN_HVM), KVM_XEN_HVM_CONFIG_HYPERCALL_MSR | KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+  add_hyperv_cpuid(m);
+  kvm_xen_hvm_config config{};
+  config.msr = 0x40000200;
+  config.flags = KVM_XEN_HVM_CONFIG_SHARED_INFO;
+  EXPECT_EQ(vm.ioctl(KVM_XEN_HVM_CONFIG, arg(config)), -EINVAL);
+  config.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL;
+  config.blob_size_64 = 1;
+  EXPECT_EQ(vm.ioctl(KVM_XEN_HVM_CONFIG, arg(config)), -EINVAL);
+  config.blob_size_64 = 0;
+  // Shared info, event channels and vCPU state are not there.
+  EXPECT_EQ(vm.ioctl(KVM_XEN_HVM_SET_ATTR, arg(config)), -ENOTTY);
+  EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_XEN_VCPU_SET_ATTR, arg(config)), -EINVAL);
+  ASSERT_EQ(vm.ioctl(KVM_XEN_HVM_CONFIG, arg(config)), 0);
+  m.start_flat(guests::xen_hypercalls, true);
+  auto expect_call = [&](u64 input, u64 result) {
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_XEN});
+    auto& call = m.vcpu().run_page().xen;
+    EXPECT_EQ(call.type, u32{KVM_EXIT_XEN_HCALL});
+    EXPECT_EQ(call.u.hcall.longmode, 1u);
+    EXPECT_EQ(call.u.hcall.cpl, 0u);
+    EXPECT_EQ(call.u.hcall.input, input);
+    call.u.hcall.result = result;
+  };
+  ASSERT_NO_FATAL_FAILURE(expect_call(17, 0xcafef00dfbfbffff));
+  for (u64 i = 0; i < 6; i++) EXPECT_EQ(m.vcpu().run_page().xen.u.hcall.params[i], 0x101 + i);
+  ASSERT_NO_FATAL_FAILURE(expect_call(20, 2));
+  m.expect_end();
+  EXPECT_EQ(m.at<u64>(0x21000), 0xcafef00dfbfbffffu);
+  EXPECT_EQ(m.at<u64>(0x21008), 2u);
+  EXPECT_EQ(m.at<u64>(0x21010), 4u);  // HV_STATUS_INVALID_ALIGNMENT
+}
+
+TEST_P(Exits, XenHypercallPagesOfTheVmm) {
+  SOFT_ONLY("needs 64-bit code");
+  TestVm m(system());
+  std::vector<u8> blob(2 * 4096, 0x90);
+  blob[4096] = 0x91;
+  kvm_xen_hvm_config config{};
+  config.msr = 0x40000200;
+  config.blob_addr_32 = reinterpret_cast<u64>(blob.data());
+  config.blob_size_32 = 2;
+  ASSERT_EQ(m.vm().endpoint().ioctl(KVM_XEN_HVM_CONFIG, arg(config)), 0);
+  auto write = [&](u64 value) {
+    struct {
+      kvm_msrs head;
+      kvm_msr_entry entry;
+    } msrs{};
+    msrs.head.nmsrs = 1;
+    msrs.entry.index = config.msr;
+    msrs.entry.data = value;
+    return m.vcpu().endpoint().ioctl(KVM_SET_MSRS, arg(msrs));
+  };
+  EXPECT_EQ(write(0x36000), 1);
+  EXPECT_EQ(write(0x37001), 1);
+  EXPECT_EQ(write(0x37002), 0);       // there is no third
+  EXPECT_EQ(write(0x10000000), 0);    // no memory
+  EXPECT_EQ(m.at<u8>(0x36000), 0x90);
+  EXPECT_EQ(m.at<u8>(0x37000), 0x91);
+}
+
 }  // namespace
 }  // namespace ring3::abitest

@@ -513,6 +513,90 @@ guest ipi_hypercall
     iretq
 end_guest ipi_hypercall
 
+    .macro write_msr index, value
+    movl $\index, %ecx
+    movl $\value, %eax
+    xorl %edx, %edx
+    wrmsr
+    .endm
+
+# Xen's hypercall 17 by instruction and 20 by the page at 0x36000, then Hyper-V's SignalEvent, badly aligned, by the page at 0x37000.
+guest xen_hypercalls
+    movl $17, %eax
+    movl $0x101, %edi
+    movl $0x102, %esi
+    movl $0x103, %edx
+    movl $0x104, %r10d
+    movl $0x105, %r8d
+    movl $0x106, %r9d
+    vmcall
+    movq %rax, 0x21000
+    write_msr 0x40000200, 0x36000
+    write_msr 0x40000000, 0x5a
+    write_msr 0x40000001, 0x37001
+    movl $0x36000 + 20 * 32, %ebx
+    call *%rbx
+    movq %rax, 0x21008
+    xorl %eax, %eax
+    movl $0x5d, %ecx
+    movl $0x5a5a5a5a, %edx
+    movl $0x37000, %ebx
+    call *%rbx
+    movq %rax, 0x21010
+    outb %al, $0xf4
+    hlt
+end_guest xen_hypercalls
+
+# PostMessage by the page at 0x36000; the SynIC on, its source 2 unmasked with vector 0x30, port 0x90; then waiting. The handler 256 bytes in
+# counts at 0x504 and tells by port 0x91.
+guest hyperv_sint
+    x2apic_on
+    write_msr 0x40000000, 0x5a
+    write_msr 0x40000001, 0x36001
+    movl $0x5c, %ecx
+    movl $0x22000, %edx
+    movl $0x23000, %r8d
+    movl $0x36000, %ebx
+    call *%rbx
+    movq %rax, 0x21000
+    write_msr 0x40000080, 1
+    write_msr 0x40000092, 0x30
+    sti
+    nop
+    outb %al, $0x90
+1:  hlt
+    jmp 1b
+    .org guest_hyperv_sint + 256
+    incl 0x504
+    end_of_interrupt
+    outb %al, $0x91
+    iretq
+end_guest hyperv_sint
+
+# KVM_HC_CLOCK_PAIRING to 0x22000 between two readings of the TSC; of another clock; to where no memory is.
+guest pair_clocks
+    .macro pair to, clock, answer
+    movl $9, %eax
+    movl $\to, %ebx
+    movl $\clock, %ecx
+    vmcall
+    movq %rax, \answer
+    .endm
+    .macro read_tsc to
+    rdtsc
+    shlq $32, %rdx
+    orq %rdx, %rax
+    movq %rax, \to
+    .endm
+    read_tsc 0x21000
+    pair 0x22000, 0, 0x21008
+    read_tsc 0x21010
+    pair 0x22000, 1, 0x21018
+    pair 0x10000000, 0, 0x21020
+    outb %al, $0xf4
+    hlt
+end_guest pair_clocks
+
 guest hypercall
     movl $0x4b564d01, %ecx    # kvmclock page at 0x22000
     xorl %edx, %edx

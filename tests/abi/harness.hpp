@@ -64,6 +64,9 @@ GUEST(work32);
 GUEST(work64);
 GUEST(hypercall);
 GUEST(ipi_hypercall);
+GUEST(xen_hypercalls);
+GUEST(hyperv_sint);
+GUEST(pair_clocks);
 GUEST(spin64);
 GUEST(lapic64);
 }  // namespace guests
@@ -224,6 +227,21 @@ class TestVm {
   std::vector<std::unique_ptr<Vcpu>> vcpus_;
   u64 mmap_size_ = 0;
 };
+
+/// The first vCPU's CPUID, with Hyper-V's leaves.
+inline void add_hyperv_cpuid(TestVm& m) {
+  constexpr u32 kRoom = 64;
+  std::vector<u8> buffer(sizeof(kvm_cpuid2) + kRoom * sizeof(kvm_cpuid_entry2));
+  auto* head = reinterpret_cast<kvm_cpuid2*>(buffer.data());
+  head->nent = kRoom;
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_GET_SUPPORTED_HV_CPUID, reinterpret_cast<u64>(head)), 0);
+  auto all = m.system().supported_cpuid();
+  ASSERT_TRUE(all.ok());
+  std::erase_if(*all, [](const kvm_cpuid_entry2& e) { return e.function >> 8 == 0x400000; });
+  const auto* leaves = reinterpret_cast<const kvm_cpuid_entry2*>(head + 1);
+  all->insert(all->end(), leaves, leaves + head->nent);
+  ASSERT_TRUE(m.vcpu().set_cpuid2(*all).ok());
+}
 
 inline int eventfd_make() { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
 

@@ -412,6 +412,51 @@ TEST_P(Interrupts, IpisByHypercall) {
   EXPECT_EQ(m.at<u64>(0x21018), static_cast<u64>(-EINVAL));
 }
 
+// Hyper-V's: hypercalls and the SynIC's registers that the VMM sees, an interrupt of a source by a route.
+TEST_P(Interrupts, HypervExitsAndRoutesToASource) {
+  SOFT_ONLY("needs 64-bit code");
+  TestVm m(system(), {.irqchip = true});
+  Watchdog dog(m.vcpu());
+  add_hyperv_cpuid(m);
+  kvm_enable_cap cap{};
+  cap.cap = KVM_CAP_HYPERV_SYNIC;
+  ASSERT_EQ(m.vcpu().endpoint().ioctl(KVM_ENABLE_CAP, arg(cap)), 0);
+  ASSERT_NO_FATAL_FAILURE(start_long(m, guests::hyperv_sint, {{0x30, 256}}));
+  ASSERT_EQ(m.run(), u32{KVM_EXIT_HYPERV});
+  auto& exit = m.vcpu().run_page().hyperv;
+  ASSERT_EQ(exit.type, u32{KVM_EXIT_HYPERV_HCALL});
+  EXPECT_EQ(exit.u.hcall.input, 0x5cu);
+  EXPECT_EQ(exit.u.hcall.params[0], 0x22000u);
+  EXPECT_EQ(exit.u.hcall.params[1], 0x23000u);
+  exit.u.hcall.result = 0x1234;
+  ASSERT_EQ(m.run(), u32{KVM_EXIT_HYPERV});
+  ASSERT_EQ(exit.type, u32{KVM_EXIT_HYPERV_SYNIC});
+  EXPECT_EQ(exit.u.synic.msr, 0x40000080u);
+  EXPECT_EQ(exit.u.synic.control, 1u);
+  ASSERT_NO_FATAL_FAILURE(m.expect_io(0x90, true, 0x30));
+  EXPECT_EQ(m.at<u64>(0x21000), 0x1234u);
+
+  kvm_irq_routing_entry route{};
+  route.gsi = 40;
+  route.type = KVM_IRQ_ROUTING_HV_SINT;
+  route.u.hv_sint.vcpu = 0;
+  route.u.hv_sint.sint = 2;
+  ASSERT_TRUE(m.vm().set_gsi_routing({&route, 1}).ok());
+  const int fd = eventfd_make();
+  kvm_irqfd irqfd{};
+  irqfd.fd = static_cast<u32>(fd);
+  irqfd.gsi = 40;
+  ASSERT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  for (u32 i = 1; i <= 3; i++) {
+    const u64 one = 1;
+    ASSERT_EQ(::write(fd, &one, sizeof one), 8);
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+    ASSERT_EQ(m.vcpu().run_page().io.port, 0x91);
+    EXPECT_EQ(m.at<u32>(0x504), i);
+  }
+  ::close(fd);
+}
+
 // ---- waiting, kicks, signals ----
 
 TEST_P(Interrupts, KicksAreNeverLost) {

@@ -105,6 +105,8 @@ const Call kCalls[] = {
     {On::Vm, KVM_RESET_DIRTY_RINGS, Arg::Integer},
     {On::Vm, KVM_SET_PMU_EVENT_FILTER, Arg::In},
     {On::Vm, KVM_HYPERV_EVENTFD, Arg::In},
+    {On::Vm, KVM_XEN_HVM_CONFIG, Arg::In},
+    {On::Vm, KVM_GET_NR_MMU_PAGES, Arg::Integer},
 
     {On::Vcpu, KVM_RUN, Arg::Integer},
     {On::Vcpu, KVM_RUN, Arg::Integer},

@@ -81,6 +81,9 @@ int check_extension(u64 capability) {
     case KVM_CAP_DEVICE_CTRL:
     case KVM_CAP_VCPU_ATTRIBUTES:
     case KVM_CAP_SYS_ATTRIBUTES:
+    case KVM_CAP_HALT_POLL:
+    case KVM_CAP_MMU_SHADOW_CACHE_CONTROL:
+    case KVM_CAP_SYSTEM_EVENT_DATA:
       return 1;
     case KVM_CAP_DISABLE_QUIRKS2:
       return static_cast<int>(kQuirks);
@@ -108,6 +111,8 @@ int check_extension(u64 capability) {
       return KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
     case KVM_CAP_X2APIC_API:
       return KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    case KVM_CAP_XEN_HVM:
+      return static_cast<int>(Xen::kOffered);
     case KVM_CAP_XSAVE2:
       return static_cast<int>(sizeof(kvm_xsave));
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:

@@ -14,9 +14,10 @@ namespace {
 u32 size_mask(unsigned size) { return size >= 4 ? ~0u : (1u << (8 * size)) - 1; }
 
 // Hypercalls (virt/kvm/x86/hypercalls).
-constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcSendIpi = 10, kHcSchedYield = 11;
+constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcClockPairing = 9, kHcSendIpi = 10, kHcSchedYield = 11;
 constexpr u64 kHcNoSys = static_cast<u64>(-1000);  // -KVM_ENOSYS
-constexpr u64 kHcInvalid = static_cast<u64>(-EINVAL);
+constexpr u64 kHcInvalid = static_cast<u64>(-EINVAL), kHcFault = static_cast<u64>(-EFAULT),
+              kHcNotSupported = static_cast<u64>(-EOPNOTSUPP);
 }  // namespace
 
 VcpuEnvironment::VcpuEnvironment(Vcpu& vcpu) : vcpu_(vcpu), vm_(vcpu.vm()), ioeventfds_(vcpu.vm().ioeventfds()) {}
@@ -101,6 +102,8 @@ void VcpuEnvironment::complete() {
     std::memcpy(&asked_.data, run.mmio.data, asked_.size);
   } else if (asked_.kind == Kind::HvCall) {
     asked_.data = run.hyperv.u.hcall.result;
+  } else if (asked_.kind == Kind::XenCall) {
+    asked_.data = run.xen.u.hcall.result;
   } else if (asked_.kind == Kind::MsrRead || asked_.kind == Kind::MsrWrite) {
     asked_.error = run.msr.error != 0;
     if (asked_.kind == Kind::MsrRead) asked_.data = run.msr.data;
@@ -337,6 +340,31 @@ u64 VcpuEnvironment::send_ipis(const u64 args[4]) {
   return taken;
 }
 
+/// The wall clock and the guest's TSC at one moment, written to args[0] (struct kvm_clock_pairing).
+u64 VcpuEnvironment::pair_clocks(const u64 args[4]) {
+  constexpr u64 kWallClock = 0, kNsPerSecond = 1'000'000'000;
+  const Clock& clock = vcpu_.tsc().clock();
+  if (args[1] != kWallClock || !clock.tsc_stable()) return kHcNotSupported;
+  struct {
+    i64 sec, nsec;
+    u64 tsc;
+    u32 flags, padding[9];
+  } pairing{};
+  // Between two readings of the TSC that stand close together, so that nothing came in between.
+  u64 width = ~0ull;
+  for (unsigned i = 0; i < 5; i++) {
+    const u64 before = clock.host_tsc();
+    const u64 now = clock.realtime_ns();
+    const u64 after = clock.host_tsc();
+    if (after - before >= width) continue;
+    width = after - before;
+    pairing.sec = static_cast<i64>(now / kNsPerSecond);
+    pairing.nsec = static_cast<i64>(now % kNsPerSecond);
+    pairing.tsc = vcpu_.tsc().at(before + width / 2);
+  }
+  return vm_.write_memory(Gpa(args[0]), &pairing, sizeof pairing, &vcpu_) ? 0 : kHcFault;
+}
+
 u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
   vcpu_.stats_.add(vcpu_stat::Hypercalls);
   switch (nr) {
@@ -346,6 +374,8 @@ u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
       if (!vcpu_.pv_feature(pv::kUnhalt)) return kHcNoSys;
       if (Vcpu* target = vm_.vcpu(static_cast<unsigned>(std::min<u64>(args[1], kMaxVcpus)))) target->unhalt();
       return 0;
+    case kHcClockPairing:
+      return pair_clocks(args);
     case kHcSendIpi:
       return vcpu_.pv_feature(pv::kSendIpi) ? send_ipis(args) : kHcNoSys;
     case kHcSchedYield:
@@ -355,6 +385,31 @@ u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
     default:
       return kHcNoSys;
   }
+}
+
+bool VcpuEnvironment::xen_hypercalls(u64 number) {
+  constexpr u64 kHypervBit = 1u << 31;  // by which a guest with both tells Hyper-V's
+  return vm_.xen().intercepts() && !((number & kHypervBit) && vcpu_.hv_->hypercalls());
+}
+
+VcpuEnvironment::Answer VcpuEnvironment::xen_hypercall(u64 number, const u64 args[6], bool long_mode, unsigned cpl, u64* result) {
+  if (const Access* a = replay(Kind::XenCall, number, 8)) {
+    *result = a->data;
+    return Answer::Done;
+  }
+  vcpu_.stats_.add(vcpu_stat::Hypercalls);
+  asked_ = Access{Kind::XenCall, 8, number, 0};
+  exit_pending_ = true;
+  replaying = true;
+  kvm_run& run = *vcpu_.run_page();
+  run.exit_reason = KVM_EXIT_XEN;
+  run.xen = kvm_xen_exit{};
+  run.xen.type = KVM_EXIT_XEN_HCALL;
+  run.xen.u.hcall.longmode = long_mode;
+  run.xen.u.hcall.cpl = cpl;
+  run.xen.u.hcall.input = number;
+  for (unsigned i = 0; i < 6; i++) run.xen.u.hcall.params[i] = args[i];
+  return Answer::Exit;
 }
 
 bool VcpuEnvironment::hv_hypercalls() { return vcpu_.hv_->hypercalls(); }

@@ -34,6 +34,8 @@ class VcpuEnvironment final : public Environment {
   u64 hypercall(u64 nr, const u64 args[4]) override;
   bool hv_hypercalls() override;
   Answer hv_hypercall(u64 control, u64 input, u64 output, u64* result) override;
+  bool xen_hypercalls(u64 number) override;
+  Answer xen_hypercall(u64 number, const u64 args[6], bool long_mode, unsigned cpl, u64* result) override;
   void nmi_unblocked() override;
   void retired() override;
   bool mmio_read(Gpa gpa, void* data, unsigned size) override;
@@ -47,7 +49,7 @@ class VcpuEnvironment final : public Environment {
   void drop();
 
  private:
-  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite, HvCall };
+  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite, HvCall, XenCall };
   struct Access {
     Kind kind;
     u8 size;
@@ -56,8 +58,9 @@ class VcpuEnvironment final : public Environment {
     u32 reason = 0;      // MSRs: KVM_MSR_EXIT_REASON_*
     bool error = false;  // MSRs: the VMM wants #GP
   };
-  /// A Hyper-V hypercall that is the VMM's.
   u64 send_ipis(const u64 args[4]);
+  u64 pair_clocks(const u64 args[4]);
+  /// A Hyper-V hypercall that is the VMM's.
   void ask_hypercall(u64 control, u64 input, u64 output);
   // A longer log is no instruction's; see log_full().
   static constexpr std::size_t kMaxLog = 1024;

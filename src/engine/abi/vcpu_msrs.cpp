@@ -82,6 +82,10 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
   if (index >= 0x800 && index <= 0x8ff) {
     return lapic_ && lapic_->write_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
+  if (vm_.xen().is_msr(index)) {
+    const auto write = [this](Gpa to, const void* from, std::size_t size) { return vm_.write_memory(to, from, size, this); };
+    return vm_.xen().write_page(value, state_.long_mode(), interp_->context().features.amd, write) ? Msr::Ok : Msr::Fault;
+  }
   if (index >= 0x280 && index < 0x2a0) return mci_ctl2(index, host, true, &value) ? Msr::Ok : Msr::Fault;
   if (hv::Vp::is_msr(index)) return hv_->write_msr(index, host, value) ? Msr::Ok : Msr::Fault;
   if (PvClock::is_msr(index)) {

@@ -252,6 +252,8 @@ long Vm::enable_cap(u64 arg) {
       memory_.set_dirty_initially_set((value & KVM_DIRTY_LOG_INITIALLY_SET) && dirty_ring_entries_ == 0);
       return 0;
     }
+    case KVM_CAP_HALT_POLL:
+      return value == static_cast<u32>(value) ? 0 : -EINVAL;  // a limit: there is no polling
     case KVM_CAP_X86_USER_SPACE_MSR:
       return msr_filter_.set_user_space(value);
     case KVM_CAP_MSR_PLATFORM_INFO:
@@ -422,7 +424,18 @@ long Vm::ioctl(unsigned long request, u64 arg) {
       return 0;
     }
     case KVM_SET_NR_MMU_PAGES:
-      return arg < 20 ? -EINVAL : 0;  // there are no shadow pages to limit
+      if (static_cast<u32>(arg) < 20) return -EINVAL;
+      mmu_pages_.store(static_cast<u32>(arg), std::memory_order_relaxed);  // there are no shadow pages to limit
+      return 0;
+    case KVM_GET_NR_MMU_PAGES:
+      return long{mmu_pages_.load(std::memory_order_relaxed)};
+    case KVM_XEN_HVM_CONFIG: {
+      kvm_xen_hvm_config config;
+      if (!copy_in(arg, &config)) return -EFAULT;
+      const long result = xen_.configure(config);
+      if (result == 0) hv_.set_beside_xen(xen_.intercepts());
+      return result;
+    }
     case KVM_X86_SET_MSR_FILTER:
       return msr_filter_.set(arg);
     case KVM_GET_STATS_FD:

@@ -14,6 +14,7 @@
 #include "engine/abi/eventfd.hpp"
 #include "engine/abi/msr_filter.hpp"
 #include "engine/abi/stats.hpp"
+#include "engine/abi/xen.hpp"
 #include "engine/hyperv/partition.hpp"
 #include "engine/irq/irq_chip.hpp"
 #include "engine/mmu/mmu.hpp"
@@ -62,6 +63,7 @@ class Vm final : public VcpuSink, public hv::Host {
   KvmClock& clock() { return clock_; }
   hv::Partition& hv() { return hv_; }
   ApicBus& bus() { return bus_; }
+  Xen& xen() { return xen_; }
   IoEventfds& ioeventfds() { return ioeventfds_; }
   CoalescedRing& coalesced() { return coalesced_; }
   const MsrFilter& msr_filter() const { return msr_filter_; }
@@ -145,6 +147,8 @@ class Vm final : public VcpuSink, public hv::Host {
   unsigned split_pins_ = 0;
   u64 max_vcpu_id_ = 0;  // KVM_CAP_MAX_VCPU_ID; 0: not set
   u32 default_tsc_khz_ = 0;
+  Xen xen_;
+  std::atomic<u32> mmu_pages_{0};  // KVM_SET_NR_MMU_PAGES
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, stores_announced_{false};
   std::atomic<u32> manual_dirty_log_{0};

@@ -103,8 +103,10 @@ bool Partition::write_msr(u32 index, const Access& access, u64 value) {
 }
 
 bool Partition::write_hypercall_page(u64 value, const Access& access) {
-  const u8 code[4] = {0x0f, 0x01, static_cast<u8>(access.amd ? 0xd9 : 0xc1), 0xc3};  // VMMCALL or VMCALL; RET
-  return access.pages.write(Gpa(value & kPageMask), code, sizeof code);
+  // OR EAX, 1 << 31; VMMCALL or VMCALL; RET
+  const u8 code[9] = {0x0d, 0, 0, 0, 0x80, 0x0f, 0x01, static_cast<u8>(access.amd ? 0xd9 : 0xc1), 0xc3};
+  const unsigned skip = beside_xen_.load(std::memory_order_relaxed) ? 0 : 5;
+  return access.pages.write(Gpa(value & kPageMask), code + skip, sizeof code - skip);
 }
 
 // ---- reference time ----

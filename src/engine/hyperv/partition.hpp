@@ -1,5 +1,6 @@
 #pragma once
 #include <array>
+#include <atomic>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -67,6 +68,8 @@ class Partition {
 
   /// VMCALL and VMMCALL are Hyper-V's as soon as a guest has said who it is.
   bool has_guest_os() const;
+  /// Whether the VM has Xen's hypercalls too: the page then sets bit 31 of EAX, which tells Hyper-V's. Any thread.
+  void set_beside_xen(bool on) { beside_xen_.store(on, std::memory_order_relaxed); }
   u64 syndbg_options() const;
   struct Syndbg {
     u64 control = 0, status = 0, send_page = 0, recv_page = 0, pending_page = 0, options = 0;
@@ -96,6 +99,7 @@ class Partition {
   u64 crash_ctl_ = 0;
   std::array<u64, 5> crash_{};
   Syndbg syndbg_;
+  std::atomic<bool> beside_xen_{false};
   Page page_ = Page::kUnset;
   TscPage tsc_page_{};
   std::map<u32, UniqueFd> connections_;

@@ -78,6 +78,15 @@ class Environment : public MmioPort {
     static_cast<void>(control), static_cast<void>(input), static_cast<void>(output), static_cast<void>(result);
     return Answer::Fault;
   }
+  /// The same for Xen's, which come first, whatever the CPL and the mode. number: RAX; args: Xen's registers of the mode.
+  virtual bool xen_hypercalls(u64 number) {
+    static_cast<void>(number);
+    return false;
+  }
+  virtual Answer xen_hypercall(u64 number, const u64 args[6], bool long_mode, unsigned cpl, u64* result) {
+    static_cast<void>(number), static_cast<void>(args), static_cast<void>(long_mode), static_cast<void>(cpl), static_cast<void>(result);
+    return Answer::Fault;
+  }
   /// Any hardware event that a HLT waits for is handled by the caller of Interpreter::run().
   /// An IRET retired and NMIs are unblocked.
   virtual void nmi_unblocked() = 0;

@@ -334,6 +334,19 @@ Exec hv_hypercall(Context& c) {
   return Exec::Branch;
 }
 
+Exec xen_hypercall(Context& c) {
+  u64* const r = c.s.gpr;
+  u64 args[6] = {r[RDI], r[RSI], r[RDX], r[R10], r[R8], r[R9]};
+  if (!c.code64) {
+    const Gpr names[6] = {RBX, RCX, RDX, RSI, RDI, RBP};
+    for (unsigned i = 0; i < 6; i++) args[i] = static_cast<u32>(r[names[i]]);
+  }
+  u64 result = 0;
+  if (c.env.xen_hypercall(r[RAX], args, c.code64, c.cpl, &result) != Environment::Answer::Done) return c.exit();
+  r[RAX] = result;
+  return Exec::Branch;
+}
+
 Exec hypercall(Context& c, const DecodedInsn& insn) {
   VcpuState& s = c.s;
   if (!c.protected_mode && c.cpl != 0) return c.ud();
@@ -347,6 +360,7 @@ Exec hypercall(Context& c, const DecodedInsn& insn) {
     s.rip -= insn.length;
     return Exec::Branch;
   }
+  if (c.env.xen_hypercalls(s.gpr[RAX])) return xen_hypercall(c);
   if (c.env.hv_hypercalls()) return hv_hypercall(c);
   const u64 mask = c.code64 ? ~0ull : 0xffffffffull;
   u64 result = static_cast<u64>(-1);  // -KVM_EPERM
