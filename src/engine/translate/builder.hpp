@@ -163,6 +163,10 @@ class BlockBuilder {
   }
   static HostMem slot(u8 guest) { return HostMem::frame(guest == R15 ? frame::kR15 : frame::kR9 + 8u * (guest - R9)); }
   bool address_of(const DecodedInsn& i, Address* out) const;
+  static bool in_known_page(const Address& a, unsigned size);  // groups.cpp
+  const Group* page_group(const Address& a, Kind kind) const;
+  bool page_again(const Address& a, Kind kind) const;
+  const Group* open_page_group(const Address& a, Kind kind);
   bool code32() const { return request_->mode.code32; }
   /// Bytes of a stack slot, of RIP and of a near branch's operand.
   u8 word() const { return code32() ? 4 : 8; }

@@ -280,6 +280,55 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
   return slot;
 }
 
+/// Relative to RIP, in one page, whose place is known when the block is made.
+bool BlockBuilder::in_known_page(const Address& a, unsigned size) {
+  return a.rip && a.segment == 0 && a.bit == kNoReg && (a.value & (kPageSize - 1)) + size <= kPageSize;
+}
+
+/// A page that was checked: its slot holds its host address.
+const BlockBuilder::Group* BlockBuilder::page_group(const Address& a, Kind kind) const {
+  for (const Group& g : groups_)
+    if (g.active && g.base == kRipBase && g.low == static_cast<i64>(a.value & kPageMask) && (g.write || kind == Kind::Read)) return &g;
+  return nullptr;
+}
+
+/// Whether an instruction behind index_ reaches the same page of those relative to RIP, before translations may change.
+bool BlockBuilder::page_again(const Address& a, Kind kind) const {
+  u64 next = rip_;
+  u32 written = 0;
+  for (std::size_t n = index_; n < count_; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    next += i.length;
+    if (n != index_ && i.mem.base == kRipBase && i.mem.index == kNoReg && i.mem.seg != FS && i.mem.seg != GS) {
+      const u64 value = static_cast<u64>(i.disp + page_offset(next));
+      for (const Operand& o : i.operands) {
+        const bool fits = o.kind == OperandKind::Mem && (value & (kPageSize - 1)) + o.size <= kPageSize;
+        const u32 wanted = kind == Kind::Write ? kReadWrite : kRead;
+        if (fits && (o.access & kReadWrite & ~wanted) == 0 && (o.access & wanted) != 0 && ((value ^ a.value) & kPageMask) == 0) return true;
+      }
+    }
+    if (!written_registers(i, &written)) return false;
+  }
+  return false;
+}
+
+/// For the page of the access at insn index_. Null: it stands alone, or no slot is free.
+const BlockBuilder::Group* BlockBuilder::open_page_group(const Address& a, Kind kind) {
+  if (!grouping_ || !page_again(a, kind)) return nullptr;
+  for (unsigned n = 0; n < kGroups; n++) {
+    Group& g = groups_[n];
+    if (g.active) continue;
+    g = Group{};
+    g.active = true;
+    g.write = kind == Kind::Write;
+    g.base = kRipBase;
+    g.low = static_cast<i64>(a.value & kPageMask);
+    g.slot = frame::kGroups + 8 * n;
+    return &g;
+  }
+  return nullptr;
+}
+
 void BlockBuilder::start_groups(bool on) {
   grouping_ = on;
   for (unsigned n = 0; n < kGroups; n++) {

@@ -143,6 +143,13 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   if (in_second_body_ && (!aligned || loop_.hoisted[index_])) {
     if (const Group* g = group_of(a, size, kind)) return through(g->slot);
   }
+  if (grouping_ && in_known_page(a, size) && (!aligned || (a.value & (size - 1u)) == 0)) {
+    if (const Group* g = page_group(a, kind)) {
+      e_.load_r15(g->slot);
+      *out = {HostMem::at(kScratch1, static_cast<i32>(a.value & (kPageSize - 1))), true, false};
+      return true;
+    }
+  }
   if (grouping_ && !aligned) {
     if (const Group* g = group_of(a, size, kind)) return through(g->slot);
     if (const Group* g = open_group(a, size, kind)) {
@@ -216,13 +223,19 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     const i32 at = static_cast<i32>(a.value & (kPageSize - 1));
     if (at + static_cast<i32>(size) > static_cast<i32>(kPageSize) || (aligned && (at & (size - 1)) != 0)) return false;
     emit_rip(kScratch0, static_cast<i64>(a.value) - at);
-    e_.mov(kScratch1, kScratch0);
-    e_.shr(kScratch1, frame::kTlbShift);
+    emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
     emit_tlb_mask();
     e_.cmp(kScratch0, HostMem::tlb(kScratch1, tag));
     e_.jcc(5, s.entry);
     e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
     e_.bind(s.resume);
+    if (const Group* g = open_page_group(a, kind)) {
+      e_.encode({.w = true, .opcode = 0x01, .reg = kScratch0, .rm = kScratch1});  // add r15, r14
+      e_.store(HostMem::frame(g->slot), kScratch1);
+      e_.holds(g->slot);
+      *out = {HostMem::at(kScratch1, at), true, false};
+      return true;
+    }
     *out = {HostMem{kScratch0, kScratch1, 0, false, at}, false, false};
     return true;
   }
