@@ -224,7 +224,10 @@ class Writer {
     ZydisDecodedOperand zo[ZYDIS_MAX_OPERAND_COUNT];
     if (c.insn.has(kHasMem) && c.insn.mem.base == kRipBase &&
         ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, c.bytes, c.size, &z, zo)) && z.raw.disp.size == 32) {
-      const u64 target = (kData + 64 + rng_.below(0xf000)) & (c.insn.has(kAligned) ? ~31ull : ~0ull);
+      // Often in the page of the one before.
+      u64 target = kData + 64 + (rng_.one_in(2) ? near_ + rng_.below(kPageSize) : rng_.below(0xf000));
+      near_ = (target - kData) % 0xe000 & kPageMask;
+      if (c.insn.has(kAligned)) target &= ~31ull;
       const u32 disp = static_cast<u32>(target - (kCode + at_ + c.size));
       std::memcpy(c.bytes + z.raw.disp.offset, &disp, 4);
     }
@@ -282,6 +285,7 @@ class Writer {
   BlockMode mode_;
   Random& rng_;
   bool long64_;
+  u64 near_ = 0;  ///< page of the last operand relative to RIP
   bool vectors_ = false;
   unsigned at_ = 0;
   Program p_;
