@@ -49,6 +49,28 @@ struct CodeBlock {
   bool pic = false, user = false;
 };
 
+/// A list that grows without moving what is in it.
+template <class T>
+class Chunks {
+ public:
+  std::size_t size() const { return size_; }
+  T& operator[](std::size_t n) { return chunks_[n / kChunk][n % kChunk]; }
+  const T& operator[](std::size_t n) const { return chunks_[n / kChunk][n % kChunk]; }
+  T& emplace_back() {
+    if (size_ == chunks_.size() * kChunk) chunks_.emplace_back(new T[kChunk]);
+    return (*this)[size_++];
+  }
+  void clear() {
+    chunks_.clear();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr std::size_t kChunk = 1u << 10;
+  std::vector<std::unique_ptr<T[]>> chunks_;
+  std::size_t size_ = 0;
+};
+
 class CodeCache {
  public:
   static constexpr u8 kUngrouped = 0x80;  ///< in CodeBlock::mode: made from a BlockRequest::ungrouped
@@ -158,7 +180,7 @@ class CodeCache {
   u64 next_bias_ = 0;
   BlockIndex index_;
   std::deque<CodeBlock> blocks_;  ///< in the order of their code
-  std::vector<Exit> exits_;       ///< by tag
+  Chunks<Exit> exits_;            ///< by tag
   std::vector<HostFaultPoint> faults_;
   std::vector<u8> guest_;
   struct CodePage {

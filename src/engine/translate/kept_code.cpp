@@ -46,7 +46,7 @@ u64 checksum(std::span<const u8> bytes) {
 }
 
 template <class T>
-void append(std::vector<u8>* to, std::span<const T> values) {
+void append(RawBytes* to, std::span<const T> values) {
   const std::size_t at = to->size();
   to->resize(at + values.size_bytes());
   if (!values.empty()) std::memcpy(to->data() + at, values.data(), values.size_bytes());
@@ -371,7 +371,7 @@ void KeptCode::add(const Source& source, unsigned read, const Block& block, cons
   append(&fresh_.bytes, std::span<const u16>(numbers));
   append(&fresh_.bytes, source.bytes.first(read));
   append(&fresh_.bytes, std::span<const u8>(b.code));
-  fresh_.bytes.resize(start + r.size);
+  fresh_.bytes.resize(start + r.size, u8{0});
   fresh_.insert(hash_of(r, fresh_.bytes.data() + start + r.guest_at()), static_cast<u32>(start));
 }
 
@@ -380,7 +380,7 @@ KeptCode::Stats KeptCode::stats() const {
   return {found_.load(std::memory_order_relaxed), fresh_.count};
 }
 
-std::shared_ptr<KeptCode> KeptCode::parse(std::vector<u8> file, u64 build, std::string* refused) {
+std::shared_ptr<KeptCode> KeptCode::parse(RawBytes file, u64 build, std::string* refused) {
   std::shared_ptr<KeptCode> k(new KeptCode);
   k->build_ = build;
   refused->clear();
@@ -401,12 +401,12 @@ std::shared_ptr<KeptCode> KeptCode::parse(std::vector<u8> file, u64 build, std::
   return k;
 }
 
-std::vector<u8> KeptCode::file(u64 build) const {
+RawBytes KeptCode::file(u64 build) const {
   const std::lock_guard lock(mutex_);
   Header h{};
   std::memcpy(h.magic, "ring3kc1", sizeof h.magic);
   h.build = build;
-  std::vector<u8> out(sizeof h);
+  RawBytes out(sizeof h, u8{0});
   out.reserve(sizeof h + std::min(kMaxBytes, kept_.bytes.size() + fresh_.bytes.size()));
   const auto take = [&](const Table& t, auto&& wanted) {
     for (std::size_t at = t.first; at < t.bytes.size();) {
@@ -427,7 +427,7 @@ std::vector<u8> KeptCode::file(u64 build) const {
   return out;
 }
 
-void KeptCode::seal(std::vector<u8>* file, u64 build) {
+void KeptCode::seal(RawBytes* file, u64 build) {
   Header h;
   if (file->size() < sizeof h) return;
   std::memcpy(&h, file->data(), sizeof h);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/raw_bytes.hpp"
 #include "base/result.hpp"
 #include "base/unique_fd.hpp"
 #include "engine/translate/block_translator.hpp"
@@ -54,7 +55,7 @@ class KeptCode {
   /// it is begun anew, and a warning says so; one that must not be replaced is EPERM.
   static Result<std::shared_ptr<KeptCode>> create(const std::string& path);
   /// The same of a file's bytes, for tests.
-  static std::shared_ptr<KeptCode> parse(std::vector<u8> file, u64 build, std::string* refused);
+  static std::shared_ptr<KeptCode> parse(RawBytes file, u64 build, std::string* refused);
   ~KeptCode();
   KeptCode(const KeptCode&) = delete;
   KeptCode& operator=(const KeptCode&) = delete;
@@ -77,9 +78,9 @@ class KeptCode {
   /// not found again in a kernel that has moved, that is all.)
   static bool near(u64 number, u64 rip) { return number - rip + (64u << 20) < 128u << 20 && may_move({.rip = number}); }
 
-  std::vector<u8> file(u64 build) const;  ///< what is to be written
+  RawBytes file(u64 build) const;  ///< what is to be written
   /// Makes length, count, checksum and build of these bytes right, for tests; they begin with a header.
-  static void seal(std::vector<u8>* file, u64 build);
+  static void seal(RawBytes* file, u64 build);
   /// Calls f with what each record of the file would be found for, for tests.
   template <class F>
   void for_each(F&& f) const {
@@ -94,7 +95,7 @@ class KeptCode {
   struct Record;
   /// Records behind each other, found by a hash.
   struct Table {
-    std::vector<u8> bytes;
+    RawBytes bytes;
     std::vector<u32> slots;  ///< offset of a record in units of 8, plus 1; 0: free
     std::size_t count = 0, first = 0;  ///< how many; where they begin
     void insert(u64 hash, u32 at);

@@ -103,7 +103,7 @@ void expect_same(const TranslatedBlock& a, const TranslatedBlock& b) {
     EXPECT_TRUE(a.faults[n].offset == b.faults[n].offset && a.faults[n].rip == b.faults[n].rip);
 }
 
-std::shared_ptr<KeptCode> parsed(std::vector<u8> file, std::string* refused, u64 build = kBuild) {
+std::shared_ptr<KeptCode> parsed(RawBytes file, std::string* refused, u64 build = kBuild) {
   return KeptCode::parse(std::move(file), build, refused);
 }
 
@@ -174,13 +174,13 @@ TEST(KeptCode, NothingElseIsFound) {
 }
 
 TEST(KeptCode, DamageAndForeignBuildsAreRefused) {
-  const std::vector<u8> file = filled()->file(kBuild);
+  const RawBytes file = filled()->file(kBuild);
   std::string refused;
   parsed(file, &refused, kBuild + 1);
   EXPECT_NE(refused.find("another build"), std::string::npos);
   for (std::size_t n = 0; n < file.size(); n += 7) {
     if (n >= 40 && n < 64) continue;  // reserved
-    std::vector<u8> bad = file;
+    RawBytes bad = file;
     bad[n] ^= 0x10;
     parsed(bad, &refused);
     EXPECT_NE(refused, "") << n;
@@ -194,10 +194,10 @@ TEST(KeptCode, DamageAndForeignBuildsAreRefused) {
 
 /// Behind a right checksum any number may stand: what is found has its offsets in its code.
 TEST(KeptCode, NumbersOutOfRange) {
-  const std::vector<u8> file = filled()->file(kBuild);
+  const RawBytes file = filled()->file(kBuild);
   std::mt19937_64 rng(5);
   for (int round = 0; round < 5000; round++) {
-    std::vector<u8> bad = file;
+    RawBytes bad = file;
     for (u64 n = 1 + rng() % 3; n > 0; n--) bad[64 + rng() % (bad.size() - 64)] = static_cast<u8>(rng());
     KeptCode::seal(&bad, kBuild);
     std::string refused;

@@ -80,7 +80,7 @@ Result<std::shared_ptr<KeptCode>> KeptCode::create(const std::string& path) {
   if (name.empty() || name == "." || name == "..") return Error::of(EINVAL, "code-cache: " + path + " names no file");
   UniqueFd in(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!in) return Error::from_errno("code-cache: cannot open " + directory);
-  std::vector<u8> bytes;
+  RawBytes bytes;
   const u64 build = build_identity();
   UniqueFd fd(::openat(in.get(), name.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   const bool there = static_cast<bool>(fd);

@@ -36,8 +36,8 @@ Status ImageFile::read(std::span<u8> into) const {
   return Ok{};
 }
 
-Result<std::vector<u8>> ImageFile::read_all() const {
-  std::vector<u8> bytes(size_);
+Result<RawBytes> ImageFile::read_all() const {
+  RawBytes bytes(size_);
   if (auto r = read(bytes); !r) return r.error();
   return bytes;
 }

@@ -1,8 +1,8 @@
 #pragma once
 #include <span>
 #include <string>
-#include <vector>
 
+#include "base/raw_bytes.hpp"
 #include "base/result.hpp"
 #include "base/types.hpp"
 #include "base/unique_fd.hpp"
@@ -23,7 +23,7 @@ class ImageFile {
   u64 size() const { return size_; }
   /// Fills all of `into` from the file's start; fails when the file has become shorter.
   Status read(std::span<u8> into) const;
-  Result<std::vector<u8>> read_all() const;
+  Result<RawBytes> read_all() const;
 
  private:
   ImageFile(UniqueFd fd, u64 size, std::string path, std::string what)
