@@ -53,6 +53,7 @@ const Row kRows[] = {
     {"the dirty log of no slot", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 77, -ENOENT},
     {"the dirty log of a slot out of range", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 0xffff, -EINVAL},
     {"the TSS too high", On::Vm, KVM_SET_TSS_ADDR, With::Integer, 0xfffffff0, -EINVAL, false},
+    {"no exits to disable", On::Vm, KVM_ENABLE_CAP, With::Struct, KVM_CAP_X86_DISABLE_EXITS, 0, false},
     {"how many MMU pages", On::Vm, KVM_GET_NR_MMU_PAGES, With::Integer, 0, 0, false},
     {"Xen's configuration from nowhere", On::Vm, KVM_XEN_HVM_CONFIG, With::Null, 0, -EFAULT, false},
     {"too few MMU pages", On::Vm, KVM_SET_NR_MMU_PAGES, With::Integer, 1, -EINVAL},

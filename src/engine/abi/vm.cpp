@@ -252,6 +252,8 @@ long Vm::enable_cap(u64 arg) {
       memory_.set_dirty_initially_set((value & KVM_DIRTY_LOG_INITIALLY_SET) && dirty_ring_entries_ == 0);
       return 0;
     }
+    case KVM_CAP_X86_DISABLE_EXITS:
+      return value == 0 ? 0 : -EINVAL;  // none can be: asked for nothing, QEMU's cpu-pm=on is content
     case KVM_CAP_HALT_POLL:
       return value == static_cast<u32>(value) ? 0 : -EINVAL;  // a limit: there is no polling
     case KVM_CAP_X86_USER_SPACE_MSR:
