@@ -87,7 +87,7 @@ BlockGuest::BlockGuest(BlockMode mode, Translation translation)
     CHECK(made.ok());
     translator_ = std::move(*made);
   }
-  tracker_.register_vcpu(0, &mmu_, &context().attention, 1);
+  tracker_.register_vcpu(0, &mmu_, &context().attention(), 1);
   tracker_.enter_guest(0);
   for (u64 i = 0; i < kBlockCodePages; i++) map(kCode + i * kPageSize, kCodeGpa + i * kPageSize, true, true);
   for (u64 i = 0; i < kBlockDataPages; i++) map(kData + i * kPageSize, kDataGpa + i * kPageSize, true, true);

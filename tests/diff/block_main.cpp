@@ -154,7 +154,7 @@ class Comparison {
   }
 
   bool one(Random& rng) {
-    std::atomic<u32>& attention = subject_.context().attention;
+    std::atomic<u32>& attention = subject_.context().attention();
     const VcpuState before = reference_.state();
     attention.store(0);
     g_attention = &attention;
@@ -179,7 +179,7 @@ class Comparison {
     faulted_ = end == BlockGuest::End::Event;
     (faulted_ ? events_ : attentions_)++;
 
-    reference_.context().attention.store(0);
+    reference_.context().attention().store(0);
     std::string why;
     near_ = "never";
     const u64 dead_here = dead_flags(subject_, mode_, subject_.state().rip);

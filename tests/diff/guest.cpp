@@ -66,7 +66,7 @@ GuestRunner::GuestRunner(bool compat32, bool translated)
     CHECK(made.ok());
     translator_ = std::move(*made);
   }
-  tracker_.register_vcpu(0, &mmu_, &context().attention, 1);
+  tracker_.register_vcpu(0, &mmu_, &context().attention(), 1);
   tracker_.enter_guest(0);
   map(kCode, kCodeGpa, false);
   for (u64 i = 0; i < kDataPages; ++i) map(kData + i * kPageSize, kDataGpa + i * kPageSize, true);

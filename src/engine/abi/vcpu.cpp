@@ -93,7 +93,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
     v->translator_ = std::move(*translator);
   }
   v->use_features(v->all_features_);
-  vm.tracker().register_vcpu(index, &v->mmu_, &v->interp_->context().attention, kAttendMmu);
+  vm.tracker().register_vcpu(index, &v->mmu_, &v->interp_->context().attention(), kAttendMmu);
   v->registered_ = true;
   kvm_run& page = *v->run_page();
   page.apic_base = v->apic_base();
@@ -110,7 +110,7 @@ Vcpu::~Vcpu() {
 // ---- any thread ----
 
 void Vcpu::raise(u32 bits) {
-  interp_->context().attention.fetch_or(bits, std::memory_order_seq_cst);
+  interp_->context().attention().fetch_or(bits, std::memory_order_seq_cst);
   if (waiting_.load(std::memory_order_seq_cst) != 0) signal_event(wake_fd_.get());
 }
 

@@ -56,7 +56,7 @@ bool Vcpu::signal_pending() const {
 }
 
 bool Vcpu::wait() {
-  auto& attention = interp_->context().attention;
+  auto& attention = interp_->context().attention();
   waiting_.store(1, std::memory_order_seq_cst);
   bool no_signal = true;
   if (attention.load(std::memory_order_seq_cst) == 0 && !immediate_exit(*run_page())) {
@@ -258,7 +258,7 @@ long Vcpu::memory_gone() {
 
 long Vcpu::run_uninitialised() {
   for (;;) {
-    interp_->context().attention.exchange(0, std::memory_order_seq_cst);
+    interp_->context().attention().exchange(0, std::memory_order_seq_cst);
     if (immediate_exit(*run_page()) || signalled_.load(std::memory_order_seq_cst)) return interrupted();
     accept_init_sipi();
     if (mp_state_ != KVM_MP_STATE_UNINITIALIZED) {
@@ -272,7 +272,7 @@ long Vcpu::run_uninitialised() {
 /// Before guest code runs. Again: look at everything once more; Exit: KVM_RUN returns *result; Run: go.
 Vcpu::Step Vcpu::prepare(long* result) {
   kvm_run& run = *run_page();
-  const u32 bits = interp_->context().attention.exchange(0, std::memory_order_seq_cst) | std::exchange(put_off_, 0);
+  const u32 bits = interp_->context().attention().exchange(0, std::memory_order_seq_cst) | std::exchange(put_off_, 0);
   mmu_.serve_requests();
   env_.msr_hooks = vm_.msr_filter().active();
   if (bits & kAttendClock) {

@@ -59,7 +59,13 @@ struct Context {
 
   /// Raised by other threads and by handlers: leave the block loop at the next boundary. Bits are
   /// the owner's (abi/); the interpreter only compares with zero.
-  std::atomic<u32> attention{0};
+  std::atomic<u32>& attention() const { return *attention_; }
+  /// Where the word is from now on, with what it holds. Not while other threads may raise it.
+  void place_attention(std::atomic<u32>* at) {
+    at->store(attention_->load());
+    attention_ = at;
+  }
+  void place_attention_here() { place_attention(&own_attention_); }
 
   /// Mode facts derived from s by mode_changed(), read on every access.
   bool code64 = false;        ///< 64-bit sub-mode
@@ -118,6 +124,10 @@ struct Context {
   /// canonical form. false: stop() is set (#GP(0), or #SS(0) for SS).
   bool linear(Seg seg, u64 offset, unsigned size, bool write, u64* out);
   bool linear_slow(Seg seg, u64 offset, unsigned size, bool write, u64* out);  ///< (interp/mode.cpp)
+
+ private:
+  std::atomic<u32> own_attention_{0};
+  std::atomic<u32>* attention_ = &own_attention_;
 };
 
 /// Delivery of events; interp/event.cpp.

@@ -15,7 +15,7 @@ class CodePageSharer;  ///< interp/block_cache.hpp
 class Interpreter final : public CodeObserver {
  public:
   enum class Result : u8 {
-    Attention,   ///< context().attention is non-zero (checked at block boundaries, never inside a shadow)
+    Attention,   ///< context().attention() is non-zero (checked at block boundaries, never inside a shadow)
     Exit,        ///< the environment asked for the VMM (Stop::Exit)
     Halted,      ///< HLT retired
     TripleFault,

@@ -190,7 +190,7 @@ class TestMachine {
     translator_ = std::move(*made);
     runner = [this](u64 budget) { return translator_->run(budget); };
 #endif
-    tracker_.register_vcpu(0, &mmu_, &c().attention, 1);
+    tracker_.register_vcpu(0, &mmu_, &c().attention(), 1);
     tracker_.enter_guest(0);
     write_tables();
     set_features();

@@ -56,14 +56,12 @@ void BlockBuilder::poll(u64 target) {
   const bool host = flags_ == Flags::Host;
   polls_.push_back({{}, target, host, !host});
   if (!host) {
-    e_.load(kScratch1, frame_at(frame::kAttention));
-    e_.cmp32_imm(HostMem::at(kScratch1), 0);
+    e_.cmp32_imm(frame_at(frame::kAttention), 0);
     e_.jcc(5, polls_.back().entry);
     return;
   }
   e_.mov(kScratch0, kHostRcx);
-  e_.load(kHostRcx, frame_at(frame::kAttention));
-  e_.load32(kHostRcx, HostMem::at(kHostRcx));
+  e_.load32(kHostRcx, frame_at(frame::kAttention));
   const u32 over = e_.jrcxz_short(8);
   e_.jmp(polls_.back().entry);
   e_.bind_short(over);
@@ -140,8 +138,7 @@ void BlockBuilder::exit_indirect() {
   misses_.push_back({});
   const std::size_t attention = misses_.size() - 1;
   misses_.back().attention = true;
-  e_.load(kScratch1, frame_at(frame::kAttention));
-  e_.cmp32_imm(HostMem::at(kScratch1), 0);
+  e_.cmp32_imm(frame_at(frame::kAttention), 0);
   e_.jcc(5, misses_[attention].entry);
   if (request_->mode.user) {  // where it goes the code may be position-independent
     e_.mov(kScratch1, kScratch0);
@@ -169,7 +166,6 @@ void BlockBuilder::shadow_call(u64 back) {
   e_.bind_short(room);
   e_.bytes({0x41, 0x56});  // push r14
   e_.call(callee);
-  e_.lea(kHostRsp, HostMem::at(kHostRsp, 8));
   restore_page(back);
   const Flags flags = flags_;
   flags_ = Flags::Frame;  // as every RET leaves them
@@ -351,7 +347,7 @@ bool BlockBuilder::ret(const DecodedInsn& i) {
   shadow_return();
   const u32 other = e_.jcc_short(5);
   move_rsp(drop);
-  e_.byte(0xc3);  // ret
+  e_.bytes({0xc2, 8, 0});  // ret 8: and away with the guest's
   e_.bind_short(other);
   check_canonical(kScratch0, kScratch1);
   move_rsp(drop);

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <cstddef>
 
 #include "base/types.hpp"
@@ -34,7 +35,7 @@ struct alignas(64) JitFrame {
   u64 r9 = 0, r10 = 0, r11 = 0, r15 = 0;
   u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank, where the thread's gs base is; only STAC and CLAC
                         ///< change it in a block
-  u64 attention = 0;    ///< address of Context::attention (u32): non-zero asks to leave
+  std::atomic<u32> attention{0};  ///< Context::attention(): non-zero asks to leave
   u64 page = 0;         ///< linear address of the page that runs, for position-independent code
   u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
   u64 jump_bias = 0;    ///< in its top 16 bits: which address space and mode entries must be of

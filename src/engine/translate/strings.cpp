@@ -186,8 +186,7 @@ bool BlockBuilder::repeated_string(const DecodedInsn& i) {
 
   e_.encode({.w = true, .opcode = 0x85, .reg = kHostRcx, .rm = kHostRcx});
   e_.jcc(kEqual, done);
-  e_.load(kScratch1, HostMem::frame(frame::kAttention));
-  e_.cmp32_imm(HostMem::at(kScratch1), 0);
+  e_.cmp32_imm(HostMem::frame(frame::kAttention), 0);
   e_.jcc(kEqual, again);
   if (flags_ == Flags::Frame) emit_flags_restore(kScratch0);
   emit_rip(kScratch0, page_offset(rip()));

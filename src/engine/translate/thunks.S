@@ -218,8 +218,7 @@ thunk ring3_jit_exit_cross_frame
 
 thunk ring3_jit_exit_return
     mov SLOT(RING3_FRAME_SHADOW_BASE), %rsp
-    mov SLOT(RING3_FRAME_ATTENTION), %r15
-    cmpl $0, (%r15)
+    cmpl $0, SLOT(RING3_FRAME_ATTENTION)
     jne ring3_jit_exit_attention_frame
     mov %r14, %r15
     and $-4096, %r15

@@ -35,7 +35,7 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
       JitGsBase::use(&frame_, mmu_.tlb());
       return 1;
     case SystemOp::StiOpen:
-      if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return 0;
+      if (c_.interrupt_window || c_.attention().load(std::memory_order_relaxed) != 0) return 0;
       s_.rflags |= rflags::IF;
       return 1;
     case SystemOp::Sti:
@@ -127,7 +127,7 @@ u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
   // As the run loop would have it.
   if (lockstep_ != nullptr || options_.interpreted_ops != nullptr) return RING3_TRANSIT_REFUSED;
   if (c_.slow_step || s_.sti_shadow || s_.mov_ss_shadow || c_.retired + 1 >= limit_) return RING3_TRANSIT_REFUSED;
-  if (c_.interrupt_window || c_.attention.load(std::memory_order_relaxed) != 0) return RING3_TRANSIT_REFUSED;
+  if (c_.interrupt_window || c_.attention().load(std::memory_order_relaxed) != 0) return RING3_TRANSIT_REFUSED;
   if (c_.guest_debug_hw_bp || c_.breakpoints_overridden) return RING3_TRANSIT_REFUSED;
   u64& rcx = frame_.kept[1];
   switch (insn.op) {

@@ -103,7 +103,7 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
   // Not canonical, and nothing that a guest could guess.
   frame_.pointer = reinterpret_cast<u64>(&frame_) + RING3_FRAME_CENTRE;
   frame_.sentinel = (std::random_device{}() | static_cast<u64>(std::random_device{}()) << 32) >> 17 | 1ull << 63;
-  frame_.attention = reinterpret_cast<u64>(&c_.attention);
+  c_.place_attention(&frame_.attention);
   frame_.state_gpr = reinterpret_cast<u64>(s_.gpr);
   frame_.state_rflags = reinterpret_cast<u64>(&s_.rflags);
   frame_.state_xsave = reinterpret_cast<u64>(s_.xsave.bytes);
@@ -116,6 +116,7 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
 }
 
 TranslatorVcpu::~TranslatorVcpu() {
+  c_.place_attention_here();
   interpreter_.set_page_sharer(nullptr);
   mmu_.set_code_observer(&interpreter_);
 }
@@ -475,7 +476,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     if (c_.retired >= limit && !ungrouped) return Interpreter::Result::Budget;  // an instruction goes on without groups
     bool interpret = !can_enter(), begun = false;
     if (!interpret) {
-      if (c_.attention.load(std::memory_order_relaxed) != 0) return Interpreter::Result::Attention;
+      if (c_.attention().load(std::memory_order_relaxed) != 0) return Interpreter::Result::Attention;
       if (c_.interrupt_window && (s_.rflags & rflags::IF)) return Interpreter::Result::Attention;
       const TranslateMode m = mode();
       u64 bias = cache_->bias(m.bits(), mmu_.fetch_generation());

@@ -107,10 +107,10 @@ class TinyTranslator final : public BlockTranslator {
       jump_slot(frame::kExitCrossFrame);
       return;
     }
-    // mov r14, [attention]; mov r15, rcx; mov ecx, [r14]; jrcxz ok
-    code.insert(code.end(), {0x4d, 0x8b, 0xb1});
+    // mov r15, rcx; mov ecx, [attention]; jrcxz ok
+    code.insert(code.end(), {0x49, 0x89, 0xcf, 0x41, 0x8b, 0x89});
     put(&code, frame::kAttention - RING3_FRAME_CENTRE, 4);
-    code.insert(code.end(), {0x49, 0x89, 0xcf, 0x41, 0x8b, 0x0e, 0xe3, 20, 0x4c, 0x89, 0xf9, 0x49, 0xbe});
+    code.insert(code.end(), {0xe3, 20, 0x4c, 0x89, 0xf9, 0x49, 0xbe});
     put(&code, target, 8);
     jump_slot(frame::kExitAttention);
     code.insert(code.end(), {0x4c, 0x89, 0xf9});  // ok: mov rcx, r15
@@ -209,18 +209,18 @@ TEST(TranslatorVcpu, AttentionEndsALoop) {
   Machine m;
   m.load_code(hex("48 ff c0 eb fb"));
   m.s.rip = TestMachine::kCode;
-  m.c().attention = 1;
+  m.c().attention() = 1;
   EXPECT_EQ(m.resume().result, Interpreter::Result::Attention);
-  m.c().attention = 0;
+  m.c().attention() = 0;
   // The loop itself sees it too: raised while translated code runs.
   std::atomic<bool> done{false};
   std::thread other([&] {
-    while (!done) m.c().attention = 1;
+    while (!done) m.c().attention() = 1;
   });
   EXPECT_EQ(m.resume(~0ull).result, Interpreter::Result::Attention);
   done = true;
   other.join();
-  m.c().attention = 0;
+  m.c().attention() = 0;
   EXPECT_TRUE(m.s.rip == TestMachine::kCode || m.s.rip == TestMachine::kCode + 3);
 }
 
