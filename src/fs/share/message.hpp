@@ -1,4 +1,6 @@
 #pragma once
+#include <atomic>
+
 #include "base/types.hpp"
 #include "fs/fuse/server.hpp"
 
@@ -19,5 +21,19 @@ struct SlotAnswer {
 /// A slot in the shared memory: the request, then the answer.
 inline constexpr std::size_t kSlotPart = (Server::kMostMessage + kPageSize - 1) & kPageMask;
 inline constexpr std::size_t kSlotBytes = 2 * kSlotPart;
+
+/// Behind the slots, for one request at a time that is waited for: no socket, the futex `state` is all that wakes.
+struct NearChannel {
+  enum : u32 {
+    kIdle = 0,
+    kAsked = 1,     ///< VMM: a request; the answer is waited for here
+    kUnwatched = 2, ///< VMM: no longer; it is to come by the socket
+    kAnswered = 3,  ///< server, after kAsked
+    kSent = 4,      ///< server, after kUnwatched: the socket has it
+  };
+  std::atomic<u32> state;
+  SlotRequest request;
+  std::atomic<u64> answer;  ///< slot above, length below: read once, since the server may write at any time
+};
 
 }  // namespace ring3::fs

@@ -1,11 +1,14 @@
 #include "fs/share/process.hpp"
 
 #include <fcntl.h>
+#include <linux/futex.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -26,9 +29,25 @@ namespace ring3::fs {
 namespace {
 
 constexpr unsigned kWorkers = 4;
+constexpr std::size_t kArena = ShareProcess::kSlots * kSlotBytes;
 
 std::span<u8> request_part(u8* arena, u32 slot) { return {arena + slot * kSlotBytes, Server::kMostMessage}; }
 std::span<u8> reply_part(u8* arena, u32 slot) { return {arena + slot * kSlotBytes + kSlotPart, Server::kMostMessage}; }
+// SAFETY: zeroed, page-aligned memory of the arena that nothing else uses; a NearChannel is plain words.
+NearChannel& near_channel(u8* arena) { return *reinterpret_cast<NearChannel*>(arena + kArena); }
+
+SlotAnswer serve_slot(const SlotRequest& message, u8* arena, Server& server) {
+  const auto request = request_part(arena, message.slot);
+  const auto reply = reply_part(arena, message.slot);
+  return {message.slot, static_cast<u32>(server.handle(request.first(std::min<std::size_t>(message.length, request.size())),
+                                                       reply.first(std::min<std::size_t>(message.room, reply.size()))))};
+}
+
+void send_answer(int socket, const SlotAnswer& answer) {
+  while (send(socket, &answer, sizeof answer, MSG_NOSIGNAL) < 0) {
+    if (errno != EINTR) _exit(0);  // the VMM is gone
+  }
+}
 
 /// One of the server's threads: a request at a time, until the other end is closed.
 void work(int socket, u8* arena, Server& server) {
@@ -36,17 +55,45 @@ void work(int socket, u8* arena, Server& server) {
     SlotRequest message;
     const ssize_t got = recv(socket, &message, sizeof message, 0);
     if (got < 0 && errno == EINTR) continue;
-    if (got != static_cast<ssize_t>(sizeof message)) _exit(0);  // the VMM is gone
+    if (got != static_cast<ssize_t>(sizeof message)) _exit(0);
     if (message.slot >= ShareProcess::kSlots) continue;
-    const auto request = request_part(arena, message.slot);
-    const auto reply = reply_part(arena, message.slot);
-    SlotAnswer answer{message.slot, 0};
-    answer.length = static_cast<u32>(server.handle(request.first(std::min<std::size_t>(message.length, request.size())),
-                                                   reply.first(std::min<std::size_t>(message.room, reply.size()))));
-    while (send(socket, &answer, sizeof answer, MSG_NOSIGNAL) < 0) {
-      if (errno != EINTR) _exit(0);
+    send_answer(socket, serve_slot(message, arena, server));
+  }
+}
+
+// No private futexes: the two sides are two processes.
+void wait_while(std::atomic<u32>& word, u32 value, const timespec* most) { syscall(SYS_futex, &word, FUTEX_WAIT, value, most, nullptr, 0); }
+void wake(std::atomic<u32>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
+
+/// The process's first thread, which its number names: a request at a time that the VMM waits for.
+[[noreturn]] void work_near(int socket, u8* arena, Server& server) {
+  NearChannel& near = near_channel(arena);
+  for (;;) {
+    u32 state = near.state.load(std::memory_order_acquire);
+    if (state != NearChannel::kAsked && state != NearChannel::kUnwatched) {
+      wait_while(near.state, state, nullptr);
+      continue;
+    }
+    if (near.request.slot >= ShareProcess::kSlots) _exit(0);
+    const SlotAnswer answer = serve_slot(near.request, arena, server);
+    near.answer.store(u64{answer.slot} << 32 | answer.length, std::memory_order_relaxed);
+    state = NearChannel::kAsked;
+    if (near.state.compare_exchange_strong(state, NearChannel::kAnswered, std::memory_order_acq_rel)) {
+      wake(near.state);
+    } else {
+      near.state.store(NearChannel::kSent, std::memory_order_release);
+      send_answer(socket, answer);
     }
   }
+}
+
+/// Whether the thread (0: this one) runs on that CPU alone now.
+bool stay_on(int cpu, pid_t thread) {
+  if (cpu < 0 || cpu >= CPU_SETSIZE) return false;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(static_cast<unsigned>(cpu), &set);
+  return sched_setaffinity(thread, sizeof set, &set) == 0;
 }
 
 /// The child: tells how it went by one byte, or a message.
@@ -75,14 +122,14 @@ void work(int socket, u8* arena, Server& server) {
   if (!server) give_up(server.error().message);
   if (auto jailed = enter_share_jail(for_jail.get(), privileged); !jailed) give_up("jail: " + jailed.error().message);
   for_jail.reset();
-  std::latch filtered(kWorkers);
+  std::latch filtered(kWorkers + 1);
   std::mutex one_by_one;  // libseccomp has state of its own
   const auto start = [&] {
     const std::lock_guard lock(one_by_one);
     if (!filter_share_thread()) _exit(1);
     filtered.count_down();
   };
-  for (unsigned i = 1; i < kWorkers; i++) {
+  for (unsigned i = 0; i < kWorkers; i++) {
     std::thread([&] {
       start();
       work(socket.get(), arena, **server);
@@ -91,16 +138,17 @@ void work(int socket, u8* arena, Server& server) {
   start();
   filtered.wait();
   if (send(socket.get(), "", 1, MSG_NOSIGNAL) != 1) _exit(1);
-  work(socket.get(), arena, **server);
-  _exit(0);
+  work_near(socket.get(), arena, **server);
 }
 
 }  // namespace
 
+NearChannel& ShareProcess::near() const { return near_channel(arena_.data()); }
+
 Result<std::unique_ptr<ShareProcess>> ShareProcess::start(const Config& config) {
   UniqueFd root(open(config.directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!root) return Error::from_errno("cannot share " + config.directory);
-  auto arena = Mapping::shared_anonymous(kSlots * kSlotBytes);
+  auto arena = Mapping::shared_anonymous(kArena + kPageSize);
   if (!arena) return arena.error();
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) return Error::from_errno("socketpair");
@@ -183,6 +231,34 @@ bool ShareProcess::submit(u32 slot, std::size_t length, std::size_t room) {
   return true;
 }
 
+bool ShareProcess::submit_near(u32 slot, std::size_t length, std::size_t room) {
+  if (near_slot_) return false;
+  const std::size_t most = Server::kMostMessage;
+  slots_[slot].room = std::min(room, most);
+  slots_[slot].state = State::kSubmitted;
+  near_slot_ = slot;
+  // It sleeps, and will wake here. Where it may not run here, it is slower.
+  if (const int cpu = sched_getcpu(); cpu != near_cpu_) stay_on(near_cpu_ = cpu, pid_);
+  NearChannel& n = near();
+  n.request = {slot, static_cast<u32>(std::min(length, most)), static_cast<u32>(slots_[slot].room)};
+  n.state.store(NearChannel::kAsked, std::memory_order_release);
+  wake(n.state);
+  return true;
+}
+
+bool ShareProcess::await(std::chrono::nanoseconds most) {
+  std::atomic<u32>& state = near().state;
+  if (state.load(std::memory_order_acquire) != NearChannel::kAsked) return true;
+  // This thread sleeps, and the other gets its CPU. It must wake there too, and not on one that is idle: that would cost as much again.
+  cpu_set_t before;
+  const bool held = sched_getaffinity(0, sizeof before, &before) == 0 && stay_on(sched_getcpu(), 0);
+  const timespec time{0, static_cast<long>(std::min<std::chrono::nanoseconds>(most, std::chrono::milliseconds(100)).count())};
+  wait_while(state, NearChannel::kAsked, &time);
+  if (held) sched_setaffinity(0, sizeof before, &before);
+  u32 asked = NearChannel::kAsked;
+  return !state.compare_exchange_strong(asked, NearChannel::kUnwatched, std::memory_order_acq_rel);
+}
+
 ShareProcess::Received ShareProcess::receive(Answer& answer) {
   for (;;) {
     SlotAnswer message;
@@ -190,20 +266,40 @@ ShareProcess::Received ShareProcess::receive(Answer& answer) {
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && errno == EAGAIN) return Received::kNone;
     if (got != static_cast<ssize_t>(sizeof message)) return Received::kGone;
-    if (message.slot >= kSlots) return Received::kGone;  // a server that has been taken over
-    Slot& slot = slots_[message.slot];
-    if (slot.state == State::kAbandoned) {
-      slot.state = State::kFree;
-      continue;
-    }
-    if (slot.state != State::kSubmitted) return Received::kGone;
-    slot.state = State::kHeld;
-    answer = {message.slot, std::min<std::size_t>(message.length, slot.room)};
-    return Received::kAnswer;
+    if (const auto received = finish(message.slot, message.length, answer); received != Received::kNone) return received;
   }
 }
 
+ShareProcess::Received ShareProcess::receive_near(Answer& answer) {
+  if (!near_slot_ || near().state.load(std::memory_order_acquire) != NearChannel::kAnswered) return Received::kNone;
+  const u64 answered = near().answer.load(std::memory_order_relaxed);
+  const u32 slot = static_cast<u32>(answered >> 32);
+  return slot == *near_slot_ ? finish(slot, static_cast<u32>(answered), answer) : Received::kGone;
+}
+
+/// kNone: it was abandoned.
+ShareProcess::Received ShareProcess::finish(u32 index, u32 length, Answer& answer) {
+  if (index >= kSlots) return Received::kGone;  // a server that has been taken over
+  if (near_slot_ == index) near_slot_.reset();
+  Slot& slot = slots_[index];
+  if (slot.state == State::kAbandoned) {
+    slot.state = State::kFree;
+    return Received::kNone;
+  }
+  if (slot.state != State::kSubmitted) return Received::kGone;
+  slot.state = State::kHeld;
+  answer = {index, std::min<std::size_t>(length, slot.room)};
+  return Received::kAnswer;
+}
+
 void ShareProcess::abandon() {
+  // What nobody waits for any more comes by the socket, or is there.
+  u32 asked = NearChannel::kAsked;
+  near().state.compare_exchange_strong(asked, NearChannel::kUnwatched, std::memory_order_acq_rel);
+  if (near_slot_ && asked == NearChannel::kAnswered) {
+    slots_[*near_slot_].state = State::kHeld;
+    near_slot_.reset();
+  }
   for (Slot& slot : slots_) {
     if (slot.state == State::kSubmitted) slot.state = State::kAbandoned;
     if (slot.state == State::kHeld) slot.state = State::kFree;

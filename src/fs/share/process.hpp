@@ -2,6 +2,7 @@
 #include <sys/types.h>
 
 #include <array>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <span>
@@ -15,6 +16,8 @@
 
 namespace ring3::fs {
 
+struct NearChannel;
+
 /// A directory of the host, served to a guest by a process of its own.
 ///
 /// The process: forked, without guest memory, with no descriptor but the directory's and its end of a socket. Jailed:
@@ -23,7 +26,9 @@ namespace ring3::fs {
 ///   filter of the calls a file server makes. It ends with this object, or with the VMM.
 /// Messages: slots of shared memory, each with room for a request and its answer. The socket carries slot numbers and
 ///   lengths. This side looks at no byte of an answer: it is the guest's to read. A length that does not fit is cut.
-/// Threading: start() before other threads exist (it forks); the rest on one thread at a time.
+/// Wake-ups: between CPUs one takes as long as serving some requests does. A request that somebody waits for goes to the near
+///   thread, which runs on the CPU of the one who waits: two switches there, none elsewhere.
+/// Threading: start() before other threads exist (it forks); the rest, but await(), on one thread at a time.
 class ShareProcess {
  public:
   struct Config {
@@ -47,6 +52,12 @@ class ShareProcess {
   std::span<const u8> reply(u32 slot) const;
   /// Sends the first `length` bytes of the slot's request; the answer may be `room` bytes long. False: the process is gone.
   bool submit(u32 slot, std::size_t length, std::size_t room);
+  /// The same to a thread of the server's that is made to run on this thread's CPU, to be followed by await(). False: that
+  /// thread is busy, nothing was done.
+  bool submit_near(u32 slot, std::size_t length, std::size_t room);
+  /// Waits for the answer of submit_near(), about `most` at most. True: receive_near() has it. False: it comes as any other.
+  /// Threading: at any time beside the other calls, once for each submit_near(), on its thread.
+  bool await(std::chrono::nanoseconds most);
 
   struct Answer {
     u32 slot = 0;
@@ -55,6 +66,9 @@ class ShareProcess {
   enum class Received { kAnswer, kNone, kGone };
   /// The next answer that is there. The slot is the caller's until release().
   Received receive(Answer& answer);
+  /// What await() has seen come: once for each time that it was true, unless abandon() came between. Until then the near thread
+  /// counts as busy: nobody else waits for it meanwhile.
+  Received receive_near(Answer& answer);
   /// Forgets what is under way: its answers are thrown away when they come.
   void abandon();
 
@@ -70,10 +84,15 @@ class ShareProcess {
   };
   ShareProcess(Mapping arena, UniqueFd socket, pid_t pid) : arena_(std::move(arena)), socket_(std::move(socket)), pid_(pid) {}
 
+  NearChannel& near() const;
+  Received finish(u32 slot, u32 length, Answer& answer);
+
   Mapping arena_;
   UniqueFd socket_;
   pid_t pid_;
   std::array<Slot, kSlots> slots_{};
+  std::optional<u32> near_slot_;  ///< what the near thread is at
+  int near_cpu_ = -1;             ///< where it was told to run
 };
 
 }  // namespace ring3::fs

@@ -35,7 +35,7 @@ class Share : public ::testing::Test {
     ASSERT_TRUE(made) << made.error().message;
     process = std::move(*made);
   }
-  /// One request; the answer's body, and its error in `error`.
+  /// One request, to the near thread when `near_for` has a value; the answer's body, and its error in `error`.
   std::string call(u32 opcode, u64 node, const std::string& arguments, std::size_t room = 65536) {
     const auto slot = process->acquire();
     EXPECT_TRUE(slot);
@@ -45,10 +45,18 @@ class Share : public ::testing::Test {
     h.nodeid = node;
     std::memcpy(process->request(*slot).data(), &h, sizeof h);
     std::memcpy(process->request(*slot).data() + sizeof h, arguments.data(), arguments.size());
-    EXPECT_TRUE(process->submit(*slot, h.len, room));
     pollfd p{process->fd(), POLLIN, 0};
     ShareProcess::Answer answer;
     auto received = ShareProcess::Received::kNone;
+    if (near_for) {
+      EXPECT_TRUE(process->submit_near(*slot, h.len, room));
+      if (process->await(*near_for)) {
+        awaited++;
+        received = process->receive_near(answer);
+      }
+    } else {
+      EXPECT_TRUE(process->submit(*slot, h.len, room));
+    }
     while (received == ShareProcess::Received::kNone) {  // an abandoned request's answer is none
       if (poll(&p, 1, 10000) != 1) break;
       received = process->receive(answer);
@@ -87,6 +95,8 @@ class Share : public ::testing::Test {
   const TemporaryDirectory place;
   const std::string root = place.path();
   std::unique_ptr<ShareProcess> process;
+  std::optional<std::chrono::nanoseconds> near_for;
+  int awaited = 0;
   int error = 0;
 };
 
@@ -134,6 +144,54 @@ TEST_F(Share, ServesFromItsJail) {
   EXPECT_TRUE(std::filesystem::exists(root + "/m"));
 }
 
+TEST_F(Share, TheNearThreadAnswersWhoWaitsAndWhoDoesNot) {
+  init();
+  // Without patience some answers are there, some come by the socket, and some change from one to the other meanwhile.
+  for (const auto patience : {std::chrono::nanoseconds(0), std::chrono::nanoseconds(3000), std::chrono::nanoseconds(std::chrono::milliseconds(100))}) {
+    awaited = 0;
+    for (int i = 0; i < 300; i++) {
+      near_for = patience;
+      fuse_entry_out found{};
+      const std::string entry = call(FUSE_LOOKUP, 1, std::string("x\0", 2));
+      ASSERT_EQ(entry.size(), sizeof found) << i;
+      std::memcpy(&found, entry.data(), sizeof found);
+      ASSERT_EQ(found.attr.size, 7u);
+      near_for.reset();
+      if (i % 10 == 0) init();
+    }
+  }
+  EXPECT_GT(awaited, 0);
+}
+
+TEST_F(Share, TheNearThreadTakesOneAtATime) {
+  init();
+  fuse_in_header h{};
+  h.len = sizeof h;
+  h.opcode = FUSE_STATFS;
+  h.nodeid = 1;
+  const auto first = process->acquire();
+  const auto second = process->acquire();
+  for (const u32 slot : {*first, *second}) std::memcpy(process->request(slot).data(), &h, sizeof h);
+  ASSERT_TRUE(process->submit_near(*first, sizeof h, 4096));
+  EXPECT_FALSE(process->submit_near(*second, sizeof h, 4096));
+  process->release(*second);
+  process->abandon();  // whether or not it is served already
+  for (int i = 0; i < 20; i++) init();
+  near_for = std::chrono::milliseconds(100);
+  for (unsigned tries = 0; tries < 1000; tries++) {
+    const auto slot = process->acquire();
+    ASSERT_TRUE(slot);
+    std::memcpy(process->request(*slot).data(), &h, sizeof h);
+    const bool free = process->submit_near(*slot, sizeof h, 4096);
+    if (free) process->abandon();
+    process->release(*slot);
+    if (free) break;
+    ASSERT_LT(tries, 999u);
+    near_for.reset();
+    init();
+  }
+}
+
 TEST_F(Share, TheJailStands) {
   init();
   EXPECT_EQ(status_line("NoNewPrivs"), "1");
@@ -174,6 +232,11 @@ TEST_F(Share, ItsDeathIsSeen) {
   pollfd p{process->fd(), POLLIN, 0};
   EXPECT_EQ(poll(&p, 1, 10000), 1);
   ShareProcess::Answer answer;
+  EXPECT_EQ(process->receive(answer), ShareProcess::Received::kGone);
+  // Nobody waits for the dead for ever.
+  const auto slot = process->acquire();
+  EXPECT_TRUE(process->submit_near(*slot, sizeof(fuse_in_header), 4096));
+  EXPECT_FALSE(process->await(std::chrono::milliseconds(1)));
   EXPECT_EQ(process->receive(answer), ShareProcess::Received::kGone);
 }
 

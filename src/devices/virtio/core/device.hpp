@@ -67,6 +67,12 @@ class Device {
   /// flight has ended. What was popped and not completed is forgotten.
   virtual void stop() = 0;
 
+  /// True: kicks reach the device by kicked() instead of the kick fds, while that returns true.
+  virtual bool takes_kicks() const { return false; }
+  /// The driver's kick, on the thread of the vCPU that made it, which goes on when this returns: some hundred microseconds at
+  /// most. At any time, beside start() and stop() too; several at once. False: not started; the kick fd is signalled instead.
+  virtual bool kicked(u16 index) { return (void)index, false; }
+
   /// VIRTIO_F_RING_RESET is offered when this is true. stop_queue() is stop() for one queue.
   virtual bool can_reset_queues() const { return false; }
   virtual void stop_queue(u16 index) { (void)index; }

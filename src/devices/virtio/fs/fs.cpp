@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/log.hpp"
 
@@ -31,82 +32,125 @@ void Fs::start(u64, std::span<Queue* const> queues) {
   }
   Status status = Ok{};
   for (Queue* queue : queues_) {
-    if (status) status = loop_.add(queue->kick_fd(), EPOLLIN, [this, queue](u32) { kicked(*queue); });
+    if (!status) break;
+    status = loop_.add(queue->kick_fd(), EPOLLIN, [this, queue](u32) {
+      Lock lock(mutex_);
+      queue->clear_kick();
+      serve(*queue, lock, false);
+    });
   }
-  if (status) status = loop_.add(process_->fd(), EPOLLIN, [this](u32) { answered(); });
+  if (status) {
+    status = loop_.add(process_->fd(), EPOLLIN, [this](u32) {
+      Lock lock(mutex_);
+      take_answers(false);
+      // Also when all that came was for requests from before a reset: their slots are free now.
+      for (Queue* queue : queues_) serve(*queue, lock, false);
+    });
+  }
   if (status) status = loop_.start("virtio-fs");
   if (!status) {
     log::error("share {}: {}", tag_, status.error().message);
     if (transport_ != nullptr) transport_->needs_reset("no thread for the share");
   }
+  const Lock lock(mutex_);
+  running_ = status.ok();
 }
 
 void Fs::stop() {
+  {
+    Lock lock(mutex_);
+    running_ = false;
+    left_.wait(lock, [this] { return kicks_ == 0; });
+  }
   loop_.stop();
   process_->abandon();
   for (InFlight& request : in_flight_) request = {};
   queues_.clear();
 }
 
+bool Fs::kicked(u16 index) {
+  Lock lock(mutex_);
+  if (!running_) return false;
+  const auto queue = std::find_if(queues_.begin(), queues_.end(), [&](const Queue* q) { return q->index() == index; });
+  if (queue == queues_.end()) return false;
+  kicks_++;
+  serve(**queue, lock, true);
+  if (std::exchange(starved_, false)) {
+    for (Queue* other : queues_) serve(*other, lock, false);
+  }
+  if (--kicks_ == 0) left_.notify_all();
+  return true;
+}
+
 /// Moves requests into slots. False: no slot is free, and requests may be left.
-bool Fs::take_all(Queue& queue) {
-  for (;;) {
+bool Fs::take_all(Queue& queue, Lock& lock, bool wait) {
+  while (!gone_) {
     const auto slot = process_->acquire();
-    if (!slot) return false;
+    if (!slot) {
+      starved_ = true;
+      return false;
+    }
     InFlight& request = in_flight_[*slot];
     if (queue.pop(request.chain) != Queue::Pop::kChain) {
       process_->release(*slot);
       return true;
     }
-    const auto room = process_->request(*slot);
-    if (request.chain.readable_bytes() > room.size()) {
+    const auto part = process_->request(*slot);
+    if (request.chain.readable_bytes() > part.size()) {
       process_->release(*slot);
       queue.fail("a FUSE request of " + std::to_string(request.chain.readable_bytes()) + " bytes");
       return true;
     }
-    const std::size_t length = request.chain.read(0, room.data(), room.size());
+    const std::size_t length = request.chain.read(0, part.data(), part.size());
+    const std::size_t room = static_cast<std::size_t>(std::min<u64>(request.chain.writable_bytes(), ~u32{0}));
     request.queue = &queue;
-    if (!process_->submit(*slot, length, static_cast<std::size_t>(std::min<u64>(request.chain.writable_bytes(), ~u32{0})))) {
+    bool near = wait && length + room <= kMostWaitedFor;
+    if (near && no_wait_ != 0) no_wait_--, near = false;
+    if (near && process_->submit_near(*slot, length, room)) {
+      (void)queue.enable_kicks();  // those of other vCPUs; what is there already is seen below
+      lock.unlock();
+      const bool there = process_->await(kMostWait);
+      lock.lock();
+      wait = false;  // the guest has other things to do
+      if (there) take_answers(true);
+      late_ = there ? 0 : std::min(late_ + 1, 10u);
+      no_wait_ = there ? 0 : 1u << late_;
+    } else if (!process_->submit(*slot, length, room)) {
       give_up("its process has ended");
-      return true;
     }
   }
+  return true;
 }
 
-void Fs::kicked(Queue& queue) {
-  queue.clear_kick();
-  if (gone_) return;
+void Fs::serve(Queue& queue, Lock& lock, bool wait) {
   do {
-    queue.disable_kicks();
+    if (!wait) queue.disable_kicks();
     // Out of slots: an answer will bring us back, no kick is needed.
-    if (!take_all(queue)) return;
+    if (gone_ || !take_all(queue, lock, wait)) return;
   } while (queue.enable_kicks());
 }
 
-void Fs::answered() {
+void Fs::take_answers(bool near) {
   fs::ShareProcess::Answer answer;
-  bool answered_any = false;
-  for (;;) {
-    const auto received = process_->receive(answer);
+  bool any = false;
+  while (!gone_) {
+    const auto received = std::exchange(near, false) ? process_->receive_near(answer) : process_->receive(answer);
     if (received == fs::ShareProcess::Received::kGone) return give_up("its process has ended");
     if (received == fs::ShareProcess::Received::kNone) break;
     InFlight& request = in_flight_[answer.slot];
     const std::size_t written = request.chain.write(0, process_->reply(answer.slot).data(), answer.length);
     request.queue->complete(request.chain, static_cast<u32>(written));
     process_->release(answer.slot);
-    answered_any = true;
+    any = true;
   }
-  if (answered_any) {
-    for (Queue* queue : queues_) queue->notify();
-  }
-  // Also when all that came was for requests from before a reset: their slots are free now.
-  for (Queue* queue : queues_) kicked(*queue);
+  if (!any) return;
+  for (Queue* queue : queues_) queue->notify();
 }
 
 void Fs::give_up(const char* why) {
   if (gone_) return;
   gone_ = true;
-  loop_.remove(process_->fd());
+  loop_.post([this] { loop_.remove(process_->fd()); });
   log::error("share {}: {}", tag_, why);
   if (transport_ != nullptr) transport_->needs_reset(why);
 }

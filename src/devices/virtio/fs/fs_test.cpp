@@ -24,8 +24,8 @@ class FakeTransport final : public Transport {
   std::atomic<int> resets{0};
 };
 
-/// The device with one queue, as a driver that sends FUSE requests.
-class FsDevice : public ::testing::Test {
+/// The device with one queue, as a driver that sends FUSE requests; kicked by the vCPU's thread, or by the kick fd.
+class FsDevice : public ::testing::TestWithParam<bool> {
  protected:
   static constexpr u64 kRequest = 0x20000, kReply = 0x60000;
   void SetUp() override {
@@ -56,6 +56,10 @@ class FsDevice : public ::testing::Test {
     device->start(0, queues);
   }
   void ring() {
+    if (GetParam()) {
+      ASSERT_TRUE(device->kicked(queue->index()));
+      return;
+    }
     const u64 one = 1;
     ASSERT_EQ(::write(kick.get(), &one, sizeof one), static_cast<ssize_t>(sizeof one));
   }
@@ -108,7 +112,7 @@ class FsDevice : public ::testing::Test {
   u64 unique = 0;
 };
 
-TEST_F(FsDevice, Configuration) {
+TEST_P(FsDevice, Configuration) {
   u8 bytes[40] = {};
   device->read_config(0, bytes);
   EXPECT_EQ(std::memcmp(bytes, "tag\0", 4), 0);
@@ -116,14 +120,14 @@ TEST_F(FsDevice, Configuration) {
   EXPECT_EQ(device->type(), DeviceType::kFs);
 }
 
-TEST_F(FsDevice, RequestsAreAnswered) {
+TEST_P(FsDevice, RequestsAreAnswered) {
   EXPECT_EQ(init(), 0);
   EXPECT_EQ(call(FUSE_STATFS, 1, ""), 0);
   EXPECT_EQ(call(FUSE_LOOKUP, 1, std::string("x/y\0", 4)), -EINVAL);
   EXPECT_GT(interrupts, 0);
 }
 
-TEST_F(FsDevice, AResetInBetweenForgetsWhatWasUnderWay) {
+TEST_P(FsDevice, AResetInBetweenForgetsWhatWasUnderWay) {
   ASSERT_EQ(init(), 0);
   for (int round = 0; round < 20; round++) {
     const u32 length = put_request(FUSE_STATFS, 1, "");
@@ -136,14 +140,14 @@ TEST_F(FsDevice, AResetInBetweenForgetsWhatWasUnderWay) {
   }
 }
 
-TEST_F(FsDevice, ADeadProcessEndsTheDeviceNotTheVm) {
+TEST_P(FsDevice, ADeadProcessEndsTheDeviceNotTheVm) {
   ASSERT_EQ(init(), 0);
   kill(process->pid(), SIGKILL);
   for (int i = 0; i < 2000 && transport.resets == 0; i++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_EQ(transport.resets, 1);
 }
 
-TEST_F(FsDevice, ARequestThatIsTooLargeBreaksTheQueue) {
+TEST_P(FsDevice, ARequestThatIsTooLargeBreaksTheQueue) {
   ASSERT_EQ(init(), 0);
   driver->add({{0x80000, 0x70000, false}, {0x80000, 0x70000, false}, {0x80000, 0x70000, false}, {kReply, 4096, true}});
   ring();
@@ -151,7 +155,7 @@ TEST_F(FsDevice, ARequestThatIsTooLargeBreaksTheQueue) {
   EXPECT_EQ(transport.resets, 1);
 }
 
-TEST_F(FsDevice, ChainsOfAnyShapeAreHandedBack) {
+TEST_P(FsDevice, ChainsOfAnyShapeAreHandedBack) {
   ASSERT_EQ(init(), 0);
   std::mt19937 random(11);
   for (int i = 0; i < 3000; i++) {
@@ -178,6 +182,34 @@ TEST_F(FsDevice, ChainsOfAnyShapeAreHandedBack) {
   EXPECT_EQ(transport.resets, 0);
   EXPECT_EQ(init(), 0);
 }
+
+TEST_P(FsDevice, KicksOnSeveralThreadsBesideResets) {
+  ASSERT_EQ(init(), 0);
+  std::atomic<bool> end{false};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; i++) {
+    threads.emplace_back([&, index = queue->index()] {
+      while (!end) (void)device->kicked(index), (void)device->kicked(77);
+    });
+  }
+  for (int round = 0; round < 50; round++) {
+    const u32 length = put_request(FUSE_STATFS, 1, "");
+    for (int i = 0; i < 10; i++) driver->add({{kRequest, length, false}, {kReply, 4096, true}});
+    if (round % 2 == 0) {
+      for (int i = 0; i < 10; i++) ASSERT_TRUE(done()) << round;
+    }
+    device->stop();
+    EXPECT_FALSE(device->kicked(queue->index()));
+    queue.reset();
+    start();
+    ASSERT_EQ(init(), 0) << round;
+  }
+  end = true;
+  for (auto& t : threads) t.join();
+  EXPECT_EQ(transport.resets, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kicks, FsDevice, ::testing::Values(false, true), [](const auto& p) { return p.param ? "Vcpu" : "Fd"; });
 
 }  // namespace
 }  // namespace ring3::virtio

@@ -176,12 +176,12 @@ void VirtioPci::write_bar(u8, u64 offset, std::span<const u8> data) {
 
 // Without a lock: queues_ has its size for good, and so have the eventfds.
 void VirtioPci::kick(u64 index) {
-  if (index >= queues_.size()) return;
+  if (index >= queues_.size() || device_->kicked(static_cast<u16>(index))) return;
   signal_event(queues_[index].kick.get());
 }
 
 void VirtioPci::set_ioeventfds(bool on) {
-  if (services_ == nullptr || !services_->ioeventfd) return;
+  if (services_ == nullptr || !services_->ioeventfd || device_->takes_kicks()) return;
   const u64 base = on ? bar_address_.load() : registered_at_;
   if (base == 0) return;
   for (std::size_t i = 0; i < queues_.size(); i++) {

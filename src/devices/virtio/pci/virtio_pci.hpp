@@ -18,7 +18,7 @@ namespace ring3::virtio {
 /// Modelled:  common, notify, ISR, device and PCI configuration access structures; MSI-X with a vector for the
 ///            configuration and one a queue, INTx without it; queue reset where the device can.
 /// Kicks:     an ioeventfd a queue where there are some, else the write signals the queue's eventfd: the device's threads
-///            see no difference, and no vCPU thread serves a queue.
+///            see no difference, and no vCPU thread serves a queue, but of devices that want it so (Device::takes_kicks).
 /// Frozen:    features at FEATURES_OK; a queue's size and addresses from queue_enable on, and everything at DRIVER_OK.
 /// Threading: any thread. mutex_ guards the registers and is held over the device's start() and stop(); the interrupt
 ///            side (Transport, Queue hooks) takes only irq_mutex_, since the device's threads use it.
