@@ -82,6 +82,17 @@ class Smp(Guest):
         self.assertRegex(result.stdout, r"(?m)^ring3-test: status 0$", self.tail(result))
 
 
+class ChangingCode(Guest):
+    """Code that changes while it runs (changing_code.c): self-modifying, cross-modifying, remapped, socket filters, static keys."""
+
+    def test_it_changes(self):
+        for cpus in ("1", "2"):
+            result = self.boot("cloud", 'quiet ring3.test="changing_code 2000"', "-c", cpus)
+            self.assertEqual(result.returncode, 0, self.tail(result))
+            for part in ("own", *(["other"] if cpus == "2" else []), "written", "aliased", "remapped", "kernel"):
+                self.assertIn("changing-code: %s ok" % part, result.stdout, self.tail(result))
+
+
 class KeptCode(Guest):
     """Translations kept between runs: what the guest computes is the same, and a file that is no good is no harm."""
 
