@@ -1,14 +1,13 @@
 // libFuzzer target of kept code: any file is refused with one line, or everything that is found in it has its numbers in
 // range. scripts/fuzz builds and runs it with clang.
 #include <cstdlib>
-#include <vector>
 
 #include "engine/translate/kept_code.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const ring3::u8* data, std::size_t size) {
   using namespace ring3;  // NOLINT: a test
   using namespace ring3::engine;
-  std::vector<u8> file(data, data + size);
+  RawBytes file(data, data + size);
   KeptCode::seal(&file, 1);
   std::string refused;
   const auto kept = KeptCode::parse(std::move(file), 1, &refused);
@@ -21,7 +20,7 @@ extern "C" int LLVMFuzzerTestOneInput(const ring3::u8* data, std::size_t size) {
       if (!kept->find(s, 1, &block)) continue;
       const auto inside = [&](u32 offset, u32 bytes) { return offset <= out.code.size() && bytes <= out.code.size() - offset; };
       bool fine = out.cold > 0 && out.cold <= out.code.size() && out.entry < out.cold && out.frame_entry + 5 <= out.cold &&
-                  out.dead_stub < out.code.size() && out.bytes <= s.bytes.size() && out.insns <= 64;
+                  out.dead_stub < out.code.size() && out.bytes <= s.bytes.size() && out.insns <= kMaxBlockInsns;
       for (const DirectExit& e : out.exits) {
         fine &= inside(e.field, 4) && inside(e.slot, 4) && inside(e.tag, 4) && e.stub < out.code.size();
         fine &= e.bias == DirectExit::kSamePage || inside(e.bias, e.wide ? 8 : 4);
