@@ -114,7 +114,8 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
     // Another field naming the same register may be the one that is written.
     const bool alone =
         !((r.gpr_fields & kGprReg) && e.reg == e.rm) && !((r.gpr_fields & kGprVvvv) && e.vvvv == e.rm);
-    rm_in_frame = alone && (!written || size != 4);
+    // Of bytes and words: the next read of the whole register would wait for such a store.
+    rm_in_frame = alone && (!written || size == 8);
   }
   struct Substitute {
     u8 guest = kNoReg, scratch = 0;

@@ -10,8 +10,10 @@
     .text
 
 /* From and to XsaveArea at r14. */
-.macro load_vector n
+.macro load_low n
     vmovdqu XMM(\n)(%r14), %xmm\n
+.endm
+.macro load_high n
     vinsertf128 $1, YMMH(\n)(%r14), %ymm\n, %ymm\n
 .endm
 .macro save_vector n
@@ -21,13 +23,47 @@
 .macro push_vector n
     vmovdqu %ymm\n, 32*\n(%rsp)
 .endm
-.macro pop_vector n
-    vmovdqu 32*\n(%rsp), %ymm\n
+.macro pop_low n
+    vmovdqu 32*\n(%rsp), %xmm\n
+.endm
+.macro pop_high n
+    vinsertf128 $1, 32*\n+16(%rsp), %ymm\n, %ymm\n
 .endm
 .macro all op
     .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
     \op \n
     .endr
+.endm
+
+/* Upper halves that are all zero are left as VZEROUPPER leaves them: Intel's processors take hundreds of cycles from
+   instructions that write them, were it with zeroes, to SSE's and back. */
+.macro or_high n
+    vorps YMMH(\n)(%r14), %xmm0, %xmm0
+.endm
+.macro or_pushed n
+    vorps 32*\n+16(%rsp), %xmm0, %xmm0
+.endm
+.macro if_high or, label /* clobbers the flags */
+    vxorps %xmm0, %xmm0, %xmm0
+    all \or
+    vptest %xmm0, %xmm0
+    jnz \label
+.endm
+.macro load_vectors /* from r14 */
+    if_high or_high, 91f
+    all load_low
+    jmp 92f
+91: all load_low
+    all load_high
+92:
+.endm
+.macro pop_vectors
+    if_high or_pushed, 91f
+    all pop_low
+    jmp 92f
+91: all pop_low
+    all pop_high
+92:
 .endm
 
 .macro put_away /* r14 */
@@ -65,7 +101,7 @@ ring3_jit_enter:
     je 1f
     mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     ldmxcsr 24(%r14)
-    all load_vector
+    load_vectors
 1:
     mov SLOT(RING3_FRAME_STATE_RFLAGS), %r14
     mov (%r14), %rax
@@ -276,7 +312,7 @@ thunk \name
     mov 32(%rbp), %r9             /* as it was pushed */
     cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     jne 1f
-    all pop_vector
+    pop_vectors
 1:
     mov %rbp, %rsp
     pop %rbp
@@ -290,6 +326,7 @@ thunk \name
 
     fill ring3_jit_fill_read, 0
     fill ring3_jit_fill_write, 1
+
 
 /* What it calls leaves the vectors alone. */
 thunk ring3_jit_system_op
@@ -322,7 +359,7 @@ ring3_jit_call_out:
     mov %rdi, %rax
     mov %rsi, %rdi
     call *%rax
-    all pop_vector
+    pop_vectors
     mov %rbp, %rsp
     pop %rbp
     ret
@@ -371,7 +408,7 @@ thunk ring3_jit_exit_transit
     movl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     ldmxcsr 24(%r14)
-    all load_vector
+    load_vectors
     mov %rax, %r14
     mov KEPT(0), %rax
     jmp *%r14
