@@ -73,6 +73,21 @@ class Share(unittest.TestCase):
         self.assertEqual(os.readlink(os.path.join(self.root, "a/soft")), "moved")
         self.assertFalse(os.path.exists(os.path.join(self.root, "many")))
 
+    def test_set_user_id_bits_go_when_another_writes(self):
+        # What was looked at just before is not believed afterwards.
+        self.put("tool", b"tool")
+        os.chmod(os.path.join(self.root, "tool"), 0o4777)
+        out = self.shared("""
+            adduser -D -H someone 2> /dev/null || echo 'someone:x:1000:1000::/:/bin/sh' >> /etc/passwd
+            stat -c '%a' tool; echo more >> tool; stat -c 'root %a' tool
+            su someone -c 'echo more >> tool'; stat -c 'someone %a' tool
+            chmod 4777 tool; su someone -c ': > tool'; stat -c 'cut %a' tool
+            chmod 6777 tool; chown 1000 tool; stat -c 'given %a' tool
+            """)
+        self.assertIn("\n4777\n", out)
+        for line in ("root 4777", "someone 777", "cut 777", "given 777"):
+            self.assertIn("\n%s\n" % line, out, out[-2000:])
+
     def test_nothing_leaves_the_directory(self):
         with open(os.path.join(self.base, "secret"), "w") as f:
             f.write("the host's secret")

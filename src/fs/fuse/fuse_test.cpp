@@ -177,6 +177,81 @@ TEST_F(Fuse, AttributesChange) {
   EXPECT_EQ(client.setattr(kRoot, want), -EISDIR);
 }
 
+TEST_F(Fuse, SetUserIdBitsGoWithWritesTruncationsAndOwners) {
+  ASSERT_EQ(client.init(), 0);
+  EXPECT_NE(client.get<fuse_init_out>().flags & FUSE_HANDLE_KILLPRIV_V2, 0u);
+  for (const bool privileged : {false, true}) {
+    if (privileged && geteuid() != 0) continue;
+    SCOPED_TRACE(privileged);
+    Client one{tree.root, {false, privileged, std::nullopt, 1000}};
+    ASSERT_EQ(one.init(), 0);
+    one.uid = geteuid();
+    one.gid = getegid();
+    u64 fh = 0;
+    ASSERT_EQ(one.create(kRoot, privileged ? "p" : "u", O_RDWR, 0600, fh), 0);
+    const std::string path = tree.root + (privileged ? "/p" : "/u");
+    const u64 node = one.get<fuse_entry_out>().nodeid;
+    const auto set = [&](mode_t mode) { EXPECT_EQ(chmod(path.c_str(), mode), 0); };
+    const auto mode = [&] {
+      struct stat info {};
+      EXPECT_EQ(stat(path.c_str(), &info), 0);
+      return info.st_mode & 07777;
+    };
+    // The guest is not told when they go, so it may not keep the attributes.
+    set(0644);
+    ASSERT_EQ(one.getattr(node), 0);
+    EXPECT_EQ(one.get<fuse_attr_out>().attr_valid, 1u);
+    set(04755);
+    ASSERT_EQ(one.getattr(node), 0);
+    EXPECT_EQ(one.get<fuse_attr_out>().attr_valid, 0u);
+    EXPECT_EQ(one.get<fuse_attr_out>().attr_valid_nsec, 0u);
+
+    fuse_setattr_in owner{};
+    owner.valid = FATTR_UID | FATTR_GID;
+    owner.uid = geteuid();
+    owner.gid = getegid();
+    set(06755);
+    EXPECT_EQ(one.setattr(node, owner), 0);
+    EXPECT_EQ(mode(), 0755u);
+
+    if (!privileged) continue;  // else this process's capabilities are no user's
+    fuse_write_in want{};
+    want.fh = fh;
+    want.size = 1;
+    want.write_flags = FUSE_WRITE_KILL_SUIDGID;
+    Bytes write;
+    append(write, want);
+    write.push_back('x');
+    set(06755);
+    EXPECT_EQ(one.call(FUSE_WRITE, node, write), 0);
+    EXPECT_EQ(mode(), 0755u);
+    set(02745);  // no group execution: not what set-group-ID means
+    EXPECT_EQ(one.call(FUSE_WRITE, node, write), 0);
+    EXPECT_EQ(mode(), 02745u);
+    set(04755);
+    EXPECT_EQ(one.write(fh, 0, "y"), 1);  // the guest's root may keep them
+    EXPECT_EQ(mode(), 04755u);
+
+    fuse_setattr_in size{};
+    size.valid = FATTR_SIZE | FATTR_KILL_SUIDGID;
+    EXPECT_EQ(one.setattr(node, size), 0);
+    EXPECT_EQ(mode(), 0755u);
+
+    set(04755);
+    Bytes open;
+    append(open, fuse_open_in{O_WRONLY | O_TRUNC, FUSE_OPEN_KILL_SUIDGID});
+    EXPECT_EQ(one.call(FUSE_OPEN, node, open), 0);
+    EXPECT_EQ(mode(), 0755u);
+
+    set(04755);
+    Bytes create;
+    append(create, fuse_create_in{O_WRONLY | O_TRUNC, 0600, 0, FUSE_OPEN_KILL_SUIDGID});
+    append_text(create, "p");
+    EXPECT_EQ(one.call(FUSE_CREATE, kRoot, create), 0);
+    EXPECT_EQ(mode(), 0755u);
+  }
+}
+
 TEST_F(Fuse, DirectoriesAreListedWhole) {
   std::multiset<std::string> expected{".", ".."};
   for (int i = 0; i < 200; i++) {

@@ -50,9 +50,8 @@ int Server::readdir(const fuse_in_header& h, Arguments& in, Reply& out, bool plu
         // Gone meanwhile, or not to be had: then it is a name without a node, which the guest looks up itself.
         if (find(*node, name, child, info) == 0) {
           record.entry_out.nodeid = child->id;
-          record.entry_out.entry_valid = record.entry_out.attr_valid = options_.cache_ms / 1000;
-          record.entry_out.entry_valid_nsec = record.entry_out.attr_valid_nsec = options_.cache_ms % 1000 * 1'000'000;
-          to_attr(info, *child, record.entry_out.attr);
+          put_name_validity(record.entry_out);
+          put_attr(info, *child, record.entry_out);
         }
       }
       record.dirent.ino = record.entry_out.nodeid != 0 ? record.entry_out.attr.ino : static_cast<u64>(entry.d_ino);

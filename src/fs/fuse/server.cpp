@@ -136,7 +136,7 @@ int Server::init(Arguments& in, Reply& out) {
   answer.max_readahead = std::min(want.max_readahead, kMostData);
   constexpr u32 kOffered = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ATOMIC_O_TRUNC | FUSE_AUTO_INVAL_DATA | FUSE_DO_READDIRPLUS |
                            FUSE_READDIRPLUS_AUTO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO |
-                           FUSE_EXPORT_SUPPORT;
+                           FUSE_EXPORT_SUPPORT | FUSE_HANDLE_KILLPRIV_V2;
   // EXPORT_SUPPORT would have "." and ".." looked up, which are refused here.
   answer.flags = want.flags & kOffered & ~static_cast<u32>(FUSE_EXPORT_SUPPORT);
   answer.max_background = 64;
@@ -199,9 +199,8 @@ void Server::to_attr(const struct stat& info, const Node& node, fuse_attr& attr)
 int Server::put_entry(const Node& node, const struct stat& info, Reply& out) {
   fuse_entry_out entry{};
   entry.nodeid = node.id;
-  entry.entry_valid = entry.attr_valid = options_.cache_ms / 1000;
-  entry.entry_valid_nsec = entry.attr_valid_nsec = options_.cache_ms % 1000 * 1'000'000;
-  to_attr(info, node, entry.attr);
+  put_name_validity(entry);
+  put_attr(info, node, entry);
   if (out.put(entry)) return 0;
   inodes_.forget(node.id, 1);  // the guest will not hear of it
   return -EINVAL;
@@ -226,8 +225,7 @@ int Server::lookup(const fuse_in_header& h, Arguments& in, Reply& out) {
   const int error = entry(*parent, name, out);
   if (error != -ENOENT) return error;
   fuse_entry_out none{};  // node 0: the guest may remember for a while that there is nothing
-  none.entry_valid = options_.cache_ms / 1000;
-  none.entry_valid_nsec = options_.cache_ms % 1000 * 1'000'000;
+  put_name_validity(none);
   return out.put(none) ? 0 : -EINVAL;
 }
 
@@ -254,9 +252,7 @@ int Server::getattr(const fuse_in_header& h, Arguments& in, Reply& out) {
   struct stat info {};
   if (fstatat(node->fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return -errno;
   fuse_attr_out answer{};
-  answer.attr_valid = options_.cache_ms / 1000;
-  answer.attr_valid_nsec = options_.cache_ms % 1000 * 1'000'000;
-  to_attr(info, *node, answer.attr);
+  put_attr(info, *node, answer);
   return out.put(answer) ? 0 : -EINVAL;
 }
 
@@ -267,7 +263,11 @@ int Server::setattr(const fuse_in_header& h, Arguments& in, Reply& out) {
   if (!in.take(want)) return -EINVAL;
   if (node->opaque) return -EPERM;
   const std::string number = std::to_string(node->fd.get());
-  if ((want.valid & (FATTR_UID | FATTR_GID)) != 0 && options_.privileged) {
+  const bool changes_owner = (want.valid & (FATTR_UID | FATTR_GID)) != 0;
+  if (options_.privileged ? (want.valid & FATTR_KILL_SUIDGID) != 0 : changes_owner) {
+    if (const int error = drop_id_bits(node->fd.get()); error != 0) return error;
+  }
+  if (changes_owner && options_.privileged) {
     const uid_t uid = (want.valid & FATTR_UID) != 0 ? want.uid : static_cast<uid_t>(-1);
     const gid_t gid = (want.valid & FATTR_GID) != 0 ? want.gid : static_cast<gid_t>(-1);
     if (fchownat(node->fd.get(), "", uid, gid, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return -errno;
@@ -303,9 +303,7 @@ int Server::setattr(const fuse_in_header& h, Arguments& in, Reply& out) {
   struct stat info {};
   if (fstatat(node->fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return -errno;
   fuse_attr_out answer{};
-  answer.attr_valid = options_.cache_ms / 1000;
-  answer.attr_valid_nsec = options_.cache_ms % 1000 * 1'000'000;
-  to_attr(info, *node, answer.attr);
+  put_attr(info, *node, answer);
   return out.put(answer) ? 0 : -EINVAL;
 }
 
@@ -453,6 +451,16 @@ int Server::reopen(const Node& node, int flags, UniqueFd& fd) const {
   return fd ? 0 : -errno;
 }
 
+/// What the host's kernel does of itself when a user writes or truncates, and when root changes the owner; for the other half.
+/// As there, set-group-ID without the group's execute bit is something else, and stays.
+int Server::drop_id_bits(int fd) const {
+  struct stat info {};
+  if (fstatat(fd, "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return -errno;
+  const mode_t drop = (info.st_mode & S_ISUID) | ((info.st_mode & S_IXGRP) != 0 ? info.st_mode & S_ISGID : 0);
+  if (!S_ISREG(info.st_mode) || drop == 0) return 0;
+  return fchmodat(proc_fds_.get(), std::to_string(fd).c_str(), info.st_mode & 07777 & ~drop, 0) == 0 ? 0 : -errno;
+}
+
 int Server::add_open(UniqueFd fd, bool is_directory, u64& handle) {
   auto file = std::make_shared<Open>();
   file->fd = std::move(fd);
@@ -485,6 +493,9 @@ int Server::open(const fuse_in_header& h, Arguments& in, Reply& out, bool is_dir
   if (options_.read_only && ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC) != 0)) return -EROFS;
   UniqueFd fd;
   if (const int error = reopen(*node, flags, fd); error != 0) return error;
+  if ((want.open_flags & FUSE_OPEN_KILL_SUIDGID) != 0 && !is_directory && options_.privileged && !options_.read_only) {
+    if (const int error = drop_id_bits(fd.get()); error != 0) return error;
+  }
   fuse_open_out answer{};
   if (const int error = add_open(std::move(fd), is_directory, answer.fh); error != 0) return error;
   // AUTO_INVAL_DATA drops the pages of a file that has changed; those of others may stay.
@@ -519,6 +530,7 @@ int Server::create_file(const fuse_in_header& h, Arguments& in, Reply& out) {
     if (fstat(fd.get(), &mine) != 0 || mine.st_ino != node->inode || mine.st_dev != node->device) error = -EAGAIN;
   } else {
     error = S_ISDIR(node->type) ? -EISDIR : reopen(*node, flags, fd);
+    if (error == 0 && (want.open_flags & FUSE_OPEN_KILL_SUIDGID) != 0 && options_.privileged) error = drop_id_bits(fd.get());
   }
   if (error == 0 && fstatat(node->fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) error = -errno;
   if (error == 0) error = add_open(std::move(fd), false, handle);
@@ -573,6 +585,9 @@ int Server::write(Arguments& in, Reply& out) {
   const auto data = in.rest();
   if (want.size > data.size() || want.size > kMostData) return -EINVAL;
   if (want.offset > static_cast<u64>(INT64_MAX) - kMostData) return -EFBIG;
+  if ((want.write_flags & FUSE_WRITE_KILL_SUIDGID) != 0 && options_.privileged) {
+    if (const int error = drop_id_bits(file->fd.get()); error != 0) return error;
+  }
   fuse_write_out answer{};
   while (answer.size < want.size) {
     const ssize_t wrote = ::pwrite(file->fd.get(), data.data() + answer.size, want.size - answer.size, static_cast<off_t>(want.offset + answer.size));

@@ -39,7 +39,10 @@ class Reply;
 ///            to a chown and leaves the owner as it is, so that tar and cp work.
 /// Locks:     not offered, so that the guest's kernel keeps them: they hold among the guest's processes.
 /// Not there: extended attributes, ACLs, device nodes (EPERM), ioctl, poll, DAX.
-/// Caching:   names and attributes may be kept by the guest for Options::cache_ms; file data until the size or
+/// Set-user-ID and set-group-ID bits: taken away here by a write, a truncation or a change of owner, where the guest's kernel asks for
+///            it (HANDLE_KILLPRIV_V2; else it would ask for attributes before each chown).
+/// Caching:   names and attributes may be kept by the guest for Options::cache_ms, but attributes of files with such bits not at
+///            all, since it is not told when they go; file data until the size or
 ///            modification time changes. Writes go through to the host's page cache.
 /// Threading: handle() on any number of threads at once.
 /// Trust:     requests are hostile. A handler checks what it is given; an answer never is longer than `reply`.
@@ -111,10 +114,24 @@ class Server {
   int made(const fuse_in_header& h, const Node& parent, const char* name, u32 mode, Reply& out);
   int adopt(const fuse_in_header& h, const Node& parent, int fd, u32 mode);
   int reopen(const Node& node, int flags, UniqueFd& fd) const;
+  int drop_id_bits(int fd) const;
   int add_open(UniqueFd fd, bool directory, u64& handle);
   OpenPtr opened(u64 handle) const;
   NodePtr directory(u64 nodeid) const;
   void to_attr(const struct stat& info, const Node& node, fuse_attr& attr) const;
+  /// For fuse_entry_out and fuse_attr_out.
+  template <class T>
+  void put_attr(const struct stat& info, const Node& node, T& out) const {
+    const bool kept = !S_ISREG(info.st_mode) || (info.st_mode & (S_ISUID | S_ISGID)) == 0;
+    out.attr_valid = kept ? options_.cache_ms / 1000 : 0;
+    out.attr_valid_nsec = kept ? options_.cache_ms % 1000 * 1'000'000 : 0;
+    to_attr(info, node, out.attr);
+  }
+  template <class T>
+  void put_name_validity(T& entry) const {
+    entry.entry_valid = options_.cache_ms / 1000;
+    entry.entry_valid_nsec = options_.cache_ms % 1000 * 1'000'000;
+  }
   u32 shown_uid(u32 host) const { return options_.own_id && host == uid_ ? *options_.own_id : host; }
   u32 shown_gid(u32 host) const { return options_.own_id && host == gid_ ? *options_.own_id : host; }
 

@@ -12,6 +12,8 @@ struct SlotRequest {
   u32 length = 0;
   u32 room = 0;
 };
+/// In place of a slot: nothing but what lies in the DeferredRing is to be served.
+inline constexpr u32 kNoSlot = ~u32{0};
 /// Server to VMM: the answer does. 0: there is none.
 struct SlotAnswer {
   u32 slot = 0;
@@ -34,6 +36,16 @@ struct NearChannel {
   std::atomic<u32> state;
   SlotRequest request;
   std::atomic<u64> answer;  ///< slot above, length below: read once, since the server may write at any time
+};
+
+/// Behind that page, requests that nobody waits for (deferred.hpp): each a length (u32) and as many bytes, around the end of `bytes`.
+/// Whatever else the server is asked, it takes these first; kNoSlot asks for them alone.
+struct DeferredRing {
+  static constexpr u32 kBytes = 1 << 14;
+  static constexpr u32 kMostMessage = 2048;
+  alignas(64) std::atomic<u32> written;  ///< VMM: bytes so far, as is the next; both run around
+  alignas(64) std::atomic<u32> taken;    ///< server
+  alignas(64) u8 bytes[kBytes];
 };
 
 }  // namespace ring3::fs

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <latch>
@@ -35,8 +36,35 @@ std::span<u8> request_part(u8* arena, u32 slot) { return {arena + slot * kSlotBy
 std::span<u8> reply_part(u8* arena, u32 slot) { return {arena + slot * kSlotBytes + kSlotPart, Server::kMostMessage}; }
 // SAFETY: zeroed, page-aligned memory of the arena that nothing else uses; a NearChannel is plain words.
 NearChannel& near_channel(u8* arena) { return *reinterpret_cast<NearChannel*>(arena + kArena); }
+// SAFETY: the same, in the pages behind.
+DeferredRing& deferred_ring(u8* arena) { return *reinterpret_cast<DeferredRing*>(arena + kArena + kPageSize); }
+
+/// Takes what nobody waits for. One thread at a time; another one has nothing to wait for.
+void serve_deferred(u8* arena, Server& server) {
+  DeferredRing& ring = deferred_ring(arena);
+  if (ring.written.load(std::memory_order_acquire) == ring.taken.load(std::memory_order_relaxed)) return;
+  static std::mutex mutex;
+  const std::unique_lock lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return;
+  u32 taken = ring.taken.load(std::memory_order_relaxed);
+  const auto take = [&](u8* to, u32 size) {
+    for (u32 i = 0; i < size; i++) to[i] = ring.bytes[(taken + i) % DeferredRing::kBytes];
+    taken += size;
+  };
+  while (ring.written.load(std::memory_order_acquire) != taken) {
+    u32 length = 0;
+    std::array<u8, DeferredRing::kMostMessage> request;
+    std::array<u8, 64> reply;
+    take(reinterpret_cast<u8*>(&length), sizeof length);
+    if (length > request.size()) _exit(0);
+    take(request.data(), length);
+    server.handle(std::span(request).first(length), reply);
+    ring.taken.store(taken, std::memory_order_release);
+  }
+}
 
 SlotAnswer serve_slot(const SlotRequest& message, u8* arena, Server& server) {
+  serve_deferred(arena, server);
   const auto request = request_part(arena, message.slot);
   const auto reply = reply_part(arena, message.slot);
   return {message.slot, static_cast<u32>(server.handle(request.first(std::min<std::size_t>(message.length, request.size())),
@@ -56,6 +84,7 @@ void work(int socket, u8* arena, Server& server) {
     const ssize_t got = recv(socket, &message, sizeof message, 0);
     if (got < 0 && errno == EINTR) continue;
     if (got != static_cast<ssize_t>(sizeof message)) _exit(0);
+    if (message.slot == kNoSlot) serve_deferred(arena, server);
     if (message.slot >= ShareProcess::kSlots) continue;
     send_answer(socket, serve_slot(message, arena, server));
   }
@@ -144,11 +173,12 @@ bool stay_on(int cpu, pid_t thread) {
 }  // namespace
 
 NearChannel& ShareProcess::near() const { return near_channel(arena_.data()); }
+DeferredRing& ShareProcess::deferred() const { return deferred_ring(arena_.data()); }
 
 Result<std::unique_ptr<ShareProcess>> ShareProcess::start(const Config& config) {
   UniqueFd root(open(config.directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!root) return Error::from_errno("cannot share " + config.directory);
-  auto arena = Mapping::shared_anonymous(kArena + kPageSize);
+  auto arena = Mapping::shared_anonymous(kArena + kPageSize + sizeof(DeferredRing));
   if (!arena) return arena.error();
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) return Error::from_errno("socketpair");
@@ -257,6 +287,29 @@ bool ShareProcess::await(std::chrono::nanoseconds most) {
   if (held) sched_setaffinity(0, sizeof before, &before);
   u32 asked = NearChannel::kAsked;
   return !state.compare_exchange_strong(asked, NearChannel::kUnwatched, std::memory_order_acq_rel);
+}
+
+bool ShareProcess::defer(std::span<const u8> request) {
+  DeferredRing& ring = deferred();
+  const u32 used = deferred_written_ - ring.taken.load(std::memory_order_acquire);
+  // A server that has been taken over may say anything; what is laid down stays within the ring.
+  if (used > DeferredRing::kBytes || request.size() > DeferredRing::kMostMessage || DeferredRing::kBytes - used < request.size() + sizeof(u32)) return false;
+  const auto put = [&](const u8* from, u32 size) {
+    for (u32 i = 0; i < size; i++) ring.bytes[(deferred_written_ + i) % DeferredRing::kBytes] = from[i];
+    deferred_written_ += size;
+  };
+  const u32 length = static_cast<u32>(request.size());
+  put(reinterpret_cast<const u8*>(&length), sizeof length);
+  put(request.data(), length);
+  ring.written.store(deferred_written_, std::memory_order_release);
+  return true;
+}
+
+void ShareProcess::flush_deferred() {
+  if (deferred().taken.load(std::memory_order_acquire) == deferred_written_) return;
+  const SlotRequest message{kNoSlot, 0, 0};
+  // Gone, or so busy that the socket is full: then it comes by them with what it is asked.
+  [[maybe_unused]] const ssize_t sent = send(socket_.get(), &message, sizeof message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 ShareProcess::Received ShareProcess::receive(Answer& answer) {

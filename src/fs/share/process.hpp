@@ -16,6 +16,7 @@
 
 namespace ring3::fs {
 
+struct DeferredRing;
 struct NearChannel;
 
 /// A directory of the host, served to a guest by a process of its own.
@@ -27,7 +28,8 @@ struct NearChannel;
 /// Messages: slots of shared memory, each with room for a request and its answer. The socket carries slot numbers and
 ///   lengths. This side looks at no byte of an answer: it is the guest's to read. A length that does not fit is cut.
 /// Wake-ups: between CPUs one takes as long as serving some requests does. A request that somebody waits for goes to the near
-///   thread, which runs on the CPU of the one who waits: two switches there, none elsewhere.
+///   thread, which runs on the CPU of the one who waits: two switches there, none elsewhere. What nobody waits for is laid
+///   down, and served with the next request.
 /// Threading: start() before other threads exist (it forks); the rest, but await(), on one thread at a time.
 class ShareProcess {
  public:
@@ -59,6 +61,11 @@ class ShareProcess {
   /// Threading: at any time beside the other calls, once for each submit_near(), on its thread.
   bool await(std::chrono::nanoseconds most);
 
+  /// Lays down a request whose answer the caller has given already (deferred.hpp). The server takes it before the next one, or at
+  /// flush_deferred(). False: there is no room, or it is too long.
+  bool defer(std::span<const u8> request);
+  void flush_deferred();
+
   struct Answer {
     u32 slot = 0;
     std::size_t length = 0;
@@ -85,6 +92,7 @@ class ShareProcess {
   ShareProcess(Mapping arena, UniqueFd socket, pid_t pid) : arena_(std::move(arena)), socket_(std::move(socket)), pid_(pid) {}
 
   NearChannel& near() const;
+  DeferredRing& deferred() const;
   Received finish(u32 slot, u32 length, Answer& answer);
 
   Mapping arena_;
@@ -93,6 +101,7 @@ class ShareProcess {
   std::array<Slot, kSlots> slots_{};
   std::optional<u32> near_slot_;  ///< what the near thread is at
   int near_cpu_ = -1;             ///< where it was told to run
+  u32 deferred_written_ = 0;
 };
 
 }  // namespace ring3::fs

@@ -192,6 +192,54 @@ TEST_F(Share, TheNearThreadTakesOneAtATime) {
   }
 }
 
+TEST_F(Share, DeferredRequestsAreServedBeforeTheNextAndOnTheirOwn) {
+  init();
+  const auto inodes = [&] {  // descriptors of the process: one for each inode that the guest knows
+    const std::string fds = "/proc/" + std::to_string(process->pid()) + "/fd";
+    return std::distance(std::filesystem::directory_iterator(fds), {});
+  };
+  const auto look_up = [&] {
+    fuse_entry_out found{};
+    const std::string entry = call(FUSE_LOOKUP, 1, std::string("x\0", 2));
+    if (entry.size() == sizeof found) std::memcpy(&found, entry.data(), sizeof found);
+    return found.nodeid;
+  };
+  const auto forget = [&](u64 node) {
+    fuse_in_header h{};
+    h.len = sizeof h + sizeof(fuse_forget_in);
+    h.opcode = FUSE_FORGET;
+    h.nodeid = node;
+    const std::string request = text(h) + text(fuse_forget_in{1});
+    return process->defer({reinterpret_cast<const u8*>(request.data()), request.size()});
+  };
+  const auto none = inodes();
+  // Many times around the ring.
+  for (int i = 0; i < 1000; i++) {
+    near_for.reset();
+    if (i % 2 == 0) near_for = std::chrono::milliseconds(100);
+    const u64 node = look_up();
+    ASSERT_NE(node, 0u);
+    EXPECT_TRUE(forget(node));
+  }
+  call(FUSE_STATFS, 1, "");
+  EXPECT_EQ(inodes(), none);
+  near_for.reset();
+  EXPECT_TRUE(forget(look_up()));
+  EXPECT_EQ(inodes(), none + 1);
+  process->flush_deferred();
+  for (int i = 0; i < 2000 && inodes() != none; i++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_EQ(inodes(), none);
+  // A ring that is full, and a message that is too long, are said.
+  int laid = 0;
+  while (laid < 100000 && forget(99)) laid++;
+  EXPECT_GT(laid, 100);
+  EXPECT_LT(laid, 100000);
+  call(FUSE_STATFS, 1, "");
+  EXPECT_EQ(error, 0);
+  EXPECT_TRUE(forget(99));
+  EXPECT_FALSE(process->defer(std::vector<u8>(4096)));
+}
+
 TEST_F(Share, TheJailStands) {
   init();
   EXPECT_EQ(status_line("NoNewPrivs"), "1");

@@ -1,12 +1,15 @@
 #include "devices/virtio/fs/fs.hpp"
 
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "base/log.hpp"
+#include "fs/fuse/deferred.hpp"
 
 namespace ring3::virtio {
 
@@ -47,6 +50,17 @@ void Fs::start(u64, std::span<Queue* const> queues) {
       for (Queue* queue : queues_) serve(*queue, lock, false);
     });
   }
+  timer_.reset(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+  if (status && timer_) {
+    status = loop_.add(timer_.get(), EPOLLIN, [this](u32) {
+      Lock lock(mutex_);
+      u64 times;
+      [[maybe_unused]] const ssize_t got = ::read(timer_.get(), &times, sizeof times);
+      timer_runs_ = false;
+      process_->flush_deferred();
+      tell();
+    });
+  }
   if (status) status = loop_.start("virtio-fs");
   if (!status) {
     log::error("share {}: {}", tag_, status.error().message);
@@ -65,6 +79,8 @@ void Fs::stop() {
   loop_.stop();
   process_->abandon();
   for (InFlight& request : in_flight_) request = {};
+  timer_runs_ = false;
+  untold_ = 0;
   queues_.clear();
 }
 
@@ -102,8 +118,12 @@ bool Fs::take_all(Queue& queue, Lock& lock, bool wait) {
       return true;
     }
     const std::size_t length = request.chain.read(0, part.data(), part.size());
-    const std::size_t room = static_cast<std::size_t>(std::min<u64>(request.chain.writable_bytes(), ~u32{0}));
     request.queue = &queue;
+    if (defer(request, part.first(length))) {
+      process_->release(*slot);
+      continue;
+    }
+    const std::size_t room = static_cast<std::size_t>(std::min<u64>(request.chain.writable_bytes(), ~u32{0}));
     bool near = wait && length + room <= kMostWaitedFor;
     if (near && no_wait_ != 0) no_wait_--, near = false;
     if (near && process_->submit_near(*slot, length, room)) {
@@ -130,21 +150,47 @@ void Fs::serve(Queue& queue, Lock& lock, bool wait) {
   } while (queue.enable_kicks());
 }
 
+/// Hands a request back whose answer is known. False: it is none, or there is no room for it.
+bool Fs::defer(InFlight& request, std::span<const u8> message) {
+  if (!timer_) return false;
+  std::array<u8, 16> answer;
+  const auto known = fs::deferred_answer(message, std::span(answer).first(static_cast<std::size_t>(std::min<u64>(answer.size(), request.chain.writable_bytes()))));
+  if (!known || !process_->defer(message)) return false;
+  request.queue->complete(request.chain, static_cast<u32>(request.chain.write(0, answer.data(), *known)));
+  if (*known != 0) {
+    request.queue->notify();
+  } else {
+    if (request.queue != untold_queue_) tell();
+    untold_queue_ = request.queue;
+    if (++untold_ >= kMostUntold) tell();
+  }
+  if (!std::exchange(timer_runs_, true)) {
+    const itimerspec once{{}, {0, std::chrono::nanoseconds(kDeferral).count()}};
+    timerfd_settime(timer_.get(), 0, &once, nullptr);
+  }
+  return true;
+}
+
+/// Tells the driver of what it was not told yet.
+void Fs::tell() {
+  if (std::exchange(untold_, 0) != 0) untold_queue_->notify();
+}
+
 void Fs::take_answers(bool near) {
   fs::ShareProcess::Answer answer;
-  bool any = false;
+  Queue* queue = nullptr;
   while (!gone_) {
     const auto received = std::exchange(near, false) ? process_->receive_near(answer) : process_->receive(answer);
     if (received == fs::ShareProcess::Received::kGone) return give_up("its process has ended");
     if (received == fs::ShareProcess::Received::kNone) break;
     InFlight& request = in_flight_[answer.slot];
     const std::size_t written = request.chain.write(0, process_->reply(answer.slot).data(), answer.length);
-    request.queue->complete(request.chain, static_cast<u32>(written));
+    if (queue != nullptr && queue != request.queue) queue->notify();
+    queue = request.queue;
+    queue->complete(request.chain, static_cast<u32>(written));
     process_->release(answer.slot);
-    any = true;
   }
-  if (!any) return;
-  for (Queue* queue : queues_) queue->notify();
+  if (queue != nullptr) queue->notify();
 }
 
 void Fs::give_up(const char* why) {

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "base/unique_fd.hpp"
 #include "devices/virtio/core/device.hpp"
 #include "devices/virtio/core/event_loop.hpp"
 #include "fs/share/process.hpp"
@@ -22,8 +23,10 @@ namespace ring3::virtio {
 ///            itself, has the process's near thread serve it, and finds the answer and its interrupt when it goes on: no other
 ///            thread is woken. Large requests, those that find the near thread busy, and for a while all after
 ///            one that took long, go to the process's other threads, and their answers come back on the device's own.
+/// Deferred:  requests whose answer is known (fs/fuse/deferred.hpp) are handed back at once, and served with the next one or
+///            kDeferral later. The driver waits for no FORGET: it is told of them some at a time.
 /// Threading: the device's thread and any vCPU's; mutex_ guards queues and process, and is not held in a wait.
-/// Trust:     messages are passed on unread; the answer is cut to the room that the request's descriptors have. A server that
+/// Trust:     messages are passed on unread, but for what deferred_answer() looks at; the answer is cut to the room that the request's descriptors have. A server that
 ///            has died, or breaks its protocol, ends the device (DEVICE_NEEDS_RESET), not the VM.
 class Fs final : public Device {
  public:
@@ -45,6 +48,8 @@ class Fs final : public Device {
  private:
   static constexpr std::size_t kMostWaitedFor = 64 * 1024;  ///< bytes of request and room
   static constexpr std::chrono::microseconds kMostWait{300};
+  static constexpr std::chrono::milliseconds kDeferral{10};
+  static constexpr unsigned kMostUntold = 32;  ///< requests without an answer that are handed back with one interrupt
   struct InFlight {
     Chain chain;
     Queue* queue = nullptr;
@@ -54,6 +59,8 @@ class Fs final : public Device {
   void serve(Queue& queue, Lock& lock, bool wait);
   bool take_all(Queue& queue, Lock& lock, bool wait);
   void take_answers(bool near);
+  bool defer(InFlight& request, std::span<const u8> message);
+  void tell();
   void give_up(const char* why);
 
   std::string tag_;
@@ -66,6 +73,10 @@ class Fs final : public Device {
   unsigned kicks_ = 0;            ///< vCPU threads in kicked()
   unsigned late_ = 0;             ///< waits in a row that were too long
   unsigned no_wait_ = 0;          ///< that many requests more are not waited for
+  UniqueFd timer_;                ///< a timerfd: kDeferral after the first request that was deferred
+  bool timer_runs_ = false;
+  unsigned untold_ = 0;           ///< handed back to untold_queue_ without an interrupt
+  Queue* untold_queue_ = nullptr;
   std::vector<Queue*> queues_;
   std::array<InFlight, fs::ShareProcess::kSlots> in_flight_;
   bool gone_ = false;

@@ -1,6 +1,7 @@
 #include "devices/virtio/fs/fs.hpp"
 
 #include <gtest/gtest.h>
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <stdlib.h>
 
@@ -8,6 +9,7 @@
 #include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <random>
 #include <thread>
 
@@ -125,6 +127,38 @@ TEST_P(FsDevice, RequestsAreAnswered) {
   EXPECT_EQ(call(FUSE_STATFS, 1, ""), 0);
   EXPECT_EQ(call(FUSE_LOOKUP, 1, std::string("x/y\0", 4)), -EINVAL);
   EXPECT_GT(interrupts, 0);
+}
+
+TEST_P(FsDevice, WhatNobodyWaitsForIsHandedBackAtOnce) {
+  ASSERT_EQ(init(), 0);
+  const auto files = [&] {
+    return std::distance(std::filesystem::directory_iterator("/proc/" + std::to_string(process->pid()) + "/fd"), {});
+  };
+  const auto before = files();
+  std::ofstream(root + "/x") << "content";
+  ASSERT_EQ(call(FUSE_LOOKUP, 1, std::string("x\0", 2)), 0);
+  const u64 node = guest.get<fuse_entry_out>(kReply + sizeof(fuse_out_header)).nodeid;
+  const fuse_open_in open{O_RDONLY, 0};
+  ASSERT_EQ(call(FUSE_OPEN, node, std::string(reinterpret_cast<const char*>(&open), sizeof open)), 0);
+  fuse_release_in release{};
+  release.fh = guest.get<fuse_open_out>(kReply + sizeof(fuse_out_header)).fh;
+  EXPECT_EQ(files(), before + 2);
+  EXPECT_EQ(call(FUSE_RELEASE, node, std::string(reinterpret_cast<const char*>(&release), sizeof release)), 0);
+  // A FORGET has no answer, but its buffer comes back, and an interrupt for some together.
+  const fuse_forget_in one{1};
+  const u32 length = put_request(FUSE_FORGET, node, std::string(reinterpret_cast<const char*>(&one), sizeof one));
+  const int told = interrupts;
+  for (int i = 0; i < 40; i++) {
+    ASSERT_TRUE(driver->add({{kRequest, length, false}}));
+    ring();
+    const auto d = done();
+    ASSERT_TRUE(d) << i;
+    EXPECT_EQ(d->written, 0u);
+  }
+  for (int i = 0; i < 2000 && (files() != before || interrupts == told); i++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_EQ(files(), before);  // without another request
+  EXPECT_GT(interrupts, told);
+  EXPECT_EQ(call(FUSE_STATFS, 1, ""), 0);
 }
 
 TEST_P(FsDevice, AResetInBetweenForgetsWhatWasUnderWay) {
