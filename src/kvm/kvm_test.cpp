@@ -190,6 +190,21 @@ TEST(Probe, MeasuresTheCounter) {
   EXPECT_FALSE(r->x86_64_v2);
 }
 
+TEST(Probe, WaitsForAGuestThatDidNotGetToRun) {
+  // Nothing for longer than the limit, at no CPU time: a host that is busy with others.
+  auto script = std::make_shared<Script>();
+  script->on_run = [raw = script.get()] {
+    auto* counter = reinterpret_cast<u64*>(raw->ram.value + 0x3000);
+    for (int i = 0; i < 3; i++) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(120));
+      __atomic_fetch_add(counter, 1000, __ATOMIC_RELAXED);
+    }
+  };
+  auto r = probe(std::make_shared<FakeEndpoint>(script), std::chrono::milliseconds(60));
+  ASSERT_TRUE(r.ok()) << r.error().message;
+  EXPECT_GT(r->million_insns_per_second, 0);
+}
+
 TEST(KernelProvider, MissingAndWrongFiles) {
   auto missing = open_kernel_kvm("/nonexistent/kvm");
   ASSERT_FALSE(missing.ok());

@@ -18,7 +18,7 @@ struct ProbeResult {
 /// measures how fast. That /dev/kvm opens says nothing: hosts exist where it opens and ring-0 code
 /// runs a thousand times too slowly, or not at all.
 ///
-/// Time:   `limit` for the whole guest; returns then, whatever the guest does (a kick ends it; a
+/// Time:   `limit` for the whole guest, on a host so busy that its thread does not run up to ten times that; returns then, whatever the guest does (a kick ends it; a
 ///         provider that does not answer kicks is left behind on its thread and reported).
 /// Errors: why the guest did not get to its loop: the failing ioctl, or the unexpected exit.
 Result<ProbeResult> probe(std::shared_ptr<Endpoint> system,

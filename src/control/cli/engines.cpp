@@ -82,6 +82,8 @@ EngineReport examine(EngineKind kind, const EngineOptionMap& options, std::chron
 
 EngineChoice choose(const EngineReport& kvm, const EngineReport& soft) {
   if (!kvm.usable() && !soft.usable()) {
+    // Our own engine runs guests wherever it can be made; a host too busy to measure it on is no reason to run none.
+    if (soft.complete) return {EngineKind::kSoft, "neither could be measured: /dev/kvm: " + kvm.problem + "; software engine: " + soft.problem};
     return {std::nullopt, "no engine works here: /dev/kvm: " + kvm.problem + "; software engine: " + soft.problem};
   }
   if (!kvm.usable()) return {EngineKind::kSoft, "/dev/kvm cannot be used: " + kvm.problem};

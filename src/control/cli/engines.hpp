@@ -39,7 +39,8 @@ struct EngineReport {
 };
 EngineReport examine(EngineKind kind, const EngineOptionMap& options, std::chrono::milliseconds limit);
 
-/// The faster of two usable engines, or the usable one, and why in one line. Pure.
+/// The faster of two usable engines, or the usable one, and why in one line. A software engine that is complete, and that only the
+/// probe guest did not show to be usable, is taken when there is no other. Pure.
 struct EngineChoice {
   std::optional<EngineKind> kind;  ///< nothing: neither is usable
   std::string reason;

@@ -39,6 +39,13 @@ TEST(Choose, SaysWhyThereIsNone) {
   EXPECT_NE(none.reason.find("second"), std::string::npos);
 }
 
+TEST(Choose, TakesOurOwnOnAHostTooBusyToMeasure) {
+  EngineReport soft = broken(EngineKind::kSoft, "the probe guest stands still");
+  soft.opens = soft.complete = true;
+  EXPECT_EQ(choose(broken(EngineKind::kKvm, "first"), soft).kind, EngineKind::kSoft);
+  EXPECT_EQ(choose(working(EngineKind::kKvm, 4), soft).kind, EngineKind::kKvm);
+}
+
 TEST(OpenEngine, UnknownOptionIsNamed) {
   const auto system = open_engine(EngineKind::kSoft, {{"no-such-option", "1"}});
   ASSERT_FALSE(system.ok());
