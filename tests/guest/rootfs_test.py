@@ -3,11 +3,15 @@
 usage: rootfs_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
 """
 import hashlib
+import http.server
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cli"))
@@ -28,7 +32,7 @@ class Rootfs(unittest.TestCase):
         for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "area/below"):
             os.makedirs(os.path.join(self.root, name))
         shutil.copy(shutil.which("busybox"), os.path.join(self.root, "bin/busybox"))
-        for applet in ("sh", "cat", "dd", "md5sum", "id", "uname", "stty", "tty", "ls", "sleep", "seq", "kill"):
+        for applet in ("sh", "cat", "dd", "md5sum", "id", "uname", "stty", "tty", "ls", "sleep", "seq", "kill", "wget", "ip", "mount", "yes", "touch"):
             os.symlink("busybox", os.path.join(self.root, "bin", applet))
 
     def arguments(self, *words):
@@ -76,6 +80,94 @@ class Rootfs(unittest.TestCase):
             self.assertEqual(result.stdout, f.read() + b"/usr\n")
         self.assertFalse(os.path.exists("/ring3-was-here"))
 
+    def running(self, script, *options):
+        """A command in a guest that has said "ready"."""
+        environment = dict(os.environ, TMPDIR=self.temporary)
+        process = subprocess.Popen([support.RING3, *self.arguments(*options, "--rootfs", self.root, "--", "sh", "-c", script)], cwd="/", env=environment,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for clean_up in (process.stderr.close, process.stdout.close, process.wait, process.kill):
+            self.addCleanup(clean_up)
+        self.assertEqual(process.stdout.readline(), b"ready\n")
+        return process
+
+    def test_signals_reach_the_command(self):
+        process = self.running("trap 'echo told; exit 7' TERM; echo ready; while :; do sleep 0.1; done")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out, err), (7, b"told\n", b""))
+        process = self.running("echo ready; sleep 1000; echo not reached")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out, err), (130, b"", b""))
+
+    def test_a_command_that_ignores_signals_is_ended(self):
+        script = "trap '' TERM INT; echo ready; while :; do sleep 1000; done"
+        process = self.running(script, "--stop-timeout", "1")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(60), 143)
+        process = self.running(script)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(60), 130)
+
+    def test_a_reader_that_has_enough(self):
+        process = self.running("echo ready; yes")
+        process.stdout.close()
+        self.assertEqual(process.wait(60), 141)
+        self.assertEqual(process.stderr.read(), b"")
+
+    def test_a_network(self):
+        class Page(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"from the host")
+
+            def log_message(self, *_):
+                pass
+
+        with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            # What stands in the root's file stays; a command sees its own.
+            os.mkdir(os.path.join(self.root, "etc"))
+            names = os.path.join(self.root, "etc/resolv.conf")
+            with open(names, "w") as f:
+                f.write("nameserver 192.0.2.1\n")
+            result = self.command("sh", "-c", "wget -q -O - http://10.0.2.2:%d/; cat /etc/resolv.conf; ip -4 -o addr" % server.server_port)
+            server.shutdown()
+        self.assertEqual(result.returncode, 0, result)
+        self.assertTrue(result.stdout.startswith(b"from the hostnameserver 10.0.2.3\n"), result)
+        self.assertIn(b"127.0.0.1/8", result.stdout)
+        with open(names) as f:
+            self.assertEqual(f.read(), "nameserver 192.0.2.1\n")
+        # A dangling link, as systemd-resolved's.
+        os.unlink(names)
+        os.symlink("../run/systemd/resolve/stub-resolv.conf", names)
+        result = self.command("cat", "/etc/resolv.conf")
+        self.assertEqual((result.returncode, result.stdout), (0, b"nameserver 10.0.2.3\n"), result)
+        result = self.command("ip", "-4", "-o", "addr", options=("--net", "none"))
+        self.assertNotIn(b"10.0.2.15", result.stdout)
+        self.assertIn(b"127.0.0.1/8", result.stdout)
+
+    def test_a_directory_below_tmp(self):
+        # /tmp is the guest's own, but where one stands is where one was.
+        here = os.path.join(self.root, "tmp/a/b")
+        os.makedirs(here)
+        with open(os.path.join(here, "file"), "w") as f:
+            f.write("content")
+        open(os.path.join(self.root, "tmp/beside"), "w").close()
+        result = self.command("sh", "-c", "pwd; cat file; echo made > new; ls /tmp; touch /tmp/guests", cwd=here)
+        self.assertEqual((result.returncode, result.stdout), (0, b"/tmp/a/b\ncontenta\n"), result)
+        self.assertTrue(os.path.exists(os.path.join(here, "new")))
+        self.assertEqual(sorted(os.listdir(os.path.join(self.root, "tmp"))), ["a", "beside"])
+
+    def test_what_tools_look_for_is_mounted(self):
+        result = self.command("mount")
+        for place in ("/sys/kernel/debug", "/sys/kernel/tracing", "/sys/fs/cgroup", "/proc", "/sys", "/dev/pts"):
+            self.assertIn(" %s " % place, result.stdout.decode(), result)
+
     def test_a_terminal(self):
         with Terminal(*self.arguments("--rootfs", self.root, "--", "sh", "-c", "tty; stty size; read line; echo \"got $line\"; exit 5")) as terminal:
             at = terminal.expect(rb"/dev/ttyS0\r*\n24 80\r*\n", 120)
@@ -89,6 +181,11 @@ class Rootfs(unittest.TestCase):
         result = self.command("cat", options=("--append", "rdinit=/nothing init=/nothing"))
         self.assertIn(result.returncode, (2, 3), result)
         self.assertIn(b"ended before its command did", result.stderr)
+
+    def test_a_guest_that_panics(self):
+        result = self.command("sh", "-c", "echo c > /proc/sysrq-trigger")
+        self.assertEqual(result.returncode, 3)
+        self.assertTrue(result.stderr.splitlines()[-1].endswith(b"before its command did: the guest kernel panicked"), result)
 
     def test_mistakes_are_named(self):
         for words, part in [((), b"nothing to run after --"), (("x",), None)]:

@@ -3,8 +3,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <initializer_list>
+#include <string_view>
 
 #include "control/cli/text.hpp"
 
@@ -40,6 +43,17 @@ Result<RootfsRun> prepare_rootfs(const RunOptions& options) {
   request.kernel = o.kernel;
   request.command = o.command.empty() ? std::vector<std::string>{"/bin/sh"} : o.command;
   request.terminal = run.terminal = isatty(STDIN_FILENO) != 0 && isatty(STDOUT_FILENO) != 0;
+  const auto driver = [&](bool there, std::initializer_list<std::string_view> modules) {
+    if (there) request.modules.insert(request.modules.end(), modules);
+  };
+  const auto is = [](net::NetSpec::Kind kind) { return [kind](const net::NetSpec& n) { return n.kind == kind; }; };
+  driver(!std::all_of(o.nets.begin(), o.nets.end(), is(net::NetSpec::Kind::kNone)), {"failover", "net_failover", "virtio_net"});
+  driver(!o.disks.empty(), {"virtio_blk"});
+  driver(o.rng, {"virtio_rng"});
+  driver(o.balloon, {"virtio_balloon"});
+  driver(o.vsock.has_value(), {"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"});
+  const auto first = std::find_if_not(o.nets.begin(), o.nets.end(), is(net::NetSpec::Kind::kNone));
+  request.user_network = first != o.nets.end() && first->kind == net::NetSpec::Kind::kUser;
   auto session = rootfs::Session::create(request);
   if (!session) return Error::of(session.error().code, "--rootfs: " + session.error().message);
   run.session = std::move(*session);

@@ -223,6 +223,7 @@ std::string in_words(const vmm::Outcome& outcome, Ending& ending) {
 /// What a VM was made for: its command's exit status, or why there is none.
 int report_command(const vmm::Outcome& outcome, Ending& ending, rootfs::Session& session, const rootfs::Tail* tail) {
   const auto command = session.finish();
+  if (ending.status() == SignalWatcher::exit_status(SIGPIPE)) return *ending.status();
   if (ending.status() || outcome.kind == vmm::Outcome::Kind::kHostError) return report(outcome, ending);
   if (command && outcome.kind == vmm::Outcome::Kind::kPoweredOff) return *command;
   if (const std::string why = session.complaint(); !why.empty()) return fail("in the guest: " + printable(why));
@@ -257,6 +258,8 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
   auto shares = Shares::start(options.shares);
   if (!shares) return fail(shares.error().message);
 
+  // A command whose output comes another way leaves the console to the kernel.
+  const bool hidden = command != nullptr && !command->terminal && options.console == "stdio";
   // Before any other thread: they inherit the signal mask.
   Ending ending;
   SignalWatcher* watcher_for_callbacks = nullptr;
@@ -267,6 +270,11 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
       _exit(status);
     }
     const auto grace = std::chrono::seconds(ask.grace.value_or(static_cast<int>(options.stop_timeout)));
+    // A command without a terminal gets the signal; what it does then is its own affair, for a while.
+    if (hidden && ask.signal != SIGQUIT && !ask.last && grace.count() > 0 && command->session->send(ask.signal)) {
+      log::info("{}: passed on; the command has {} s to end", strsignal(ask.signal), grace.count());
+      return grace;
+    }
     if (ask.signal == SIGTERM && !ask.last && grace.count() > 0 && ending.press_power_button()) {
       log::info("SIGTERM: the power button is pressed; the guest has {} s to power off", grace.count());
       return grace;
@@ -284,15 +292,15 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
   };
   callbacks.on_help = [] { std::fputs(kKeysHelp, stderr); };
   callbacks.on_output_lost = [&](const std::string& why) {
-    ending.request(kFailure, why);
-    watcher.begin_stop(kFailure);
+    // Who reads a command's output has enough: it ends as by SIGPIPE, without a word.
+    const int status = why.empty() ? SignalWatcher::exit_status(SIGPIPE) : kFailure;
+    ending.request(status, why);
+    watcher.begin_stop(status);
   };
   std::string console_place;
   rootfs::Tail* tail = nullptr;
-  // A command whose output comes another way leaves the console to the kernel.
-  const bool hidden = command != nullptr && !command->terminal && options.console == "stdio";
   const auto hide = [&]() -> Result<std::unique_ptr<vmm::Console>> {
-    auto made = std::make_unique<rootfs::Tail>();
+    auto made = std::make_unique<rootfs::Tail>(command->session->signal_fd());
     tail = made.get();
     return std::unique_ptr<vmm::Console>(std::move(made));
   };

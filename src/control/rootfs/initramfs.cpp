@@ -20,7 +20,9 @@ namespace files = std::filesystem;
 using namespace std::string_view_literals;
 
 constexpr std::array kModules{"virtio"sv, "virtio_ring"sv, "virtio_pci_modern_dev"sv, "virtio_pci_legacy_dev"sv, "virtio_pci"sv,
-                              "fuse"sv, "virtiofs"sv};
+                              "fuse"sv, "virtiofs"sv,
+                              // Tells of a panic.
+                              "pvpanic"sv, "pvpanic_mmio"sv};
 constexpr std::array kEndings{".ko"sv, ".ko.xz"sv, ".ko.zst"sv, ".ko.gz"sv};
 
 /// Whether a file's name is that of the module, '-' and '_' being one.
@@ -100,13 +102,15 @@ std::vector<std::string> find_modules(const std::string& kernel, std::span<const
   return found;
 }
 
-Result<std::vector<u8>> make_initramfs(const std::string& kernel) {
+Result<std::vector<u8>> make_initramfs(const std::string& kernel, std::span<const std::string_view> devices) {
   Archive archive;
   for (const char* path : {"dev", "proc", "control", "newroot", "modules"}) archive.directory(path);
   archive.character_device("dev/console", 5, 1);
   archive.file("init", {ring3_guest_init_start, ring3_guest_init_end}, 0755);
   std::string order;
-  for (const std::string& path : find_modules(kernel, kModules)) {
+  std::vector<std::string_view> names(kModules.begin(), kModules.end());
+  names.insert(names.end(), devices.begin(), devices.end());
+  for (const std::string& path : find_modules(kernel, names)) {
     std::ifstream file(path, std::ios::binary);
     const std::vector<u8> content{std::istreambuf_iterator<char>(file), {}};
     if (!file || content.empty()) return Error::of(EIO, "cannot read the kernel module " + path);

@@ -1,6 +1,7 @@
 #pragma once
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/result.hpp"
@@ -30,7 +31,8 @@ std::string kernel_release(const std::string& path);
 /// found is taken for built in. Names with '_' are also looked for with '-'; .ko, .ko.xz, .ko.zst and .ko.gz count.
 std::vector<std::string> find_modules(const std::string& kernel, std::span<const std::string_view> names);
 
-/// The initramfs of `ring3 run --rootfs`: our init and the modules that virtio-fs needs. Errors: a module cannot be read.
-Result<std::vector<u8>> make_initramfs(const std::string& kernel);
+/// The initramfs of `ring3 run --rootfs`: our init, the modules that virtio-fs needs and those for `devices`, the names of
+/// further drivers with what they need before them. Errors: a module cannot be read.
+Result<std::vector<u8>> make_initramfs(const std::string& kernel, std::span<const std::string_view> devices);
 
 }  // namespace ring3::rootfs

@@ -82,7 +82,7 @@ Result<std::unique_ptr<Session>> Session::create(const Request& request) {
   session->terminal_ = request.terminal;
   if (mkdir(session->control_.c_str(), 0700) != 0) return Error::from_errno(session->control_);
 
-  auto initramfs = make_initramfs(request.kernel);
+  auto initramfs = make_initramfs(request.kernel, request.modules);
   if (!initramfs) return initramfs.error();
   std::string args;
   for (const std::string& word : request.command) args += word + '\0';
@@ -104,6 +104,10 @@ Result<std::unique_ptr<Session>> Session::create(const Request& request) {
         {session->control_ + "/stderr", std::string()}}) {
     if (auto status = put(file, content); !status) return status.error();
   }
+  // As its DHCP would say (docs/network.md).
+  if (request.user_network) {
+    if (auto status = put(session->control_ + "/net", "10.0.2.15 24 10.0.2.2 10.0.2.3\n"); !status) return status.error();
+  }
   const char* outputs[2] = {"/stdout", "/stderr"};
   for (int i = 0; i < 2; i++) {
     session->streams_[i].file.reset(open((session->control_ + outputs[i]).c_str(), O_RDWR | O_CLOEXEC));
@@ -111,7 +115,9 @@ Result<std::unique_ptr<Session>> Session::create(const Request& request) {
     if (!session->streams_[i].file) return Error::from_errno(session->control_ + outputs[i]);
   }
   session->end_fd_.reset(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!session->end_fd_) return Error::from_errno("eventfd");
+  int ends[2];
+  if (!session->end_fd_ || pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return Error::from_errno("cannot talk to the command");
+  for (int i = 0; i < 2; i++) session->signals_[i].reset(ends[i]);
   return session;
 }
 
@@ -159,7 +165,7 @@ bool Session::pass(Stream& stream) {
       continue;
     }
     if (wrote <= 0) {
-      const std::string why = std::string("cannot write the command's output: ") + std::strerror(errno);
+      const std::string why = errno == EPIPE ? std::string() : std::string("cannot write the command's output: ") + std::strerror(errno);
       stream.to = -1;
       if (on_lost_) on_lost_(why);
       break;
@@ -205,12 +211,24 @@ std::optional<int> Session::finish() {
   return std::min(std::stoi(text), 255);
 }
 
+bool Session::send(int signal) {
+  const u8 number = static_cast<u8>(signal);
+  return access((control_ + "/started").c_str(), F_OK) == 0 && ::write(signals_[1].get(), &number, 1) == 1;
+}
+
 std::string Session::complaint() const {
   std::string text = get(control_ + "/error", 400);
   for (char& c : text) {
     if (static_cast<unsigned char>(c) < 32 || c == 127) c = ' ';
   }
   return text;
+}
+
+vmm::ConsoleInput Tail::read(std::span<u8> into) {
+  vmm::ConsoleInput input;
+  const ssize_t got = ::read(input_fd_, into.data(), into.size());
+  if (got > 0) input.bytes = static_cast<std::size_t>(got);
+  return input;
 }
 
 bool Tail::write(std::span<const u8> bytes) {

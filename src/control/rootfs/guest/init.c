@@ -2,13 +2,20 @@
  * that ended, powers off. Static, and all of its initramfs but for kernel modules.
  *
  * /modules/ORDER       the modules' file names, one a line
- * ring3-control        a share of files: args, env, cwd, mode ("tty ROWS COLUMNS" or "files", then "ro" or "rw"); stdin, stdout,
- *                      stderr; what is written: status (a number), error (one line)
+ * ring3-control        a share of files: args, env, cwd, mode ("tty ROWS COLUMNS" or "files", then "ro" or "rw"); net, when the first card is
+ *                      on the user network ("ADDRESS PREFIX GATEWAY NAMESERVER"); stdin, stdout, stderr; what is written: started
+ *                      (empty), status (a number), error (one line)
  * ring3-root           the share that becomes the root
+ * /dev/ttyS0           with "files": a byte is the number of a signal for the command
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <net/if.h>
+#include <net/route.h>
+#include <netinet/in.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -104,6 +111,112 @@ static void mount_in(const char *type, const char *where, unsigned long flags, c
   mount(type, where, type, flags, data);
 }
 
+/* One of ours over what the root has; what it has stays as it is. */
+static void cover_file(const char *path, const char *content) {
+  char target[PATH_MAX], link[PATH_MAX];
+  ssize_t length = readlink(path, link, sizeof link - 1);
+  if (length > 0) link[length] = 0;
+  if (realpath(path, target) == NULL) {
+    /* A link into what is empty here, as systemd-resolved's: that file can be made. */
+    const char *below = length <= 0 ? NULL : strncmp(link, "/run/", 5) == 0 ? link : strncmp(link, "../run/", 7) == 0 ? link + 2 : NULL;
+    if (below == NULL || strstr(below, "..") != NULL) return;
+    snprintf(target, sizeof target, "%s", below);
+    for (char *slash = target + 5; (slash = strchr(slash, '/')) != NULL; slash++) {
+      *slash = 0;
+      mkdir(target, 0755);
+      *slash = '/';
+    }
+    int fd = open(target, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (fd >= 0 && write(fd, content, strlen(content)) < 0) errno = 0;
+    if (fd >= 0) close(fd);
+    return;
+  }
+  int fd = open("/run/ring3-cover", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (fd < 0) return;
+  if (write(fd, content, strlen(content)) < 0) errno = 0;
+  close(fd);
+  mount("/run/ring3-cover", target, NULL, MS_BIND, NULL);
+  unlink("/run/ring3-cover"); /* the mount keeps it */
+}
+
+static int interface_up(int fd, const char *name) {
+  struct ifreq request = {0};
+  snprintf(request.ifr_name, sizeof request.ifr_name, "%s", name);
+  if (ioctl(fd, SIOCGIFFLAGS, &request) != 0) return -1;
+  request.ifr_flags |= IFF_UP;
+  return ioctl(fd, SIOCSIFFLAGS, &request);
+}
+
+static struct sockaddr ipv4(in_addr_t address) {
+  struct sockaddr_in in = {.sin_family = AF_INET, .sin_addr.s_addr = address};
+  struct sockaddr any;
+  memcpy(&any, &in, sizeof any);
+  return any;
+}
+
+/* The loopback, and the first card as the user network's DHCP would have it. What goes wrong here the command sees by itself. */
+static void set_up_network(const char *settings) {
+  char address[16], gateway[16], nameserver[16], text[64];
+  unsigned prefix = 0;
+  int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return;
+  interface_up(fd, "lo");
+  if (settings != NULL && sscanf(settings, "%15s %u %15s %15s", address, &prefix, gateway, nameserver) == 4 && prefix > 0 && prefix <= 32) {
+    struct ifreq request = {0};
+    struct rtentry route = {0};
+    snprintf(request.ifr_name, sizeof request.ifr_name, "eth0");
+    request.ifr_addr = ipv4(inet_addr(address));
+    int fine = ioctl(fd, SIOCSIFADDR, &request) == 0;
+    request.ifr_addr = ipv4(htonl(~0u << (32 - prefix)));
+    fine = fine && ioctl(fd, SIOCSIFNETMASK, &request) == 0 && interface_up(fd, "eth0") == 0;
+    route.rt_dst = ipv4(INADDR_ANY);
+    route.rt_genmask = ipv4(INADDR_ANY);
+    route.rt_gateway = ipv4(inet_addr(gateway));
+    route.rt_flags = RTF_UP | RTF_GATEWAY;
+    fine = fine && ioctl(fd, SIOCADDRT, &route) == 0;
+    snprintf(text, sizeof text, "nameserver %s\n", nameserver);
+    if (fine) cover_file("/etc/resolv.conf", text);
+  }
+  close(fd);
+  errno = 0;
+}
+
+/* The working directory lies below a place that gets a file system of its own: it is put back there. */
+static void keep_directory(int directory, const char *path) {
+  char at[PATH_MAX], from[64];
+  if (directory < 0 || snprintf(at, sizeof at, "%s", path) >= (int)sizeof at) return;
+  for (char *slash = at + 1; (slash = strchr(slash, '/')) != NULL; slash++) {
+    *slash = 0;
+    mkdir(at, 0755);
+    *slash = '/';
+  }
+  mkdir(at, 0755);
+  snprintf(from, sizeof from, "/proc/self/fd/%d", directory);
+  mount(from, at, NULL, MS_BIND, NULL);
+  close(directory);
+}
+
+static int is_below(const char *path, const char *top) { return strncmp(path, top, strlen(top)) == 0 && path[strlen(top)] == '/'; }
+
+/* Signals of the host's for the command and its children. */
+static void relay_signals(pid_t command) {
+  struct termios raw;
+  int fd = open("/dev/ttyS0", O_RDWR | O_NOCTTY | O_CLOEXEC);
+  if (fd < 0) _exit(0);
+  if (tcgetattr(fd, &raw) == 0) {
+    cfmakeraw(&raw);
+    raw.c_oflag |= OPOST | ONLCR; /* the kernel's messages go here too */
+    tcsetattr(fd, TCSANOW, &raw);
+  }
+  for (;;) {
+    unsigned char number;
+    ssize_t got = read(fd, &number, 1);
+    if (got < 0 && errno == EINTR) continue;
+    if (got != 1) _exit(0);
+    if (number > 0 && number < 32) kill(-command, number);
+  }
+}
+
 /* A vector of the NUL-separated strings in text. */
 static char **split(char *text, size_t size) {
   size_t count = 0;
@@ -176,6 +289,7 @@ int main(void) {
   char *args_text = get_file(control, "args", &args_size), *env_text = get_file(control, "env", &env_size);
   if (mode == NULL || cwd == NULL || args_text == NULL || env_text == NULL) die("the control share lacks files");
   char **args = split(args_text, args_size), **env = split(env_text, env_size);
+  char *net = get_file(control, "net", NULL);
   int tty = strncmp(mode, "tty", 3) == 0, read_only = strstr(mode, " ro") != NULL;
   if (args == NULL || env == NULL || args[0] == NULL) die("no command");
 
@@ -195,6 +309,7 @@ int main(void) {
   umount("/dev");
   if (chdir("/newroot") != 0 || mount(".", "/", NULL, MS_MOVE, NULL) != 0 || chroot(".") != 0) die("cannot enter the root share");
   umask(022);
+  int here = is_below(cwd, "/tmp") || is_below(cwd, "/run") || is_below(cwd, "/dev") ? open(cwd, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
   mount_in("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
   mount_in("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
   mount_in("devtmpfs", "/dev", MS_NOSUID, "");
@@ -202,6 +317,14 @@ int main(void) {
   mount_in("tmpfs", "/dev/shm", MS_NOSUID | MS_NODEV, "mode=1777");
   mount_in("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=0755");
   mount_in("tmpfs", "/tmp", MS_NOSUID | MS_NODEV, "mode=1777");
+  keep_directory(here, cwd);
+  /* What a kernel's tests and tools look for; a kernel may lack any of them. */
+  mount("debugfs", "/sys/kernel/debug", "debugfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
+  mount("tracefs", "/sys/kernel/tracing", "tracefs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
+  mount("securityfs", "/sys/kernel/security", "securityfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
+  mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
+  mount("bpf", "/sys/fs/bpf", "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700");
+  set_up_network(net);
   if (symlink("/proc/self/fd", "/dev/fd") == 0) {
     if (symlink("fd/0", "/dev/stdin") != 0 || symlink("fd/1", "/dev/stdout") != 0 || symlink("fd/2", "/dev/stderr") != 0) errno = 0;
   }
@@ -222,6 +345,8 @@ int main(void) {
   pid_t child = fork();
   if (child < 0) die("fork");
   if (child == 0) run_command(cwd, args, tty, files);
+  if (!tty && fork() == 0) relay_signals(child);
+  put_file("started", "");
   for (int i = 0; i < 3; i++) {
     if (files[i] >= 0) close(files[i]);
   }
