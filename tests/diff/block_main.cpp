@@ -124,7 +124,7 @@ class Comparison {
     VcpuState& s = reference_.state();
     Case c;
     c.insn = DecodedInsn{};
-    generate_state(rng.one_in(3) ? Family::Avx : Family::Integer, mode_ == BlockMode::User32, rng, &c);
+    generate_state(rng.one_in(3) ? Family::Avx : rng.one_in(3) ? Family::X87 : Family::Integer, mode_ == BlockMode::User32, rng, &c);
     std::memcpy(s.gpr, c.regs.gpr, sizeof s.gpr);
     for (u8 r = 0; r < 16; r++)
       if (is_pointer(mode_, r)) s.gpr[r] = pointer_value(rng);

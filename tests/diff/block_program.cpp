@@ -139,9 +139,28 @@ class Writer {
         if (rng_.below(2)) put({rng_.below(4) ? 0xfcu : 0xfdu});  // cld, std
         else define_flags(), put({0x9f, 0x9e});                   // lahf; sahf
         return;
+      case 12: case 13:
+        if (!x87_) break;
+        x87_state();
+        return;
       default: break;
     }
     plain();
+  }
+
+  /// Out to memory at RBX and, most of the time, in again.
+  void x87_state() {
+    static constexpr u8 kForms[][2] = {{0xae, 0}, {0xdd, 6}, {0xd9, 6}, {0xd9, 7}};  // FXSAVE, FNSAVE, FNSTENV, FNSTCW
+    const auto form = [&](u8 opcode, u8 reg) {
+      if (opcode == 0xae) put({0x0f});
+      put({opcode, 3u | reg * 8u});
+    };
+    const u8* out = kForms[rng_.below(4)];
+    form(out[0], out[1]);
+    if (rng_.below(4) == 0) return;
+    const unsigned between = static_cast<unsigned>(rng_.below(4));
+    for (unsigned n = 0; n < between; n++) plain();
+    form(out[0], out[0] == 0xae ? 1 : out[1] - 2);
   }
 
   void stack(unsigned opcode, unsigned k) {
@@ -209,8 +228,10 @@ class Writer {
                                            Family::Integer, Family::Shift,   Family::Shift,   Family::Bmi,     Family::Sse,
                                            Family::Sse,     Family::Avx,     Family::Avx,     Family::X87,     Family::Mmx};
     // Whole blocks stay without vectors at times: then they stay unloaded in kernel code.
-    const Family family = kFamilies[rng_.below(vectors_ ? 15 : 9)];
+    Family family = kFamilies[rng_.below(vectors_ ? 15 : 9)];
     if (rng_.one_in(20)) vectors_ = !vectors_;
+    if (x87_ && rng_.below(2)) family = rng_.below(4) ? Family::X87 : Family::Mmx;
+    if (rng_.one_in(40)) x87_ = !x87_;
     Case c;
     for (unsigned attempt = 0; attempt < 400; attempt++) {
       generate_instruction(family, !long64_, rng_, &c);
@@ -287,6 +308,7 @@ class Writer {
   bool long64_;
   u64 near_ = 0;  ///< page of the last operand relative to RIP
   bool vectors_ = false;
+  bool x87_ = rng_.one_in(3);  ///< much of it
   unsigned at_ = 0;
   Program p_;
   std::vector<Target> targets_;

@@ -1,5 +1,6 @@
 // The host as oracle: random user-mode instructions with random registers, flags and memory, run on
 // the host CPU and in the engine, all state compared. See docs/testing.md.
+#include <cpuid.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -128,6 +129,12 @@ class Comparison {
   const u64* seen() const { return seen_; }
 
  private:
+  /// Where the host keeps the x87 pointers as the engine does (FDP_EXCPTN_ONLY), they are compared. AMD's do not load them.
+  static bool same_pointers() {
+    u32 a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b >> 6 & 1) != 0;
+  }
+
   Memory native_memory() { return {native_.data(), native_.read_only()}; }
   Memory guest_memory() { return {guest_.data(), guest_.read_only()}; }
 
@@ -259,6 +266,11 @@ class Comparison {
     bytes("fcw", 0, 2);
     bytes("fsw", 2, 2);
     if (!maskmov) bytes("ftw", 4, 1);
+    if (pointers_) {
+      bytes("fop", 6, 2);
+      bytes("fip", 8, 8);
+      bytes("fdp", 16, 8);
+    }
     bytes("mxcsr", 24, 4);
     for (unsigned i = 0; i < 8; ++i) bytes("st", 32 + 16 * i, 10);
     for (unsigned i = 0; i < (compat32_ ? 8u : 16u); ++i) {
@@ -305,6 +317,7 @@ class Comparison {
   GuestRunner guest_;
   Family family_;
   bool compat32_, translated_;
+  const bool pointers_ = same_pointers();
   std::vector<u8> pristine_;
   u64 ran_ = 0, faults_ = 0;
   u64 seen_[static_cast<unsigned>(engine::Op::Count)] = {};

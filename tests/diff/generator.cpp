@@ -353,6 +353,13 @@ void generate_state(Family family, bool compat32, Random& rng, Case* c) {
   if (x87 && rng.one_in(8)) fsw |= rng.below(64) & fcw;  // exceptions seen earlier, masked
   std::memcpy(r.xsave, &fcw, 2);
   std::memcpy(r.xsave + 2, &fsw, 2);
+  if (x87 && rng.below(4)) {
+    const u64 fip = rng.next() >> 17, fdp = rng.next() >> 17;
+    const u16 fop = static_cast<u16>(rng.below(0x800));
+    std::memcpy(r.xsave + 6, &fop, 2);
+    std::memcpy(r.xsave + 8, &fip, 8);
+    std::memcpy(r.xsave + 16, &fdp, 8);
+  }
   r.xsave[4] = x87 || family == Family::Mmx ? static_cast<u8>(rng.below(4) ? 0xff : rng.next()) : static_cast<u8>(rng.next());
   u32 mxcsr = 0x1f80;
   if (family == Family::Sse || family == Family::Avx) {

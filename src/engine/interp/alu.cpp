@@ -107,7 +107,7 @@ Exec xadd_m(Context& c, const DecodedInsn& i) {
 
 /// CMPXCHG r/m, r    0F B0/B1
 /// Memory: a write access either way. Width: on a match RAX is untouched, on a mismatch a 32-bit
-/// accumulator write clears bits 63:32; a 32-bit register destination is written either way.
+/// accumulator write clears bits 63:32; the destination stays as it is (both vendors' CPUs, whatever SDM vol. 2 says).
 template <class T>
 Exec cmpxchg_r(Context& c, const DecodedInsn& i) {
   const T d = get_reg<T>(c.s, i.operands[0]);
@@ -116,8 +116,6 @@ Exec cmpxchg_r(Context& c, const DecodedInsn& i) {
   if (acc == d) {
     put_reg<T>(c.s, i.operands[0], get_reg<T>(c.s, i.operands[1]));
   } else {
-    // AMD leaves the destination alone; Intel writes it back, which clears its upper half.
-    if (!c.features.amd) put_reg<T>(c.s, i.operands[0], d);
     put_gpr_as<T>(c.s, RAX, d);
   }
   put_status(c.s, ax);

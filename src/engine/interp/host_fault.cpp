@@ -125,6 +125,8 @@ void handler(int sig, siginfo_t* info, void* context) {
     }
     if (trap != nullptr) {
       ::pthread_sigmask(SIG_SETMASK, &uc->uc_sigmask, nullptr);  // as a return from here would
+      // A guest's x87 state may stand in the registers (JitFrame::x87); a handler begins with them cleared.
+      if (uc->uc_mcontext.fpregs != nullptr) asm volatile("fxrstor64 %0" : : "m"(*uc->uc_mcontext.fpregs));
       GuestMemoryTrapAccess::leave(*trap);
     }
   }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <signal.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -62,6 +63,21 @@ TEST(HostFault, AHandlerThatStaysIsCalledEachTime) {
   struct sigaction now;
   ASSERT_EQ(sigaction(SIGFPE, nullptr, &now), 0);
   EXPECT_EQ(now.sa_sigaction, g_found.sa_sigaction);
+}
+
+// Guest memory vanishes while C++ works for translated code: the guest's x87 state stands in the registers.
+TEST(HostFault, ATrapKeepsX87) {
+  const HostFaultRange range(code, code + sizeof code, code);
+  void* const page = mmap(nullptr, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(page, MAP_FAILED);
+  GuestMemoryTrap trap([](void* at, u64 address) { return reinterpret_cast<u64>(at) == address; }, page);
+  double kept = 0;
+  asm volatile("fldpi");
+  const bool whole = trap.run([&] { *static_cast<volatile u8*>(page) = 1; });
+  asm volatile("fstpl %0" : "=m"(kept));
+  EXPECT_FALSE(whole);
+  EXPECT_EQ(kept, 0x1.921fb54442d18p+1);
+  munmap(page, 4096);
 }
 
 }  // namespace

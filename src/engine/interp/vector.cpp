@@ -238,7 +238,7 @@ Exec run_vector(Context& c, const DecodedInsn& insn) {
 
 // ---- MMX and x87: the FXSAVE image as a whole ----
 
-/// The guest's x87 pointers, which never pass through the host.
+/// What of the image never passes through the host: the guest's x87 pointers.
 struct Pointers {
   u8 bytes[18];
   void save(const XsaveArea& area) { std::memcpy(bytes, area.bytes + 6, sizeof bytes); }
@@ -263,8 +263,9 @@ u64 make_pointer(const Context& c, u64 offset, u16 selector) {
 
 void record_pointers(Context& c, const DecodedInsn& insn, const Stub& stub) {
   XsaveArea& area = c.s.xsave;
-  std::memcpy(area.bytes + kFop, &stub.fop, 2);
   set_pointer(area, kFip, make_pointer(c, c.s.rip - insn.length, c.s.seg[CS].selector));
+  if (!x87_pending(c.s)) return;
+  std::memcpy(area.bytes + kFop, &stub.fop, 2);
   if (insn.has(kHasMem)) set_pointer(area, kFdp, make_pointer(c, c.effective_address(insn), c.s.seg[insn.mem.seg].selector));
 }
 
@@ -273,10 +274,13 @@ u32 run_image(Context& c, VectorUnit* unit, const Stub& stub) {
   prepare_mxcsr(c.s);
   Pointers pointers;
   pointers.save(c.s.xsave);
+  u32 mask;  // MXCSR_MASK, which FXSAVE writes
+  std::memcpy(&mask, c.s.xsave.bytes + 28, sizeof mask);
   if (stub.flags & kStubReadsFlags) take_flags(c, unit->frame);
   const u32 code = stub.run(&c.s.xsave, &unit->frame, c.s.gpr);
   if (code == 0) {
     pointers.restore(c.s.xsave);
+    std::memcpy(c.s.xsave.bytes + 28, &mask, sizeof mask);
     if (stub.flags & kStubWritesFlags) put_flags(c, unit->frame);
   }
   return code;
@@ -344,7 +348,8 @@ Exec run_x87(Context& c, const DecodedInsn& insn) {
     if (!locate(c, insn, *stub, &linear)) return Exec::Stop;
     if ((stub->flags & kStubMemRead) && !read_memory(c, linear, stub->mem_size, segment_of(insn), unit->frame.buffer)) return Exec::Stop;
     if (store) {
-      if (!c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
+      // Where an unmasked exception keeps the store from happening, AMD's page fault comes first, and Intel's never.
+      if (c.features.amd && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
       std::memcpy(saved, c.s.xsave.bytes, sizeof saved);
     }
   }

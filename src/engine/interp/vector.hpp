@@ -14,8 +14,9 @@
 /// Spec:      Intel SDM vol. 1 ch. 8-14, vol. 2 (exception classes 1-9, 12), vol. 3A 2.5, 13.
 /// Faults:    #UD and #NM by CR0.EM/TS, CR4.OSFXSR/OSXSAVE and XCR0, alignment #GP, and page faults come
 ///            before the stub runs; SIMD exceptions come out of it (host_fault.hpp) as #XM.
-/// x87:       FIP, FDP and FOP are the guest's, kept here and never the host's. They are updated by every
-///            non-control x87 instruction. Inside IA-32e mode FCS and FDS are stored as zero.
+/// x87:       FIP, FDP and FOP are the guest's, kept here and never the host's. FIP is updated by every non-control x87
+///            instruction, FDP and FOP by one that ends with an unmasked exception, as on CPUs that say FDP_EXCPTN_ONLY
+///            (vol. 1 8.1.8, 8.1.9). Inside IA-32e mode FCS and FDS are stored as zero.
 /// Deviation: with CR0.NE = 0 a pending x87 exception is #MF too; FERR# and IRQ 13 are not modelled.
 namespace ring3::engine {
 

@@ -240,17 +240,23 @@ TEST_F(VectorTest, OtherSignalsGoToTheOldHandler) {
 TEST_F(VectorTest, X87ArithmeticAndPointers) {
   ASSERT_TRUE(ok("d9 e8"));  // fld1
   EXPECT_EQ(st(0), 1);
-  EXPECT_EQ(area<u16>(6), 0x1e8);
+  EXPECT_EQ(area<u16>(6), 0);  // no exception
   EXPECT_EQ(area<u64>(8), TestMachine::kCode);
   m.store<double>(kData + 8, 2.5);
   ASSERT_TRUE(ok("dc 43 08"));  // fadd qword [rbx+8]
   EXPECT_EQ(st(0), 3.5);
+  EXPECT_EQ(area<u64>(16), 0u);
+  m.store<u16>(kData, 0x35f);  // PM clear
+  ASSERT_TRUE(ok("d9 2b"));  // fldcw [rbx]
+  m.store<double>(kData + 8, 1e-300);
+  ASSERT_TRUE(ok("dc 43 08"));
   EXPECT_EQ(area<u16>(6), 0x443);
   EXPECT_EQ(area<u64>(16), kData + 8);
-  ASSERT_TRUE(ok("d9 2b"));  // fldcw [rbx]: a control instruction leaves the pointers
-  EXPECT_EQ(area<u64>(16), kData + 8);
   m.store<u16>(kData, 0x37f);
-  ASSERT_TRUE(ok("d9 2b"));
+  EXPECT_EQ(fault("d9 2b"), vec::MF);
+  ASSERT_TRUE(ok("db e2"));  // fnclex
+  ASSERT_TRUE(ok("d9 2b"));  // a control instruction leaves the pointers
+  EXPECT_EQ(area<u64>(16), kData + 8);
   ASSERT_TRUE(ok("dd 5b 10"));  // fstp qword [rbx+16]
   EXPECT_EQ(m.load<double>(kData + 16), 3.5);
   EXPECT_EQ(s.xsave.ftw_abridged(), 0);
@@ -315,6 +321,10 @@ TEST_F(VectorTest, X87FlagsInAndOut) {
 TEST_F(VectorTest, EnvironmentFormats) {
   ASSERT_TRUE(ok("d9 e8"));
   ASSERT_TRUE(ok("dc 43 08"));
+  const u16 opcode = 0x443;
+  const u64 operand = kData + 8;
+  std::memcpy(s.xsave.bytes + 6, &opcode, 2);
+  std::memcpy(s.xsave.bytes + 16, &operand, 8);
   ASSERT_TRUE(ok("d9 73 40"));  // fnstenv [rbx+64]
   EXPECT_EQ(m.load<u32>(kData + 64), 0xffff037fu);
   EXPECT_EQ(m.load<u32>(kData + 64 + 12), TestMachine::kCode);
@@ -335,9 +345,10 @@ TEST_F(VectorTest, EnvironmentFormats) {
 
 TEST(VectorModes, EnvironmentInRealMode) {
   TestMachine m(TestMode::Real16);
-  m.s.xsave.fcw() = 0x37f;
+  m.s.xsave.fcw() = 0x37d;  // DM clear
   m.s.xsave.ftw_abridged() = 0;
-  ASSERT_EQ(m.step(hex("d9 06 34 02")), Exec::Next);  // fld dword [234h]
+  m.store<u32>(kData + 0x234, 1);
+  ASSERT_EQ(m.step(hex("d9 06 34 02")), Exec::Next);  // fld dword [234h]: denormal
   ASSERT_EQ(m.step(hex("d9 36 00 01")), Exec::Next);  // fnstenv [100h]
   EXPECT_EQ(m.load<u16>(kData + 0x106), 0x0000);       // CS 4000h: linear 40000h
   EXPECT_EQ(m.load<u16>(kData + 0x108), 0x4106);       // 19:16 and the opcode

@@ -97,7 +97,10 @@ TEST(XstateModes, FxsaveInProtectedMode) {
   m.s.xsave.ftw_abridged() = 0;
   std::memset(m.s.xsave.xmm(0), 0x5a, 256);
   std::memset(m.ram(kArea), 0xcc, 512);
-  ASSERT_EQ(m.step(hex("d9 03")), Exec::Next);  // fld dword [ebx]
+  m.store<u32>(kArea, 1);
+  m.s.xsave.fcw() = 0x37d;                      // DM clear
+  ASSERT_EQ(m.step(hex("d9 03")), Exec::Next);  // fld dword [ebx]: denormal
+  ASSERT_TRUE(m.s.xsave.fsw() & 0x80);
   ASSERT_EQ(m.step(hex("0f ae 03")), Exec::Next);
   EXPECT_EQ(m.load<u16>(kArea + 6), 0x103);
   EXPECT_EQ(m.load<u32>(kArea + 8), TestMachine::kCode);

@@ -21,6 +21,8 @@ enum class Family : u8 {
   Cli,
   System,
   Rare,
+  X87,
+  Mmx,
   String,
   Direction,
   Jmp,
@@ -148,6 +150,12 @@ constexpr Family family_of(Op op) {
     case Op::Wrfsbase:
     case Op::Wrgsbase:
       return Family::Rare;
+    case Op::HostX87:
+    case Op::Fwait:
+    case Op::Emms:
+      return Family::X87;
+    case Op::HostMmx:
+      return Family::Mmx;
     case Op::Movs:
     case Op::Stos:
     case Op::Lods:
@@ -190,6 +198,8 @@ bool BlockBuilder::supported(std::size_t n) const {
     case Op::Ldmxcsr:
     case Op::Stmxcsr:
       return i.has(kVex) ? r.mode.avx : r.mode.sse;
+    case Op::HostMmx:
+      return mmx_runs(i, r.mode.sse);
     case Op::Cli:
     case Op::Sti:
     case Op::Swapgs:
@@ -226,6 +236,10 @@ bool BlockBuilder::one(const DecodedInsn& i) {
       return system(i);
     case Family::Rare:
       return rare(i);
+    case Family::X87:
+      return x87(i);
+    case Family::Mmx:
+      return mmx(i);
     case Family::String:
       return string(i);
     case Family::Direction:
@@ -251,9 +265,11 @@ void BlockBuilder::finish() {
   out_->cold = e_.size();
   finish_groups();
   finish_slow_paths();
+  finish_x87();
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
     e_.bind(i.entry);
+    if (i.fip) emit_fip(i.fip_offset);
     if (i.sti_shadow) {
       constexpr i32 kShadow = static_cast<i32>(offsetof(VcpuState, sti_shadow)) - static_cast<i32>(offsetof(VcpuState, rflags));
       e_.load(kScratch0, HostMem::frame(kRflags));
@@ -319,6 +335,7 @@ void BlockBuilder::start_over() {
   stubs_.clear();
   misses_.clear();
   group_misses_.clear();
+  x87_loads_.clear();
   start_groups(!request_->ungrouped);
   rip_ = request_->rip;
   flags_ = Flags::Host;
@@ -330,6 +347,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
   live_[count] = rflags::STATUS;  // where the block ends, every flag may be read
   for (std::size_t n = count; n-- > 0;) live_[n] = live_before(request_->insns[n], use_[n], live_[n + 1]);
   if (!in_second_body_) prologue(count);
+  x87_ = X87{};
   for (std::size_t n = first; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     insn_ = &i;
@@ -337,9 +355,13 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     const u32 size = e_.size();
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
-    const std::size_t misses = group_misses_.size();
+    const std::size_t misses = group_misses_.size(), x87_loads = x87_loads_.size();
+    const X87 x87 = x87_;
+    if (x87_.fip && !keeps_fip(i)) store_fip();
     interpret_.emplace_back();
     interpret_.back().rip = rip_;
+    interpret_.back().fip = x87_.fip;
+    interpret_.back().fip_offset = x87_.fip_offset;
     interpret_.back().sti_shadow = n != 0 && request_->insns[n - 1].op == Op::Sti;
     consumed_ = 1;
     before(i);
@@ -348,6 +370,8 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       e_.truncate(size);
       slow_.resize(slow);
       group_misses_.resize(misses);
+      x87_loads_.resize(x87_loads);
+      x87_ = x87;
       out_->faults.resize(faults);
       interpret_.pop_back();
       flags_ = flags;
@@ -366,6 +390,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
 void BlockBuilder::tail(std::size_t done) {
   if (ended_) return;
   index_ = done;
+  store_fip();
   if (done < request_->insns.size()) {
     exit_interpret_now();
   } else {
@@ -383,7 +408,10 @@ bool BlockBuilder::enters_in_frame(std::size_t count) const {
       case Family::Leave:
       case Family::Call:
       case Family::Ret:
+      case Family::Mmx:
         return true;
+      case Family::X87:
+        return !use_[n].touches;
       default:
         break;
     }

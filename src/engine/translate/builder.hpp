@@ -100,6 +100,12 @@ class BlockBuilder {
     bool flags_in_frame = false;
     bool used = false;
     bool sti_shadow = false;
+    bool fip = false;    ///< the frame's FIP is to be made fip_offset's first
+    i64 fip_offset = 0;  ///< of the last x87 instruction before, to the page
+  };
+  struct X87Load {
+    Label entry, resume;
+    std::size_t insn = 0;  ///< index of its Interpret
   };
   struct Poll {
     Label entry;
@@ -268,6 +274,16 @@ class BlockBuilder {
   bool selector(const DecodedInsn& i);
   bool segment_base(const DecodedInsn& i);
   void check_edge();
+  bool x87(const DecodedInsn& i);  // x87.cpp
+  bool x87_memory(const DecodedInsn& i, Encoding& e, u8 size, bool store);
+  bool fldcw(const DecodedInsn& i);
+  bool mmx(const DecodedInsn& i);
+  void need_x87();  ///< from here on the x87 state is in the host's registers
+  static bool mmx_runs(const DecodedInsn& i, bool sse);
+  bool keeps_fip(const DecodedInsn& i) const;
+  void emit_fip(i64 offset);  ///< clobbers r14; flags stay
+  void store_fip();
+  void finish_x87();
   bool string(const DecodedInsn& i);  // strings.cpp
   bool repeated_string(const DecodedInsn& i);
   void emit_direction_check();  ///< DF set: interpret; clobbers flags
@@ -306,6 +322,13 @@ class BlockBuilder {
   Loop loop_;
   bool in_second_body_ = false;
   std::vector<Miss> misses_;
+  std::vector<X87Load> x87_loads_;
+  /// x87 state that is known at this point of the block.
+  struct X87 {
+    bool in = false;   ///< in the host's registers
+    bool fip = false;  ///< FIP is fip_offset's, and the frame does not say so yet
+    i64 fip_offset = 0;
+  } x87_;
 };
 
 }  // namespace ring3::engine

@@ -21,6 +21,7 @@
 ///                                         balanced before the next exit or fill
 ///   CF PF AF ZF SF OF                     the guest's, in the host's RFLAGS or in `flags`; DF is 0
 ///   xmm/ymm0..15, MXCSR                   the guest's (only entered with all exceptions masked in MXCSR)
+///   ST/MM 0..7, FCW, FSW, tags            the guest's while JitFrame::x87 says so
 ///
 /// Everything else of the guest stands in VcpuState and is not touched by translated code.
 ///
@@ -119,6 +120,14 @@ struct alignas(64) JitFrame {
   u64 system_function = 0;   ///< u64 (*)(void* context, u64 operand, u64 op); uses no vector registers
   u64 kept[9] = {};  ///< over transit_function: the guest's rax rcx rdx rsi rdi r8 r13 r14 rsp
   i32 cross_left = RING3_CROSS_EXITS;  ///< exit_cross_frame's: below 0 the exit is linked anew
+
+  /// 1: the guest's x87 and MMX state is in the host's registers, with all exceptions masked in FCW. 0: in VcpuState.
+  /// SystemOp::LoadX87 makes it 1 when code first needs it; leaving makes it 0. C++ that translated code calls
+  /// (fills, system_op, transit) runs with it in place: it uses no x87 and no MMX.
+  u32 x87 = 0;
+  u64 x87_fip = 0;       ///< the guest's FIP, while x87 is 1
+  u32 x87_selector = 0;  ///< what stands above EIP in it, for 32-bit code
+  u16 x87_host_fcw = 0;  ///< the thread's own, while x87 is 1
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -138,6 +147,7 @@ enum class SystemOp : u32 {
   BasesAllowed,  ///< RDFSBASE and its kind
   WriteFsBase,
   WriteGsBase,
+  LoadX87,  ///< refused when x87 instructions fault, or exceptions are not masked
 };
 
 namespace frame {
@@ -156,7 +166,8 @@ inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_
                      kExitDeadFrame = RING3_FRAME_EXIT_DEAD_FRAME, kPage = RING3_FRAME_PAGE,
                      kExitLeft = RING3_FRAME_EXIT_LEFT, kExitInterpretFrame = RING3_FRAME_EXIT_INTERPRET_FRAME,
                      kExitReturn = RING3_FRAME_EXIT_RETURN, kExitTransit = RING3_FRAME_EXIT_TRANSIT,
-                     kSystemOp = RING3_FRAME_SYSTEM_OP, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE;
+                     kSystemOp = RING3_FRAME_SYSTEM_OP, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE,
+                     kX87 = RING3_FRAME_X87, kX87Fip = RING3_FRAME_X87_FIP, kX87Selector = RING3_FRAME_X87_SELECTOR;
 inline constexpr u32 kNoTag = ~0u;
 static_assert(offsetof(JitFrame, last_start) + 40 <= 2 * RING3_FRAME_CENTRE);
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
@@ -175,6 +186,10 @@ RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
 RING3_CHECK_OFFSET(tlb_mask, RING3_FRAME_TLB_MASK);
 RING3_CHECK_OFFSET(last_start, RING3_FRAME_LAST_START);
 RING3_CHECK_OFFSET(cross_left, RING3_FRAME_CROSS_LEFT);
+RING3_CHECK_OFFSET(x87, RING3_FRAME_X87);
+RING3_CHECK_OFFSET(x87_fip, RING3_FRAME_X87_FIP);
+RING3_CHECK_OFFSET(x87_selector, RING3_FRAME_X87_SELECTOR);
+RING3_CHECK_OFFSET(x87_host_fcw, RING3_FRAME_X87_HOST_FCW);
 RING3_CHECK_OFFSET(scratch, RING3_FRAME_SCRATCH);
 RING3_CHECK_OFFSET(jump_table, RING3_FRAME_JUMP_TABLE);
 RING3_CHECK_OFFSET(jump_bias, RING3_FRAME_JUMP_BIAS);

@@ -50,6 +50,10 @@
 #define RING3_FRAME_EXIT_RETURN 472
 #define RING3_FRAME_SCRATCH 480 /* 6 slots */
 #define RING3_FRAME_CROSS_LEFT 696
+#define RING3_FRAME_X87 700
+#define RING3_FRAME_X87_FIP 704
+#define RING3_FRAME_X87_SELECTOR 712
+#define RING3_FRAME_X87_HOST_FCW 716
 
 /* Exits to other pages that search the jump table until one is linked anew. */
 #define RING3_CROSS_EXITS 64

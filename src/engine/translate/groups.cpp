@@ -130,6 +130,15 @@ bool BlockBuilder::written_registers(const DecodedInsn& i, u32* out) {
     case Op::Lahf:
       w |= bit(RAX);
       break;
+    case Op::HostX87:
+      if (!i.has(kHasMem)) w |= bit(RAX);  // FNSTSW AX
+      break;
+    case Op::Fwait:
+    case Op::Emms:
+      break;
+    case Op::HostMmx:
+      every = true;
+      break;
     case Op::HostVec:
       every = true;
       if (i.opcode >= 0x60 && i.opcode <= 0x63) w |= bit(RCX);  // PCMPESTRI, PCMPISTRI in map 3
@@ -379,6 +388,7 @@ void BlockBuilder::finish_groups() {
       e_.jmp(found);
     }
     e_.bind(ungrouped);
+    if (interpret_[m.insn].fip) emit_fip(interpret_[m.insn].fip_offset);
     const bool in_frame = m.flags == Flags::Frame;
     stubs_.push_back({{}, m.offset, in_frame, true});
     DirectExit x;

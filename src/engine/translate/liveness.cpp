@@ -38,6 +38,16 @@ bool vector_writes_flags(const DecodedInsn& i) {
   return map == 3 && i.opcode >= 0x60 && i.opcode <= 0x63;
 }
 
+/// FCMOVcc DA, DB C0..DF; FCOMI, FUCOMI, FCOMIP, FUCOMIP DB, DF E8..F7.
+FlagUse x87_use(const DecodedInsn& i) {
+  if (i.has(kHasMem)) return {};
+  const u8 modrm = i.raw[i.length - 1];
+  const bool fcmov = (i.opcode == 0xda || i.opcode == 0xdb) && modrm < 0xe0;
+  if (fcmov) return uses(CF | ZF | PF, 0);
+  const bool fcomi = (i.opcode == 0xdb || i.opcode == 0xdf) && modrm >= 0xe8 && modrm < 0xf8;
+  return fcomi ? uses(0, CF | ZF | PF) : FlagUse{};
+}
+
 }  // namespace
 
 u64 condition_flags(u8 condition) {
@@ -160,6 +170,8 @@ FlagUse flag_use(const DecodedInsn& i) {
       return uses(0, CF);
     case Op::Cmc:
       return uses(CF, CF);
+    case Op::HostX87:
+      return x87_use(i);
     case Op::HostVec:
       return vector_writes_flags(i) ? uses(0, STATUS) : FlagUse{};
     default:

@@ -19,6 +19,7 @@ bool overwrites(const DecodedInsn& i) {
     case Op::Movbe:
     case Op::Imul3:
     case Op::HostVec:
+    case Op::HostMmx:
     case Op::Andn:
     case Op::Bextr:
     case Op::Blsi:
@@ -49,6 +50,7 @@ bool rm_may_be_memory(const DecodedInsn& i) {
     case Op::Cmpxchg:
     case Op::Bswap:
     case Op::HostVec:
+    case Op::HostMmx:
     case Op::Movbe:
       return false;
     case Op::Bt:

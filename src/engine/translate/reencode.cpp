@@ -175,7 +175,7 @@ bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
   } else if (insn.has(kHasMem)) {
     return false;
   }
-  if (insn.op == Op::HostVec) {
+  if (insn.op == Op::HostVec || insn.op == Op::HostMmx) {
     if (!e.has_modrm || !runs_on_host(e.vex, e.map, e.opcode)) return false;
     out->gpr_fields = vector_fields(e, insn);
     e.vectors = out->gpr_fields == 0;

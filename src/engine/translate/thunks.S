@@ -217,6 +217,9 @@ leave:
     je 1f
     put_away
 1:
+    cmpl $0, SLOT(RING3_FRAME_X87)
+    jne put_x87_away
+x87_is_away:
     mov SLOT(RING3_FRAME_HOST_RSP), %rsp
     add $8, %rsp
     pop %r15
@@ -226,6 +229,34 @@ leave:
     pop %rbx
     pop %rbp
     ret
+
+/* The pointers are not the host's: FOP and FDP stay as they are in the image, FIP is in the frame. */
+put_x87_away:
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
+    movzwl 6(%r14), %ecx
+    mov 16(%r14), %r15
+    mov $1, %eax
+    xor %edx, %edx
+    xsave64 (%r14)
+    testb $1, 512(%r14)
+    jz 2f
+1:  mov %cx, 6(%r14)
+    mov SLOT(RING3_FRAME_X87_FIP), %rax
+    mov %rax, 8(%r14)
+    mov %r15, 16(%r14)
+    fninit
+    fldcw SLOT(RING3_FRAME_X87_HOST_FCW)
+    movl $0, SLOT(RING3_FRAME_X87)
+    jmp x87_is_away
+2:  movq $0x37f, (%r14)           /* a component in its initial state need not be written */
+    lea 32(%r14), %rdi
+    mov %rcx, %rdx
+    mov $16, %ecx
+    xor %eax, %eax
+    cld
+    rep stosq
+    mov %rdx, %rcx
+    jmp 1b
 
 /* r14 + bias and the jump table's entry, as exits of blocks look it up (jump_index()); the flags are in the frame.
    Not equal: not there. */

@@ -83,8 +83,26 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
       (fs ? frame_.fs_base : frame_.gs_base) = operand;
       return 1;
     }
+    case SystemOp::LoadX87:
+      return load_x87() ? 1 : 0;
   }
   return 0;
+}
+
+/// From VcpuState to the host's registers. With all exceptions masked none is pending.
+bool TranslatorVcpu::load_x87() {
+  constexpr u16 kMasks = 0x3f;
+  if (!c_.fpu_ok || (s_.xsave.fcw() & kMasks) != kMasks) return false;
+  u8* const at = s_.xsave.bytes;
+  u64* const header = reinterpret_cast<u64*>(at + XsaveArea::kHeader);
+  header[0] = 1;  // XSTATE_BV: the component is in the image
+  for (unsigned n = 1; n < 8; n++) header[n] = 0;
+  std::memcpy(&frame_.x87_fip, at + 8, 8);
+  frame_.x87_selector = c_.long_mode ? 0 : s_.seg[CS].selector;
+  asm volatile("fnstcw %0" : "=m"(frame_.x87_host_fcw));
+  asm volatile("xrstor64 (%0)" : : "r"(at), "a"(1), "d"(0) : "memory");
+  frame_.x87 = 1;
+  return true;
 }
 
 u64 TranslatorVcpu::transit_function(void* self, u64 rip, u64 number) {

@@ -120,6 +120,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   // transitions.cpp, with the guest's vectors in the host's registers
   static u64 system_function(void* self, u64 operand, u64 op);
   u64 system_op(SystemOp op, u64 operand);
+  bool load_x87();
   static u64 transit_function(void* self, u64 rip, u64 number);
   u64 transit(u64 rip, const DecodedInsn& insn);
   struct ReturnFrame;
