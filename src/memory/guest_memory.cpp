@@ -196,6 +196,7 @@ int GuestMemory::clear_dirty_log(u32 slot, u64 first_page, u32 num_pages, const 
         (num_pages < pages - first_page && (num_pages & 63) != 0)) {
       return -EINVAL;
     }
+    if (bitmap == nullptr) return 0;
     const u8* from = static_cast<const u8*>(bitmap);
     for (u64 done = 0; done < num_pages; done += 64, from += sizeof(u64)) {
       u64 bits;

@@ -70,7 +70,7 @@ class GuestMemory {
   /// KVM_GET_DIRTY_LOG: copies the bitmap to out (size/4096/8 rounded up to 8 bytes) and, unless
   /// manual_protect, clears it. 0 or -errno.
   int get_dirty_log(u32 slot, void* out, bool manual_protect);
-  /// KVM_CLEAR_DIRTY_LOG: clears the pages whose bits are set in bitmap. 0 or -errno.
+  /// KVM_CLEAR_DIRTY_LOG: clears the pages whose bits are set in bitmap. 0 or -errno. bitmap null: only says what would be wrong.
   ///
   /// Either call clears bits while vCPUs may hold writable translations: the caller makes them drop
   /// those (PhysicalTracker::dirty_log_changed) before it answers the VMM, which then reads the pages.

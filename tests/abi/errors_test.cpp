@@ -2,6 +2,8 @@
 // the kernel's own /dev/kvm.
 #include <sys/mman.h>
 
+#include "base/unique_fd.hpp"
+#include "engine/abi/newer_kvm.hpp"
 #include "harness.hpp"
 
 namespace ring3::abitest {
@@ -31,6 +33,9 @@ const Row kRows[] = {
     {"API version with an argument", On::System, KVM_GET_API_VERSION, With::Integer, 1, -EINVAL},
     {"vCPU area with an argument", On::System, KVM_GET_VCPU_MMAP_SIZE, With::Integer, 1, -EINVAL},
     {"an unknown capability", On::System, KVM_CHECK_EXTENSION, With::Integer, 99999, 0},
+    {"tracing, which the kernel once had", On::System, KVM_TRACE_DISABLE, With::Integer, 0, -EOPNOTSUPP, false},
+    {"emulated CPUID to nowhere", On::System, KVM_GET_EMULATED_CPUID, With::Null, 0, -EFAULT},
+    {"emulated CPUID without room", On::System, KVM_GET_EMULATED_CPUID, With::Struct, 1, -E2BIG},
     {"KVM_RUN on the system", On::System, KVM_RUN, With::Integer, 0, -EINVAL},
     {"an unknown ioctl", On::System, _IO(KVMIO, 0xfe), With::Integer, 0, -EINVAL},
     {"an unknown ioctl of a VM", On::Vm, _IO(KVMIO, 0xfe), With::Integer, 0, -ENOTTY},
@@ -53,14 +58,28 @@ const Row kRows[] = {
     {"the dirty log of no slot", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 77, -ENOENT},
     {"the dirty log of a slot out of range", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 0xffff, -EINVAL},
     {"the TSS too high", On::Vm, KVM_SET_TSS_ADDR, With::Integer, 0xfffffff0, -EINVAL, false},
+    {"a longer memslot from nowhere", On::Vm, KVM_SET_USER_MEMORY_REGION2, With::Null, 0, -EFAULT, false},
+    {"a longer memslot of memory of the guest's own", On::Vm, KVM_SET_USER_MEMORY_REGION2, With::Struct, 4ull << k32, -EINVAL, false},
+    {"a boot vCPU that cannot be", On::Irqchip, KVM_SET_BOOT_CPU_ID, With::Integer, 1, -EBUSY},
+    {"the identity map from nowhere", On::Vm, KVM_SET_IDENTITY_MAP_ADDR, With::Null, 0, -EINVAL},  // there are vCPUs: asked first
+    {"clearing the dirty log from nowhere", On::Vm, KVM_CLEAR_DIRTY_LOG, With::Null, 0, -EFAULT},
+    {"clearing the dirty log of no slot", On::Vm, KVM_CLEAR_DIRTY_LOG, With::Struct, 77, -ENOENT},
+    {"clearing the dirty log of a slot that has none", On::Vm, KVM_CLEAR_DIRTY_LOG, With::Struct, 0, -ENOENT},
+    {"the dirty log of a slot that has none", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 0, -ENOENT},
     {"no exits to disable", On::Vm, KVM_ENABLE_CAP, With::Struct, KVM_CAP_X86_DISABLE_EXITS, 0, false},
     {"how many MMU pages", On::Vm, KVM_GET_NR_MMU_PAGES, With::Integer, 0, 0, false},
     {"Xen's configuration from nowhere", On::Vm, KVM_XEN_HVM_CONFIG, With::Null, 0, -EFAULT, false},
-    {"too few MMU pages", On::Vm, KVM_SET_NR_MMU_PAGES, With::Integer, 1, -EINVAL},
+    {"too few MMU pages", On::Vm, KVM_SET_NR_MMU_PAGES, With::Integer, 63, -EINVAL},
+    {"more vCPU ids than there have been", On::Vm, KVM_ENABLE_CAP, With::Struct, KVM_CAP_MAX_VCPU_ID, -EINVAL, false},
+    {"a TSC rate beyond all", On::Vm, KVM_SET_TSC_KHZ, With::Integer, 0xffffffff, -EINVAL, false},
     {"a PIT without irqchip", On::Vm, KVM_CREATE_PIT2, With::Struct, 0, -ENOENT},
     {"a PIT from nowhere", On::Vm, KVM_CREATE_PIT2, With::Null, 0, -EFAULT},
     {"an irqchip's state without irqchip", On::Vm, KVM_GET_IRQCHIP, With::Struct, 0, -ENXIO},
     {"PIT state without PIT", On::Vm, KVM_GET_PIT2, With::Struct, 0, -ENXIO},
+    {"PIT state without PIT, to nowhere", On::Vm, KVM_GET_PIT2, With::Null, 0, -ENXIO},
+    {"older PIT state without PIT, to nowhere", On::Vm, KVM_GET_PIT, With::Null, 0, -EFAULT},
+    {"PIT state from nowhere", On::Vm, KVM_SET_PIT2, With::Kernel, 0, -EFAULT},
+    {"reinjection without PIT, from nowhere", On::Vm, KVM_REINJECT_CONTROL, With::Null, 0, -EFAULT},
     {"reinjection without PIT", On::Vm, KVM_REINJECT_CONTROL, With::Struct, 0, -ENXIO},
     {"a line without irqchip", On::Vm, KVM_IRQ_LINE, With::Struct, 0, -ENXIO},
     {"a line from nowhere", On::Vm, KVM_IRQ_LINE, With::Null, 0, -EFAULT},
@@ -99,6 +118,9 @@ const Row kRows[] = {
     {"machine checks from nowhere", On::Vcpu, KVM_X86_SETUP_MCE, With::Null, 0, -EFAULT},
     {"no machine-check banks", On::Vcpu, KVM_X86_SETUP_MCE, With::Struct, 0, -EINVAL},
     {"too many machine-check banks", On::Vcpu, KVM_X86_SETUP_MCE, With::Struct, 200, -EINVAL},
+    {"a signal mask from nowhere", On::Vcpu, KVM_SET_SIGNAL_MASK, With::Kernel, 0, -EFAULT},
+    {"no XCR0 among the XCRs", On::Vcpu, KVM_SET_XCRS, With::Struct, 0, 0, false},
+    {"the vAPIC without LAPIC, from nowhere", On::Vcpu, KVM_SET_VAPIC_ADDR, With::Null, 0, -EINVAL},
     {"a signal mask of odd length", On::Vcpu, KVM_SET_SIGNAL_MASK, With::Struct, 4, -EINVAL},
     {"too little room for Hyper-V's CPUID", On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID, With::Struct, 0, -E2BIG, false},
     {"Hyper-V's CPUID to nowhere", On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID, With::Null, 0, -EFAULT, false},
@@ -169,15 +191,6 @@ TEST_P(ErrorNumbers, OfWhatIsNotOffered) {
       EXPECT_EQ(e.ebx, 0x4b4d564bu) << "not KVM's signature";
     }
   }
-  struct {
-    kvm_msrs head;
-    kvm_msr_entry entry;
-  } msrs{};
-  msrs.head.nmsrs = 1;
-  msrs.entry.index = 0x4b564d02;  // MSR_KVM_ASYNC_PF_EN
-  msrs.entry.data = 1;
-  EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_SET_MSRS, arg(msrs)), 0);
-  EXPECT_EQ(vm.vcpu().endpoint().ioctl(KVM_GET_MSRS, arg(msrs)), 0);
 }
 
 TEST_P(ErrorNumbers, AreTheKernels) {
@@ -196,6 +209,107 @@ TEST_P(ErrorNumbers, AreTheKernels) {
                                                : reinterpret_cast<u64>(bytes.data());
     EXPECT_EQ(on.ioctl(row.request, arg), row.answer) << row.what;
   }
+}
+
+// Where one struct has two things wrong, or none that matters.
+TEST_P(ErrorNumbers, WhatIsAskedFirst) {
+  SOFT_ONLY("a paravirtual /dev/kvm has its own");
+  VmOptions options;
+  options.irqchip = true;
+  TestVm m(system(), options);
+  Endpoint& vm = m.vm().endpoint();
+  kvm_dirty_log log{};
+  log.padding2 = 0;
+  EXPECT_EQ(vm.ioctl(KVM_GET_DIRTY_LOG, arg(log)), -ENOENT);  // no log: the pointer does not come into it
+  std::vector<u64> bits(TestVm::kRam / kPageSize / 64, 0x5555);
+  log.padding2 = reinterpret_cast<u64>(bits.data());
+  EXPECT_EQ(vm.ioctl(KVM_GET_DIRTY_LOG, arg(log)), -ENOENT);
+  EXPECT_EQ(bits[0], 0x5555u) << "written to";
+  ASSERT_TRUE(m.vm().set_user_memory_region(0, Gpa(0), TestVm::kRam, m.hva(), KVM_MEM_LOG_DIRTY_PAGES).ok());
+  kvm_clear_dirty_log clear{};
+  clear.num_pages = TestVm::kRam / kPageSize;
+  EXPECT_EQ(vm.ioctl(KVM_CLEAR_DIRTY_LOG, arg(clear)), -EFAULT);
+  clear.first_page = 1;
+  EXPECT_EQ(vm.ioctl(KVM_CLEAR_DIRTY_LOG, arg(clear)), -EINVAL);
+  clear.first_page = 0;
+  clear.num_pages++;
+  EXPECT_EQ(vm.ioctl(KVM_CLEAR_DIRTY_LOG, arg(clear)), -EINVAL);
+
+  const UniqueFd event(eventfd_make());
+  kvm_ioeventfd io{};
+  io.fd = event.get();
+  io.len = 3;
+  io.addr = ~0ull;
+  EXPECT_EQ(vm.ioctl(KVM_IOEVENTFD, arg(io)), -EINVAL);
+  io.flags = KVM_IOEVENTFD_FLAG_DEASSIGN;
+  EXPECT_EQ(vm.ioctl(KVM_IOEVENTFD, arg(io)), -ENOENT);
+  io.fd = -1;
+  EXPECT_EQ(vm.ioctl(KVM_IOEVENTFD, arg(io)), -EBADF);
+  kvm_irqfd irqfd{};
+  irqfd.fd = static_cast<u32>(event.get());
+  irqfd.gsi = 100000;  // no route leads from there
+  EXPECT_EQ(vm.ioctl(KVM_IRQFD, arg(irqfd)), 0);
+  EXPECT_EQ(vm.ioctl(KVM_IRQFD, arg(irqfd)), -EBUSY);
+
+  // A zone goes when the one that is named lies in it.
+  kvm_coalesced_mmio_zone zone{};
+  zone.addr = 0xa0000;
+  EXPECT_EQ(vm.ioctl(KVM_REGISTER_COALESCED_MMIO, arg(zone)), 0);  // of no bytes
+  zone.size = 0x1000;
+  EXPECT_EQ(vm.ioctl(KVM_REGISTER_COALESCED_MMIO, arg(zone)), 0);
+  zone.pio = 2;
+  EXPECT_EQ(vm.ioctl(KVM_REGISTER_COALESCED_MMIO, arg(zone)), -EINVAL);
+  EXPECT_EQ(vm.ioctl(KVM_UNREGISTER_COALESCED_MMIO, arg(zone)), -EINVAL);
+
+  kvm_vapic_addr vapic{0x10000000};
+  EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_VAPIC_ADDR, arg(vapic)), -EINVAL);
+  vapic.vapic_addr = 0x22000;
+  EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_VAPIC_ADDR, arg(vapic)), 0);
+
+  std::vector<u8> buffer(sizeof(kvm_cpuid2) + 8 * sizeof(kvm_cpuid_entry2));
+  auto* const list = reinterpret_cast<kvm_cpuid2*>(buffer.data());
+  list->nent = 8;
+  EXPECT_EQ(system().endpoint().ioctl(KVM_GET_EMULATED_CPUID, reinterpret_cast<u64>(list)), 0);
+  list->nent = 8;
+  reinterpret_cast<kvm_cpuid_entry2*>(list + 1)[7].padding[2] = 1;
+  EXPECT_EQ(system().endpoint().ioctl(KVM_GET_EMULATED_CPUID, reinterpret_cast<u64>(list)), -EINVAL);
+
+  // The newer call with the fields of the older.
+  kvm_userspace_memory_region2 region{};
+  region.slot = 1;
+  region.guest_phys_addr = 0x100000;
+  region.memory_size = kPageSize;
+  region.userspace_addr = m.hva().value;
+  EXPECT_EQ(system().endpoint().ioctl(KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY2), 1);
+  EXPECT_EQ(vm.ioctl(KVM_SET_USER_MEMORY_REGION2, arg(region)), 0);
+  region.slot = 2;
+  EXPECT_EQ(vm.ioctl(KVM_SET_USER_MEMORY_REGION2, arg(region)), -EEXIST);
+
+  // The boot vCPU is among the ids that there can be.
+  auto empty = system().create_vm();
+  ASSERT_TRUE(empty.ok());
+  const auto max_vcpu_id = [&](u64 value) {
+    kvm_enable_cap cap{};
+    cap.cap = KVM_CAP_MAX_VCPU_ID;
+    cap.args[0] = value;
+    return empty->endpoint().ioctl(KVM_ENABLE_CAP, arg(cap));
+  };
+  EXPECT_EQ(empty->endpoint().ioctl(KVM_SET_BOOT_CPU_ID, 100000), -EINVAL);
+  EXPECT_EQ(empty->endpoint().ioctl(KVM_SET_BOOT_CPU_ID, 4), 0);
+  EXPECT_EQ(max_vcpu_id(3), -EINVAL);
+  EXPECT_EQ(max_vcpu_id(4), 0);
+  EXPECT_EQ(max_vcpu_id(5), -EINVAL);
+
+  // Bit 63 of CR3 is an instruction's, no state's.
+  auto sregs = m.vcpu().sregs();
+  ASSERT_TRUE(sregs.ok());
+  sregs->cr0 = 0x80000033;
+  sregs->cr4 = 0x20;
+  sregs->efer = 0x500;
+  sregs->cr3 = 0x30000;
+  EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_SREGS, arg(*sregs)), 0);
+  sregs->cr3 |= 1ull << 63;
+  EXPECT_EQ(m.vcpu().endpoint().ioctl(KVM_SET_SREGS, arg(*sregs)), -EINVAL);
 }
 
 // Pages that begin readable and end nowhere: what is asked first decides, and nothing crashes.

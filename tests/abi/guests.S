@@ -486,6 +486,66 @@ guest lapic64
     iretq
 end_guest lapic64
 
+# Interrupts of its own, vector 0x30 by the SELF IPI register, as many as 0x600 says; then port 0x91, one more of vector 0x31,
+# and the LAPIC's ISR to 0x21000. The handlers stand 256 and 384 bytes in. Each counts at 0x504; where the bit at 0x22000
+# was set it clears it, and counts at 0x508, else it writes EOI. The second tells by port 0x92 first.
+guest pv_eoi
+    x2apic_on
+    movl $0x4b564d04, %ecx
+    xorl %edx, %edx
+    movl $0x22001, %eax
+    wrmsr
+    sti
+    movl 0x600, %ebx
+    movl $0x83f, %ecx
+1:  movl $0x30, %eax
+    xorl %edx, %edx
+    wrmsr
+    nop
+    decl %ebx
+    jnz 1b
+    outb %al, $0x91
+    movl $0x31, %eax
+    wrmsr
+    nop
+    movl $0x811, %ecx
+    rdmsr
+    movl %eax, 0x21000
+    outb %al, $0xf4
+    hlt
+    .macro pv_end_of_interrupt
+    incl 0x504
+    lock btrl $0, 0x22000
+    jc 1f
+    end_of_interrupt
+    iretq
+1:  incl 0x508
+    iretq
+    .endm
+    .org guest_pv_eoi + 256
+    pv_end_of_interrupt
+    .org guest_pv_eoi + 384
+    outb %al, $0x92
+    pv_end_of_interrupt
+end_guest pv_eoi
+
+# KVM_HC_MAP_GPA_RANGE of two pages; of none; from the middle of one.
+guest map_gpa_range
+    .macro map_range from, pages, answer
+    movl $12, %eax
+    movl $\from, %ebx
+    movl $\pages, %ecx
+    movl $0x10, %edx
+    vmcall
+    movq %rax, \answer
+    .endm
+    map_range 0x5000, 2, 0x21000
+    map_range 0x5000, 0, 0x21008
+    map_range 0x5001, 1, 0x21010
+    outb %al, $0xf4
+    hlt
+end_guest map_gpa_range
+
 # IPIs by hypercall: to APICs 0 and 64 (where none is), to nobody, in a form that is refused. The handler 256 bytes in
 # counts at 0x504.
 guest ipi_hypercall
@@ -684,5 +744,14 @@ guest dma_running
     outb %al, $0xf4
     hlt
 end_guest dma_running
+
+# The LAPIC's id register, from its page.
+    .code32
+guest lapic_page
+    movl 0xfee00020, %eax
+    movl %eax, 0x21000
+    outb %al, $0xf4
+    hlt
+end_guest lapic_page
 
     .section .note.GNU-stack,"",@progbits

@@ -69,6 +69,9 @@ GUEST(hyperv_sint);
 GUEST(pair_clocks);
 GUEST(spin64);
 GUEST(lapic64);
+GUEST(pv_eoi);
+GUEST(map_gpa_range);
+GUEST(lapic_page);
 }  // namespace guests
 
 struct VmOptions {
@@ -101,18 +104,23 @@ class TestVm {
     }
     auto size = system.vcpu_mmap_size();
     mmap_size_ = size.ok() ? *size : 0;
-    auto cpuid = system.supported_cpuid();
-    for (unsigned i = 0; i < options.vcpus; i++) {
-      auto v = vm_->create_vcpu(i);
-      EXPECT_TRUE(v.ok()) << v.error().message;
-      vcpus_.push_back(std::make_unique<Vcpu>(std::move(*v)));
-      if (options.cpuid && cpuid.ok()) {
-        for (auto& e : *cpuid) {
-          if (e.function == 1) e.ebx = (e.ebx & 0xffffff) | i << 24;
-        }
-        EXPECT_TRUE(vcpus_.back()->set_cpuid2(*cpuid).ok());
-      }
+    options_ = options;
+    for (unsigned i = 0; i < options.vcpus; i++) add_vcpu(i);
+  }
+
+  void add_vcpu(unsigned i) {
+    auto v = vm_->create_vcpu(i);
+    ASSERT_TRUE(v.ok()) << v.error().message;
+    vcpus_.push_back(std::make_unique<Vcpu>(std::move(*v)));
+    auto cpuid = system_.supported_cpuid();
+    if (!options_.cpuid || !cpuid.ok()) return;
+    for (auto& e : *cpuid) {
+      if (e.function != 1) continue;
+      e.ebx = (e.ebx & 0xffffff) | i << 24;
+      // Not in the list: it comes with the LAPICs.
+      if ((options_.irqchip || options_.split) && system_.check_extension(KVM_CAP_TSC_DEADLINE_TIMER) != 0) e.ecx |= 1u << 24;
     }
+    EXPECT_TRUE(vcpus_.back()->set_cpuid2(*cpuid).ok());
   }
 
   Vm& vm() { return *vm_; }
@@ -222,11 +230,30 @@ class TestVm {
 
  private:
   System system_;
+  VmOptions options_;
   Mapping ram_;
   std::unique_ptr<Vm> vm_;
   std::vector<std::unique_ptr<Vcpu>> vcpus_;
   u64 mmap_size_ = 0;
 };
+
+/// 64-bit code with an IDT: each vector's handler stands so many bytes into the guest.
+inline void start_long(TestVm& m, const Guest& guest, std::initializer_list<std::pair<u8, u64>> handlers) {
+  m.start_flat(guest, true);
+  auto sregs = m.vcpu().sregs();
+  ASSERT_TRUE(sregs.ok());
+  sregs->idt.base = 0x34000;
+  sregs->idt.limit = 0xfff;
+  sregs->gdt.base = 0x35000;
+  sregs->gdt.limit = 0x17;
+  ASSERT_TRUE(m.vcpu().set_sregs(*sregs).ok());
+  m.put<u64>(0x35008, 0x00af9b000000ffff);
+  m.put<u64>(0x35010, 0x00cf93000000ffff);
+  for (const auto& [vector, offset] : handlers) {
+    m.put<u64>(0x34000 + vector * 16u, (0x1000 + offset) | u64{0x8e000008} << 16);
+    m.put<u64>(0x34000 + vector * 16u + 8, 0);
+  }
+}
 
 /// The first vCPU's CPUID, with Hyper-V's leaves.
 inline void add_hyperv_cpuid(TestVm& m) {

@@ -56,24 +56,6 @@ void prepare(TestVm& m, u8 pic_mask, u8 timer, u32 events) {
   expect_ready(m);
 }
 
-/// 64-bit code with an IDT: each vector's handler stands so many bytes into the guest.
-void start_long(TestVm& m, const Guest& guest, std::initializer_list<std::pair<u8, u64>> handlers) {
-  m.start_flat(guest, true);
-  auto sregs = m.vcpu().sregs();
-  ASSERT_TRUE(sregs.ok());
-  sregs->idt.base = 0x34000;
-  sregs->idt.limit = 0xfff;
-  sregs->gdt.base = 0x35000;
-  sregs->gdt.limit = 0x17;
-  ASSERT_TRUE(m.vcpu().set_sregs(*sregs).ok());
-  m.put<u64>(0x35008, 0x00af9b000000ffff);
-  m.put<u64>(0x35010, 0x00cf93000000ffff);
-  for (const auto& [vector, offset] : handlers) {
-    m.put<u64>(0x34000 + vector * 16u, (0x1000 + offset) | u64{0x8e000008} << 16);
-    m.put<u64>(0x34000 + vector * 16u + 8, 0);
-  }
-}
-
 /// An MSI of a vector, edge or level, to APIC 0.
 kvm_irq_routing_entry msi_route(u32 gsi, u8 vector, bool level = false) {
   kvm_irq_routing_entry route{};

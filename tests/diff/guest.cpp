@@ -27,7 +27,7 @@ class GuestRunner::NoEnvironment final : public Environment {
   u64 rdtsc() override { return 0; }
   u64 get_cr8() override { return 0; }
   void set_cr8(u64) override {}
-  u64 hypercall(u64, const u64*) override { return 0; }
+  Answer hypercall(u64, const u64*, u64*) override { return Answer::Done; }
   void nmi_unblocked() override {}
   void retired() override {}
 };

@@ -1,6 +1,7 @@
 #include <thread>
 
 #include "engine/abi/dirty_ring.hpp"
+#include "engine/abi/newer_kvm.hpp"
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
 
@@ -11,6 +12,7 @@ int check_extension(u64 capability) {
     case KVM_CAP_IRQCHIP:
     case KVM_CAP_HLT:
     case KVM_CAP_USER_MEMORY:
+    case KVM_CAP_USER_MEMORY2:
     case KVM_CAP_SET_TSS_ADDR:
     case KVM_CAP_EXT_CPUID:
     case KVM_CAP_EXT_EMUL_CPUID:
@@ -84,7 +86,15 @@ int check_extension(u64 capability) {
     case KVM_CAP_HALT_POLL:
     case KVM_CAP_MMU_SHADOW_CACHE_CONTROL:
     case KVM_CAP_SYSTEM_EVENT_DATA:
+    case KVM_CAP_DISABLE_QUIRKS:
+    case KVM_CAP_EXIT_ON_EMULATION_FAILURE:
+    case KVM_CAP_ASYNC_PF:
+    case KVM_CAP_ASYNC_PF_INT:
       return 1;
+    case KVM_CAP_EXIT_HYPERCALL:
+      return static_cast<int>(kHypercallExits);
+    case KVM_CAP_X86_DISABLE_EXITS:
+      return static_cast<int>(kDisabledExits);
     case KVM_CAP_DISABLE_QUIRKS2:
       return static_cast<int>(kQuirks);
     case KVM_CAP_DIRTY_LOG_RING:

@@ -12,7 +12,7 @@
 namespace ring3::engine::abi {
 namespace {
 constexpr u32 kSlots = (kPageSize - sizeof(kvm_coalesced_mmio_ring)) / sizeof(kvm_coalesced_mmio);
-constexpr std::size_t kMaxZones = 100;
+constexpr std::size_t kMaxZones = 1000;  // as many devices as a bus of the kernel's has
 }  // namespace
 
 CoalescedRing::Unmap::~Unmap() {
@@ -38,7 +38,6 @@ Status CoalescedRing::map_at(u8* where) const {
 
 int CoalescedRing::add(const kvm_coalesced_mmio_zone& zone) {
   if (zone.pio > 1) return -EINVAL;
-  if (zone.size == 0 || !checked_add(zone.addr, u64{zone.size})) return -EINVAL;
   std::lock_guard lock(mutex_);
   if (zones_.size() >= kMaxZones) return -ENOSPC;
   zones_.push_back(zone);
@@ -49,9 +48,9 @@ int CoalescedRing::add(const kvm_coalesced_mmio_zone& zone) {
 int CoalescedRing::remove(const kvm_coalesced_mmio_zone& zone) {
   if (zone.pio > 1) return -EINVAL;
   std::lock_guard lock(mutex_);
-  // As the kernel: every zone that lies inside the given one.
+  // As the kernel: every zone that the given one lies in.
   std::erase_if(zones_, [&](const kvm_coalesced_mmio_zone& z) {
-    return z.pio == zone.pio && z.addr >= zone.addr && range_within<u64>(z.addr - zone.addr, z.size, zone.size);
+    return z.pio == zone.pio && zone.addr >= z.addr && range_within<u64>(zone.addr - z.addr, zone.size, z.size);
   });
   any_.store(!zones_.empty(), std::memory_order_relaxed);
   return 0;

@@ -48,7 +48,8 @@ constexpr u32 kAmdMirror = kLeaf1Edx & ~bits(11, 19, 25, 26);
 constexpr u32 kLeaf1EcxHost = bits(0 /*SSE3*/, 1 /*PCLMUL*/, 9 /*SSSE3*/, 13 /*CX16*/, 19 /*SSE4.1*/, 20 /*SSE4.2*/,
                                    22 /*MOVBE*/, 23 /*POPCNT*/, 25 /*AES*/, 30 /*RDRAND*/);
 constexpr u32 kLeaf1EcxAvx = bits(12 /*FMA*/, 28 /*AVX*/, 29 /*F16C*/);
-constexpr u32 kLeaf1EcxOwn = bits(17 /*PCID*/, 21 /*x2APIC*/, 24 /*TSC deadline*/, 26 /*XSAVE*/, 31 /*hypervisor*/);
+// Not the TSC deadline timer: the documentation wants it asked for by its capability, as it comes with the LAPICs.
+constexpr u32 kLeaf1EcxOwn = bits(17 /*PCID*/, 21 /*x2APIC*/, 26 /*XSAVE*/, 31 /*hypervisor*/);
 
 constexpr u32 kLeaf7EbxHost = bits(3 /*BMI1*/, 6 /*FDP_EXCPTN_ONLY*/, 8 /*BMI2*/, 13 /*no FCS/FDS*/, 18 /*RDSEED*/, 19 /*ADX*/,
                                    23 /*CLFLUSHOPT*/, 24 /*CLWB*/, 29 /*SHA*/);
@@ -231,14 +232,31 @@ void Cpuid::lookup(u32 leaf, u32 subleaf, u32 out[4]) const {
   }
 }
 
-const kvm_cpuid_entry2* Cpuid::pv_features() const {
+namespace {
+/// The place of KVM's features in a table; its size without them.
+std::size_t pv_features_in(const std::vector<kvm_cpuid_entry2>& entries) {
   u32 signature[3];
   std::memcpy(signature, "KVMKVMKVM\0\0\0", 12);
-  for (const auto& e : entries_) {
+  for (const auto& e : entries) {
     if ((e.function & 0xffff00ff) != kPvSignature) continue;
-    if (e.ebx == signature[0] && e.ecx == signature[1] && e.edx == signature[2]) return find(e.function | kPvFeatures, 0);
+    if (e.ebx != signature[0] || e.ecx != signature[1] || e.edx != signature[2]) continue;
+    for (std::size_t i = 0; i < entries.size(); i++) {
+      if (entries[i].function == (e.function | kPvFeatures)) return i;
+    }
+    break;
   }
-  return nullptr;
+  return entries.size();
+}
+}  // namespace
+
+const kvm_cpuid_entry2* Cpuid::pv_features() const {
+  const std::size_t at = pv_features_in(entries_);
+  return at == entries_.size() ? nullptr : &entries_[at];
+}
+
+void Cpuid::drop_pv_feature(std::vector<kvm_cpuid_entry2>* entries, u32 bit) {
+  const std::size_t at = pv_features_in(*entries);
+  if (at != entries->size()) (*entries)[at].eax &= ~bit;
 }
 
 bool Cpuid::x2apic() const {

@@ -15,10 +15,11 @@ inline constexpr u32 kMaxCpuidEntries = 256;  ///< KVM_SET_CPUID2 takes no more
 
 /// KVM_CPUID leaf 0x40000001 EAX.
 namespace pv {
-inline constexpr u32 kClockSource = 1u << 0, kNopIoDelay = 1u << 1, kClockSource2 = 1u << 3, kStealTime = 1u << 5,
-                     kUnhalt = 1u << 7, kSendIpi = 1u << 11, kSchedYield = 1u << 13, kClockStable = 1u << 24;
-inline constexpr u32 kOffered =
-    kClockSource | kNopIoDelay | kClockSource2 | kStealTime | kUnhalt | kSendIpi | kSchedYield | kClockStable;
+inline constexpr u32 kClockSource = 1u << 0, kNopIoDelay = 1u << 1, kClockSource2 = 1u << 3, kAsyncPf = 1u << 4,
+                     kStealTime = 1u << 5, kPvEoi = 1u << 6, kUnhalt = 1u << 7, kAsyncPfVmexit = 1u << 10, kSendIpi = 1u << 11,
+                     kPollControl = 1u << 12, kSchedYield = 1u << 13, kAsyncPfInt = 1u << 14, kClockStable = 1u << 24;
+inline constexpr u32 kOffered = kClockSource | kNopIoDelay | kClockSource2 | kAsyncPf | kStealTime | kPvEoi | kUnhalt | kAsyncPfVmexit |
+                                kSendIpi | kPollControl | kSchedYield | kAsyncPfInt | kClockStable;
 }  // namespace pv
 
 /// IA32_ARCH_CAPABILITIES as offered: none of the speculation problems exist in interpreted code, and
@@ -45,6 +46,8 @@ class Cpuid {
 
   /// KVM's features: behind the leaf with KVM's signature, which stands at 0x40000100 where Hyper-V's leaves are the first.
   const kvm_cpuid_entry2* pv_features() const;
+  /// Takes a bit of pv::kOffered out of a table, as the kernel does where it cannot be served.
+  static void drop_pv_feature(std::vector<kvm_cpuid_entry2>* entries, u32 bit);
   bool x2apic() const;
   bool tsc_deadline() const;
   u8 physical_bits() const;

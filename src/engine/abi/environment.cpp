@@ -14,7 +14,7 @@ namespace {
 u32 size_mask(unsigned size) { return size >= 4 ? ~0u : (1u << (8 * size)) - 1; }
 
 // Hypercalls (virt/kvm/x86/hypercalls).
-constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcClockPairing = 9, kHcSendIpi = 10, kHcSchedYield = 11;
+constexpr u64 kHcVapicPollIrq = 1, kHcKickCpu = 5, kHcClockPairing = 9, kHcSendIpi = 10, kHcSchedYield = 11, kHcMapGpaRange = 12;
 constexpr u64 kHcNoSys = static_cast<u64>(-1000);  // -KVM_ENOSYS
 constexpr u64 kHcInvalid = static_cast<u64>(-EINVAL), kHcFault = static_cast<u64>(-EFAULT),
               kHcNotSupported = static_cast<u64>(-EOPNOTSUPP);
@@ -104,6 +104,8 @@ void VcpuEnvironment::complete() {
     asked_.data = run.hyperv.u.hcall.result;
   } else if (asked_.kind == Kind::XenCall) {
     asked_.data = run.xen.u.hcall.result;
+  } else if (asked_.kind == Kind::Hypercall) {
+    asked_.data = run.hypercall.ret;
   } else if (asked_.kind == Kind::MsrRead || asked_.kind == Kind::MsrWrite) {
     asked_.error = run.msr.error != 0;
     if (asked_.kind == Kind::MsrRead) asked_.data = run.msr.data;
@@ -233,7 +235,8 @@ bool VcpuEnvironment::mmio_read_part(u64 address, u8* data, unsigned size) {
     return true;
   }
   Lapic* lapic = vcpu_.lapic();
-  if (lapic != nullptr && lapic->mmio_contains(Gpa(address))) {
+  if (lapic != nullptr && lapic->mmio_contains(Gpa(address)) && (lapic_mmio_hole || lapic->takes_mmio())) {
+    vcpu_.settle_pv_eoi();
     lapic->mmio_read(static_cast<u32>(address & ~kPageMask), data, size);
     return true;
   }
@@ -246,7 +249,8 @@ bool VcpuEnvironment::mmio_read_part(u64 address, u8* data, unsigned size) {
 bool VcpuEnvironment::mmio_write_part(u64 address, const u8* data, unsigned size) {
   if (replay(Kind::MmioWrite, address, size) != nullptr) return true;
   Lapic* lapic = vcpu_.lapic();
-  if (lapic != nullptr && lapic->mmio_contains(Gpa(address))) {
+  if (lapic != nullptr && lapic->mmio_contains(Gpa(address)) && (lapic_mmio_hole || lapic->takes_mmio())) {
+    vcpu_.settle_pv_eoi();
     lapic->mmio_write(static_cast<u32>(address & ~kPageMask), data, size);
     return true;
   }
@@ -365,8 +369,36 @@ u64 VcpuEnvironment::pair_clocks(const u64 args[4]) {
   return vm_.write_memory(Gpa(args[0]), &pairing, sizeof pairing, &vcpu_) ? 0 : kHcFault;
 }
 
-u64 VcpuEnvironment::hypercall(u64 nr, const u64 args[4]) {
+VcpuEnvironment::Answer VcpuEnvironment::hypercall(u64 nr, const u64 args[4], u64* result) {
+  if (const Access* a = replay(Kind::Hypercall, nr, 8)) {
+    *result = a->data;
+    return Answer::Done;
+  }
   vcpu_.stats_.add(vcpu_stat::Hypercalls);
+  if (nr == kHcMapGpaRange && (vm_.hypercall_exits() >> kHcMapGpaRange & 1)) {
+    const u64 first = args[0] >> kPageShift, pages = args[1];
+    if ((args[0] & (kPageSize - 1)) != 0 || pages == 0 || first + pages <= first) {
+      *result = kHcInvalid;
+      return Answer::Done;
+    }
+    asked_ = Access{Kind::Hypercall, 8, nr, 0};
+    exit_pending_ = true;
+    replaying = true;
+    kvm_run& run = *vcpu_.run_page();
+    const VcpuState& s = vcpu_.state();
+    run.exit_reason = KVM_EXIT_HYPERCALL;
+    std::memset(&run.hypercall, 0, sizeof run.hypercall);
+    run.hypercall.nr = nr;
+    for (unsigned i = 0; i < 3; i++) run.hypercall.args[i] = args[i];
+    run.hypercall.longmode = s.long_mode() && s.seg[CS].l;
+    return Answer::Exit;
+  }
+  *result = own_hypercall(nr, args);
+  return Answer::Done;
+}
+
+/// The result of a hypercall that is not the VMM's.
+u64 VcpuEnvironment::own_hypercall(u64 nr, const u64 args[4]) {
   switch (nr) {
     case kHcVapicPollIrq:
       return 0;

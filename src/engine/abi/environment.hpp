@@ -31,7 +31,7 @@ class VcpuEnvironment final : public Environment {
   HostTsc host_tsc() const override;
   u64 get_cr8() override;
   void set_cr8(u64 value) override;
-  u64 hypercall(u64 nr, const u64 args[4]) override;
+  Answer hypercall(u64 nr, const u64 args[4], u64* result) override;
   bool hv_hypercalls() override;
   Answer hv_hypercall(u64 control, u64 input, u64 output, u64* result) override;
   bool xen_hypercalls(u64 number) override;
@@ -41,6 +41,10 @@ class VcpuEnvironment final : public Environment {
   bool mmio_read(Gpa gpa, void* data, unsigned size) override;
   bool mmio_write(Gpa gpa, const void* data, unsigned size) override;
 
+  /// The page of a LAPIC that is off or in x2APIC mode reads as ones and ignores writes; else it is the VMM's then
+  /// (KVM_X86_QUIRK_LAPIC_MMIO_HOLE).
+  bool lapic_mmio_hole = true;
+
   /// Whether the run page holds an access for the VMM that it has not answered.
   bool exit_pending() const { return exit_pending_; }
   /// KVM_RUN entered again: the VMM has acted on the access in the run page.
@@ -49,7 +53,7 @@ class VcpuEnvironment final : public Environment {
   void drop();
 
  private:
-  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite, HvCall, XenCall };
+  enum class Kind : u8 { PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite, Hypercall, HvCall, XenCall };
   struct Access {
     Kind kind;
     u8 size;
@@ -58,6 +62,7 @@ class VcpuEnvironment final : public Environment {
     u32 reason = 0;      // MSRs: KVM_MSR_EXIT_REASON_*
     bool error = false;  // MSRs: the VMM wants #GP
   };
+  u64 own_hypercall(u64 nr, const u64 args[4]);
   u64 send_ipis(const u64 args[4]);
   u64 pair_clocks(const u64 args[4]);
   /// A Hyper-V hypercall that is the VMM's.

@@ -40,11 +40,13 @@ UniqueFd duplicate(int fd) { return UniqueFd(::fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
 // ---- ioeventfds ----
 
 int IoEventfds::change(const kvm_ioeventfd& r) {
-  if (r.flags & ~(KVM_IOEVENTFD_FLAG_DATAMATCH | KVM_IOEVENTFD_FLAG_PIO | KVM_IOEVENTFD_FLAG_DEASSIGN)) return -EINVAL;
-  if (r.len != 0 && r.len != 1 && r.len != 2 && r.len != 4 && r.len != 8) return -EINVAL;
-  if (r.addr + r.len < r.addr) return -EINVAL;
   const bool wildcard = !(r.flags & KVM_IOEVENTFD_FLAG_DATAMATCH);
-  if (r.len == 0 && !wildcard) return -EINVAL;
+  if (!(r.flags & KVM_IOEVENTFD_FLAG_DEASSIGN)) {  // who gives one back is only told whether it is there
+    if (r.flags & ~(KVM_IOEVENTFD_FLAG_DATAMATCH | KVM_IOEVENTFD_FLAG_PIO)) return -EINVAL;
+    if (r.len != 0 && r.len != 1 && r.len != 2 && r.len != 4 && r.len != 8) return -EINVAL;
+    if (r.addr + r.len < r.addr) return -EINVAL;
+    if (r.len == 0 && !wildcard) return -EINVAL;
+  }
   const bool pio = r.flags & KVM_IOEVENTFD_FLAG_PIO;
   const i64 id = eventfd_identity(r.fd);
   if (id < 0) return static_cast<int>(id);
@@ -60,7 +62,6 @@ int IoEventfds::change(const kvm_ioeventfd& r) {
     if (it == next->end()) return -ENOENT;
     next->erase(it);
   } else {
-    if (next->size() >= kMax) return -ENOSPC;
     for (const auto& e : *next) {
       if (e->pio == pio && e->address == r.addr &&
           (e->length == 0 || r.len == 0 ||
@@ -68,6 +69,7 @@ int IoEventfds::change(const kvm_ioeventfd& r) {
         return -EEXIST;
       }
     }
+    if (next->size() >= kMax) return -ENOSPC;
     auto e = std::make_shared<IoEventfd>();
     e->fd = duplicate(r.fd);
     if (!e->fd) return -errno;
@@ -197,7 +199,6 @@ Irqfds::Map::iterator Irqfds::erase_locked(Map::iterator it) {
 int Irqfds::assign(const kvm_irqfd& r) {
   const bool resample = r.flags & KVM_IRQFD_FLAG_RESAMPLE;
   const int fd = static_cast<int>(r.fd);
-  if (r.gsi >= RoutingTable::kMaxRoutes) return -EINVAL;
   if (resample && chip_.mode() != IrqChip::Mode::kFull) return -EINVAL;
   const i64 id = eventfd_identity(fd);
   if (id < 0) return static_cast<int>(id);

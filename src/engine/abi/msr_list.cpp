@@ -23,7 +23,12 @@ constexpr u32 kOwn[] = {
     0x12,        // KVM_SYSTEM_TIME
     0x4b564d00,  // KVM_WALL_CLOCK_NEW
     0x4b564d01,  // KVM_SYSTEM_TIME_NEW
+    0x4b564d02,  // KVM_ASYNC_PF_EN
     0x4b564d03,  // KVM_STEAL_TIME
+    0x4b564d04,  // KVM_PV_EOI_EN
+    0x4b564d05,  // KVM_POLL_CONTROL
+    0x4b564d06,  // KVM_ASYNC_PF_INT
+    0x4b564d07,  // KVM_ASYNC_PF_ACK
     // Hyper-V's: the VMM knows which others (SIMP, SIEFP, SINTx, STIMERx) come with SCONTROL and the first timer.
     hv::msr::kGuestOsId, hv::msr::kHypercall, hv::msr::kTimeRefCount, hv::msr::kReferenceTsc, hv::msr::kTscFrequency,
     hv::msr::kApicFrequency, hv::msr::kCrashP0, hv::msr::kCrashP0 + 1, hv::msr::kCrashP0 + 2, hv::msr::kCrashP0 + 3,

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <memory>
@@ -72,6 +73,7 @@ class SystemEndpoint final : public kvm::Endpoint {
       case KVM_GET_SUPPORTED_HV_CPUID:
         return answer_list<kvm_cpuid2>(arg, hv::supported_cpuid(kMaxVcpus, true), &kvm_cpuid2::nent, false);
       case KVM_GET_EMULATED_CPUID:
+        if (const long error = check_padding(arg); error != 0) return error;
         return answer_list<kvm_cpuid2>(arg, emulated_cpuid(), &kvm_cpuid2::nent, false);
       case KVM_GET_MSR_INDEX_LIST:
         return answer_list<kvm_msr_list>(arg, msr_index_list(), &kvm_msr_list::nmsrs, true);
@@ -93,6 +95,10 @@ class SystemEndpoint final : public kvm::Endpoint {
       }
       case KVM_X86_GET_MCE_CAP_SUPPORTED:
         return copy_out(arg, mce_cap_supported()) ? 0 : -EFAULT;
+      case KVM_TRACE_ENABLE:  // which the kernel once had
+      case KVM_TRACE_PAUSE:
+      case KVM_TRACE_DISABLE:
+        return -EOPNOTSUPP;
       default:
         return -EINVAL;  // not ENOTTY: the kernel's own answer on /dev/kvm
     }
@@ -108,6 +114,18 @@ class SystemEndpoint final : public kvm::Endpoint {
   void kick() override {}
 
  private:
+  /// KVM_GET_EMULATED_CPUID alone wants its entries' padding zero, for what may come to stand there; what cannot be read is not.
+  static long check_padding(u64 arg) {
+    kvm_cpuid2 head;
+    if (!copy_in(arg, &head)) return -EFAULT;
+    if (head.nent == 0) return -E2BIG;
+    for (u32 i = 0; i < std::min(head.nent, kMaxCpuidEntries); i++) {
+      kvm_cpuid_entry2 e;
+      if (!copy_in(arg + sizeof head + i * sizeof e, &e) || e.padding[0] != 0 || e.padding[1] != 0 || e.padding[2] != 0) return -EINVAL;
+    }
+    return 0;
+  }
+
   static long feature_msrs(u64 arg) {
     kvm_msrs head;
     if (!copy_in(arg, &head)) return -EFAULT;

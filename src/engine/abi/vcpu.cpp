@@ -34,6 +34,7 @@ Vcpu::Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz)
       pvclock_(vm.clock(), vm.tsc_sync(), tsc_,
                [this](Gpa to, const void* from, std::size_t n) { return vm_.write_memory(to, from, n, this); }, id == vm.boot_vcpu()),
       steal_([this](Gpa to, const void* from, std::size_t n) { return vm_.write_memory(to, from, n, this); }),
+      pv_eoi_(vm.memory(), vm.tracker(), *this),
       env_(*this),
       mmu_(state_, vm.memory(), vm.tracker(), index),
       apic_base_(Lapic::kDefaultBase | Lapic::kBaseEnable | (id == vm.boot_vcpu() ? Lapic::kBaseBsp : 0)),
@@ -61,6 +62,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   const bool boot = id == vm.boot_vcpu();
   if (vm.irqchip() != nullptr) {
     v->lapic_ = std::make_unique<Lapic>(vm.bus(), vm.timers(), v->tsc_, id, boot);
+    if (boot && (vm.disabled_quirks() & KVM_X86_QUIRK_LINT0_REENABLED)) v->lapic_->mask_lint0_at_reset();
     if (!boot) v->mp_state_ = KVM_MP_STATE_UNINITIALIZED;
   }
   hv::Processor& processor = *v;
@@ -136,6 +138,8 @@ void Vcpu::apply_quirks() {
                                                                : Environment::OtherHypercall::IsPatched;
   env_.mwait_without_feature = !(off & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS);
   env_.mwait_by_misc_enable = off & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
+  env_.lapic_mmio_hole = !(off & KVM_X86_QUIRK_LAPIC_MMIO_HOLE);
+  env_.exits_without_code = vm_.exits_without_code();
 }
 
 std::span<u8> Vcpu::mappable(u64 offset) const {
@@ -208,6 +212,11 @@ void Vcpu::reset(bool init) {
   if (lapic_) lapic_->reset(init);
   nmis_.store(0);
   nmi_injected_ = exception_injected_ = triple_fault_pending_ = false;
+  // What the guest shares with the host is its to set up anew: it may have other plans for that memory.
+  pvclock_.reset();
+  steal_.reset();
+  pv_eoi_.reset();
+  async_pf_.reset();
   env_.drop();
   mmu_.flush_all();
   state_changed();
@@ -250,6 +259,7 @@ long Vcpu::cpuid_ioctl(unsigned long request, u64 arg) {
   } else {
     if (!copy_bytes_in(at, entries.data(), head.nent * sizeof(kvm_cpuid_entry2))) return -EFAULT;
   }
+  if (vm_.halts_in_guest()) Cpuid::drop_pv_feature(&entries, pv::kUnhalt);  // a vCPU that runs hears no kick
   if (has_run_) {
     // The kernel's rule: after the first KVM_RUN the table may only be set to what it is, as it was set or as it shows.
     const auto same = [](const kvm_cpuid_entry2& a, const kvm_cpuid_entry2& b) {
@@ -294,7 +304,7 @@ long Vcpu::set_guest_debug(u64 arg) {
     state_.exception = PendingException{};
     state_.exception.pending = true;
     state_.exception.vector = dbg.control & KVM_GUESTDBG_INJECT_DB ? vec::DB : vec::BP;
-    exception_injected_ = true;
+    exception_injected_ = false;
   }
   guest_debug_ = dbg.control & KVM_GUESTDBG_ENABLE ? dbg.control : 0;
   Context& c = interp_->context();
@@ -317,6 +327,7 @@ long Vcpu::set_signal_mask(u64 arg) {
   if (head.len != 8) return -EINVAL;  // the kernel's sigset_t
   u64 set;
   if (!copy_in(arg + sizeof head, &set)) return -EFAULT;
+  if (vm_.config().signals_announced) return 0;  // who announces them also knows which
   sigemptyset(&sigmask_);
   for (int n = 1; n <= 64; n++) {
     if (set >> (n - 1) & 1) sigaddset(&sigmask_, n);
@@ -426,7 +437,7 @@ long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
     state_.exception = PendingException{};
     state_.exception.pending = true;
     state_.exception.vector = vec::MC;
-    exception_injected_ = true;
+    exception_injected_ = false;
   } else if (!(bank[1] & kValid) || !(bank[1] & kUncorrected)) {
     if (bank[1] & kValid) mce.status |= kOverflow;
     bank[1] = mce.status;
@@ -441,8 +452,9 @@ long Vcpu::mce_ioctl(unsigned long request, u64 arg) {
 long Vcpu::tpr_ioctl(unsigned long request, u64 arg) {
   if (request == KVM_SET_VAPIC_ADDR) {
     kvm_vapic_addr address;
-    if (!copy_in(arg, &address)) return -EFAULT;
     if (!lapic_) return -EINVAL;
+    if (!copy_in(arg, &address)) return -EFAULT;
+    if (address.vapic_addr != 0 && vm_.memory().table()->find(Gpa(address.vapic_addr)) == nullptr) return -EINVAL;
     vapic_addr_ = address.vapic_addr;
     return 0;
   }
@@ -520,7 +532,6 @@ long Vcpu::ioctl_locked(unsigned long request, u64 arg) {
     case KVM_SET_VAPIC_ADDR: return tpr_ioctl(request, arg);
     case KVM_GET_TSC_KHZ: return tsc_.khz();
     case KVM_SET_TSC_KHZ: {
-      if (arg > 0xffffffff) return -EINVAL;
       const int result = tsc_.set_khz(static_cast<u32>(arg));
       if (result == 0) {
         if (lapic_) lapic_->tsc_changed();

@@ -13,9 +13,11 @@
 #include "base/mapping.hpp"
 #include "base/result.hpp"
 #include "base/unique_fd.hpp"
+#include "engine/abi/async_pf.hpp"
 #include "engine/abi/cpuid.hpp"
 #include "engine/abi/dirty_ring.hpp"
 #include "engine/abi/environment.hpp"
+#include "engine/abi/pv_eoi.hpp"
 #include "engine/abi/stats.hpp"
 #include "engine/hyperv/vp.hpp"
 #include "engine/interp/host_fault.hpp"
@@ -90,6 +92,10 @@ class Vcpu final : private DirtySink, private hv::Processor {
   void set_cr8(u64 value);
   u64 apic_base() const { return lapic_ ? lapic_->apic_base() : apic_base_; }
   bool pv_feature(u32 bit) const;
+  /// Before anything looks at the LAPIC or changes what is in service there.
+  void settle_pv_eoi() {
+    if (pv_eoi_.offered() && pv_eoi_.take_back()) lapic_->write_eoi();
+  }
   void note_ioapic_eoi(u8 vector);
   hv::Vp& hv() { return *hv_; }
   enum class Msr { Ok, Fault, Unknown };
@@ -137,6 +143,7 @@ class Vcpu final : private DirtySink, private hv::Processor {
 
   // vcpu_run.cpp
   long run();
+  long run_guest();
   long run_loop();
   long interrupted();
   long memory_gone();
@@ -200,6 +207,8 @@ class Vcpu final : private DirtySink, private hv::Processor {
   Tsc tsc_;
   PvClock pvclock_;
   StealTime steal_;
+  PvEoi pv_eoi_;
+  AsyncPf async_pf_;
   std::unique_ptr<Lapic> lapic_;
   std::unique_ptr<hv::Vp> hv_;
   std::unique_ptr<DirtyRing> ring_;

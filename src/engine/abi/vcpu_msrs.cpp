@@ -37,6 +37,10 @@ bool silent(u32 index) {
   }
 }
 
+u32 async_pf_feature(u32 index) {
+  return index == AsyncPf::kEnable ? pv::kAsyncPf : index == AsyncPf::kPollControl ? pv::kPollControl : pv::kAsyncPfInt;
+}
+
 }  // namespace
 
 bool Vcpu::pv_feature(u32 bit) const {
@@ -48,6 +52,7 @@ bool Vcpu::pv_feature(u32 bit) const {
 Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
   *value = 0;
   if (index >= 0x800 && index <= 0x8ff) {
+    settle_pv_eoi();
     return lapic_ && lapic_->read_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
   if (index >= 0x280 && index < 0x2a0) return mci_ctl2(index, host, false, value) ? Msr::Ok : Msr::Fault;
@@ -58,6 +63,11 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
     *value = pvclock_.read_msr(index);
     return Msr::Ok;
   }
+  if (AsyncPf::is_msr(index)) {
+    if (!host && !pv_feature(async_pf_feature(index))) return Msr::Fault;
+    *value = async_pf_.read(index);
+    return Msr::Ok;
+  }
   switch (index) {
     case kTsc: *value = tsc_.read(); return Msr::Ok;
     case kTscAdjust: *value = tsc_.adjust(); return Msr::Ok;
@@ -66,6 +76,10 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
     case StealTime::kMsr:
       if (!host && !pv_feature(pv::kStealTime)) return Msr::Fault;
       *value = steal_.read_msr();
+      return Msr::Ok;
+    case PvEoi::kMsr:
+      if (!host && !pv_feature(pv::kPvEoi)) return Msr::Fault;
+      *value = pv_eoi_.read_msr();
       return Msr::Ok;
     case kSmiCount: *value = smi_count_; return Msr::Ok;
     case kFeatureControl: *value = feature_control_; return Msr::Ok;
@@ -80,6 +94,7 @@ Vcpu::Msr Vcpu::read_msr(u32 index, bool host, u64* value) {
 
 Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
   if (index >= 0x800 && index <= 0x8ff) {
+    settle_pv_eoi();
     return lapic_ && lapic_->write_x2apic(index, value) ? Msr::Ok : Msr::Fault;
   }
   if (vm_.xen().is_msr(index)) {
@@ -87,13 +102,27 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
     return vm_.xen().write_page(value, state_.long_mode(), interp_->context().features.amd, write) ? Msr::Ok : Msr::Fault;
   }
   if (index >= 0x280 && index < 0x2a0) return mci_ctl2(index, host, true, &value) ? Msr::Ok : Msr::Fault;
-  if (hv::Vp::is_msr(index)) return hv_->write_msr(index, host, value) ? Msr::Ok : Msr::Fault;
+  if (hv::Vp::is_msr(index)) {
+    settle_pv_eoi();  // the LAPIC's EOI and ICR are among them
+    return hv_->write_msr(index, host, value) ? Msr::Ok : Msr::Fault;
+  }
   if (PvClock::is_msr(index)) {
     const u32 feature = index < 0x100 ? pv::kClockSource : pv::kClockSource2;
     if (!host && !pv_feature(feature)) return Msr::Fault;
     pvclock_.write_msr(index, value, host);
     raise(kAttendClock);
     return Msr::Ok;
+  }
+  if (AsyncPf::is_msr(index)) {
+    if (!host && !pv_feature(async_pf_feature(index))) return Msr::Fault;
+    // Ways of delivery that the guest has not been offered.
+    constexpr u64 kAsVmexit = 1u << 2, kAsInterrupt = 1u << 3;
+    if (index == AsyncPf::kEnable && !host && (((value & kAsVmexit) && !pv_feature(pv::kAsyncPfVmexit)) ||
+                                               ((value & kAsInterrupt) && !pv_feature(pv::kAsyncPfInt)))) {
+      return Msr::Fault;
+    }
+    const auto backed = [this](Gpa at) { return vm_.memory().table()->find(at) != nullptr; };
+    return async_pf_.write(index, value, lapic_ != nullptr, backed) ? Msr::Ok : Msr::Fault;
   }
   switch (index) {
     case kTsc:
@@ -130,6 +159,10 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
       if (!steal_.write_msr(value)) return Msr::Fault;
       raise(kAttendClock);
       return Msr::Ok;
+    case PvEoi::kMsr:
+      if (!host && !pv_feature(pv::kPvEoi)) return Msr::Fault;
+      settle_pv_eoi();
+      return pv_eoi_.write_msr(value) ? Msr::Ok : Msr::Fault;
     case kSmiCount:
       if (!host) return Msr::Fault;
       smi_count_ = value;

@@ -208,6 +208,7 @@ bool Vcpu::inject_events(bool* want_window) {
       if (!deliver(event)) return false;
       stats_.add(vcpu_stat::IrqInjections);
       state_.injected_interrupt = false;
+      if (pv_eoi_.enabled() && lapic_->eoi_is_plain()) pv_eoi_.offer();
       if (has_interrupt()) *want_window = true;
     }
   }
@@ -235,7 +236,9 @@ long Vcpu::internal_error(u32 suberror) {
   kvm_run& run = *run_page();
   run.exit_reason = KVM_EXIT_INTERNAL_ERROR;
   run.internal.suberror = suberror;
-  run.internal.ndata = 0;
+  // Of an emulation failure the flags at least are told, where the VMM wants to know: no instruction's bytes, there are none.
+  run.internal.ndata = suberror == KVM_INTERNAL_ERROR_EMULATION && vm_.exits_without_code() ? 1 : 0;
+  run.internal.data[0] = 0;
   return 0;
 }
 
@@ -257,6 +260,7 @@ long Vcpu::memory_gone() {
 }
 
 long Vcpu::run_uninitialised() {
+  if (immediate_exit(*run_page())) return -EINTR;
   for (;;) {
     interp_->context().attention().exchange(0, std::memory_order_seq_cst);
     if (immediate_exit(*run_page()) || signalled_.load(std::memory_order_seq_cst)) return interrupted();
@@ -274,6 +278,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
   kvm_run& run = *run_page();
   const u32 bits = interp_->context().attention().exchange(0, std::memory_order_seq_cst) | std::exchange(put_off_, 0);
   mmu_.serve_requests();
+  settle_pv_eoi();
   env_.msr_hooks = vm_.msr_filter().active();
   if (bits & kAttendClock) {
     pvclock_.update();
@@ -324,7 +329,9 @@ Vcpu::Step Vcpu::prepare(long* result) {
   }
   if (mp_state_ != KVM_MP_STATE_RUNNABLE) {
     const bool kicked = unhalted_.exchange(false);
-    if (mp_state_ == KVM_MP_STATE_HALTED && (kicked || runnable())) {
+    // The VMM's own interrupt controller waits for the window of a HLT that is not its exit.
+    const bool window = lapic_ == nullptr && run.request_interrupt_window != 0 && ready_for_injection();
+    if (mp_state_ == KVM_MP_STATE_HALTED && (kicked || window || runnable())) {
       mp_state_ = KVM_MP_STATE_RUNNABLE;
       return Step::Again;
     }
@@ -383,7 +390,7 @@ long Vcpu::run_loop() {
         if (env_.exit_pending()) return 0;
         return trap_.take_hit() ? memory_gone() : internal_error(KVM_INTERNAL_ERROR_EMULATION);
       case Interpreter::Result::Halted:
-        if (!lapic_) {
+        if (!lapic_ && !vm_.halts_in_guest()) {
           run.exit_reason = KVM_EXIT_HLT;
           return 0;
         }
@@ -419,14 +426,19 @@ long Vcpu::run() {
   has_run_ = true;
   apply_quirks();
   run.flags = 0;
-  long result;
-  if (mp_state_ == KVM_MP_STATE_UNINITIALIZED) {
-    result = run_uninitialised();
-    fill_exit_state();
-    signalled_.store(false, std::memory_order_relaxed);
-    return result;
-  }
+  const long result = mp_state_ == KVM_MP_STATE_UNINITIALIZED ? run_uninitialised() : run_guest();
+  fill_exit_state();
+  signalled_.store(false, std::memory_order_relaxed);
+  if (run.kvm_valid_regs & KVM_SYNC_X86_REGS) get_regs(&run.s.regs.regs);
+  if (run.kvm_valid_regs & KVM_SYNC_X86_SREGS) get_sregs(&run.s.regs.sregs);
+  if (run.kvm_valid_regs & KVM_SYNC_X86_EVENTS) get_events(&run.s.regs.events);
+  return result;
+}
 
+/// KVM_RUN of a vCPU that has been started: what the VMM changed, then the guest.
+long Vcpu::run_guest() {
+  kvm_run& run = *run_page();
+  long result;
   constexpr u64 kSync = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
   if ((run.kvm_valid_regs & ~kSync) || (run.kvm_dirty_regs & ~kSync)) return -EINVAL;
   if (run.kvm_dirty_regs != 0) {
@@ -472,15 +484,11 @@ long Vcpu::run() {
     static_cast<void>(trap_.take_hit());
     result = 0;
     if (!trap_.run([&] { result = run_loop(); })) result = memory_gone();
+    settle_pv_eoi();  // while no memslot can go
     vm_.tracker().leave_guest(index_);
     if (finish_only && result == -EINTR) run.exit_reason = reason;
   }
-  fill_exit_state();
   stats_.add(vcpu_stat::Exits);
-  signalled_.store(false, std::memory_order_relaxed);
-  if (run.kvm_valid_regs & KVM_SYNC_X86_REGS) get_regs(&run.s.regs.regs);
-  if (run.kvm_valid_regs & KVM_SYNC_X86_SREGS) get_sregs(&run.s.regs.sregs);
-  if (run.kvm_valid_regs & KVM_SYNC_X86_EVENTS) get_events(&run.s.regs.events);
   return result;
 }
 

@@ -133,7 +133,7 @@ int Vcpu::set_sregs_common(const S& in) {
   if ((in.efer & efer::LME) && (in.cr0 & cr0::PG)) {
     if (!(in.cr4 & cr4::PAE) || !(in.efer & efer::LMA)) return -EINVAL;
     const u64 pa_limit = features.maxphyaddr >= 64 ? ~0ull : 1ull << features.maxphyaddr;
-    if ((in.cr3 & ~(1ull << 63)) >= pa_limit) return -EINVAL;
+    if (in.cr3 >= pa_limit) return -EINVAL;
   } else if ((in.efer & efer::LMA) || in.cs.l) {
     return -EINVAL;
   }
@@ -162,7 +162,7 @@ int Vcpu::set_sregs_common(const S& in) {
   state_.idtr = {in.idt.base, in.idt.limit};
   state_.cr0 = (in.cr0 & kCr0Defined) | cr0::ET;
   state_.cr2 = in.cr2;
-  state_.cr3 = in.cr3 & ~(1ull << 63);
+  state_.cr3 = in.cr3;
   state_.cr4 = in.cr4;
   state_.efer = in.efer;
   set_cr8(in.cr8 & 15);
@@ -300,7 +300,7 @@ int Vcpu::set_xcrs(const kvm_xcrs& in) {
     state_changed();
     return 0;
   }
-  return -EINVAL;
+  return 0;
 }
 
 // ---- debug registers, events, MP state ----
@@ -343,7 +343,7 @@ void Vcpu::get_events(kvm_vcpu_events* out) {
   out->nmi.pending = state_.nmi_pending != 0;
   out->nmi.masked = state_.nmi_blocked;
   out->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
-  out->smi.latched_init = 0;
+  out->smi.latched_init = init_.load();
   if (vm_.exception_payload()) out->flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
   if (vm_.triple_fault_event()) {
     out->flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
@@ -385,13 +385,17 @@ int Vcpu::set_events(const kvm_vcpu_events& in) {
   if (in.flags & KVM_VCPUEVENT_VALID_NMI_PENDING) state_.nmi_pending = in.nmi.pending ? 1 : 0;
   state_.nmi_blocked = in.nmi.masked != 0;
   if ((in.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR) && lapic_) sipi_vector_.store(static_cast<u8>(in.sipi_vector));
+  if ((in.flags & KVM_VCPUEVENT_VALID_SMM) && lapic_) {
+    init_.store(in.smi.latched_init != 0);
+    if (in.smi.latched_init != 0) raise(kAttendInit);
+  }
   if (in.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT) triple_fault_pending_ = in.triple_fault.pending != 0;
   return 0;
 }
 
 u32 Vcpu::get_mp_state() {
   accept_init_sipi();
-  if (mp_state_ == KVM_MP_STATE_HALTED && unhalted_.load()) return KVM_MP_STATE_RUNNABLE;
+  if (mp_state_ == KVM_MP_STATE_HALTED && (unhalted_.load() || vm_.halts_in_guest())) return KVM_MP_STATE_RUNNABLE;
   return mp_state_;
 }
 

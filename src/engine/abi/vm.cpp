@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 
+#include "engine/abi/newer_kvm.hpp"
 #include "engine/abi/user_memory.hpp"
 #include "engine/abi/vcpu.hpp"
 
@@ -104,7 +106,8 @@ void Vm::ioapic_eoi(unsigned vcpu_id, u8 vector) {
 
 Result<Vcpu*> Vm::create_vcpu(u64 id) {
   std::lock_guard lock(mutex_);
-  if (id >= (max_vcpu_id_ != 0 ? max_vcpu_id_ : kMaxVcpus)) return Error::of(EINVAL, "vCPU id out of range");
+  if (max_vcpu_id_ == 0) max_vcpu_id_ = kMaxVcpus;  // it can be set before the first vCPU only
+  if (id >= max_vcpu_id_) return Error::of(EINVAL, "vCPU id out of range");
   if (vcpus_.size() >= kMaxVcpus) return Error::of(EINVAL, "too many vCPUs");
   const unsigned n = static_cast<unsigned>(id);
   if (vcpu(n) != nullptr) return Error::of(EEXIST, "a vCPU with this id exists");
@@ -124,9 +127,11 @@ Result<Vcpu*> Vm::create_vcpu(u64 id) {
   return raw;
 }
 
-long Vm::set_memory_region(u64 arg) {
-  kvm_userspace_memory_region r;
-  if (!copy_in(arg, &r)) return -EFAULT;
+long Vm::set_memory_region(unsigned long request, u64 arg) {
+  kvm_userspace_memory_region2 r{};
+  static_assert(offsetof(kvm_userspace_memory_region2, guest_memfd_offset) == sizeof(kvm_userspace_memory_region));
+  const u64 size = request == KVM_SET_USER_MEMORY_REGION2 ? sizeof r : sizeof(kvm_userspace_memory_region);
+  if (!copy_bytes_in(arg, &r, size)) return -EFAULT;
   std::lock_guard lock(memory_mutex_);
   // Until every vCPU has dropped what it knew, a fault in what the change takes away is a fault of guest memory.
   std::atomic_store(&retiring_, memory_.table());
@@ -155,34 +160,34 @@ bool Vm::owns_host(u64 host) const {
 std::size_t Vm::dirty_words(u32 slot) const {
   const auto table = memory_.table();
   for (const memory::Slot& s : table->slots) {
-    if (s.id == (slot & 0xffff) && slot >> 16 == 0) return static_cast<std::size_t>(((s.size >> 12) + 63) / 64);
+    if (s.id == (slot & 0xffff) && slot >> 16 == 0 && s.logs_dirty()) return static_cast<std::size_t>(((s.size >> 12) + 63) / 64);
   }
   return 0;
 }
 
 long Vm::dirty_log(unsigned long request, u64 arg) {
   std::lock_guard lock(memory_mutex_);
-  if (dirty_ring_entries_ != 0) return -ENXIO;
-  const bool manual = manual_dirty_log_.load(std::memory_order_relaxed) & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
   if (request == KVM_GET_DIRTY_LOG) {
     kvm_dirty_log log;
     if (!copy_in(arg, &log)) return -EFAULT;
+    if (dirty_ring_entries_ != 0) return -ENXIO;
+    const bool manual = manual_dirty_log_.load(std::memory_order_relaxed) & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
     std::vector<u64> bits(dirty_words(log.slot));
-    if (bits.empty()) return memory_.get_dirty_log(log.slot, nullptr, manual);  // which finds no such slot
-    if (!user_pointer(log.padding2)) return -EFAULT;
-    if (!bits.empty() && !copy_bytes_out(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), bits.size() * 8)) return -EFAULT;
+    if (bits.empty()) return memory_.get_dirty_log(log.slot, nullptr, manual);  // which says why there is none
+    // Before the bits are cleared: a VMM that gives a better pointer the next time has lost none.
+    if (!copy_bytes_out(log.padding2, bits.data(), bits.size() * 8)) return -EFAULT;
     const int result = memory_.get_dirty_log(log.slot, bits.data(), manual);
     if (result != 0) return result;
     if (!manual) tracker_.dirty_log_changed();
-    return copy_bytes_out(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), bits.size() * 8) ? 0 : -EFAULT;
+    return copy_bytes_out(log.padding2, bits.data(), bits.size() * 8) ? 0 : -EFAULT;
   }
   kvm_clear_dirty_log log;
   if (!copy_in(arg, &log)) return -EFAULT;
-  if (!user_pointer(log.padding2)) return -EFAULT;
-  const u64 pages = dirty_words(log.slot) * 64;
-  const u64 words = (std::min<u64>(log.num_pages, pages) + 63) / 64;
-  std::vector<u64> bits(words);
-  if (!copy_bytes_in(reinterpret_cast<u64>(log.dirty_bitmap), bits.data(), words * 8)) return -EFAULT;
+  if (dirty_ring_entries_ != 0) return -ENXIO;
+  // What the slot, the first page and their number have wrong is said before what the pointer has.
+  if (const int error = memory_.clear_dirty_log(log.slot, log.first_page, log.num_pages, nullptr); error != 0) return error;
+  std::vector<u64> bits((u64{log.num_pages} + 63) / 64);
+  if (!copy_bytes_in(log.padding2, bits.data(), bits.size() * 8)) return -EFAULT;
   const int result = memory_.clear_dirty_log(log.slot, log.first_page, log.num_pages, bits.data());
   if (result == 0) tracker_.dirty_log_changed();
   return result;
@@ -239,6 +244,8 @@ long Vm::enable_cap(u64 arg) {
       return 0;
     case KVM_CAP_DISABLE_QUIRKS2:
       if (value & ~kQuirks) return -EINVAL;
+      [[fallthrough]];
+    case KVM_CAP_DISABLE_QUIRKS:  // the older one takes unknown ones too
       disabled_quirks_.store(value, std::memory_order_relaxed);
       return 0;
     case KVM_CAP_DIRTY_LOG_RING:
@@ -253,7 +260,17 @@ long Vm::enable_cap(u64 arg) {
       return 0;
     }
     case KVM_CAP_X86_DISABLE_EXITS:
-      return value == 0 ? 0 : -EINVAL;  // none can be: asked for nothing, QEMU's cpu-pm=on is content
+      if (value & ~kDisabledExits) return -EINVAL;
+      if (value & KVM_X86_DISABLE_EXITS_HLT) halts_in_guest_.store(true, std::memory_order_relaxed);
+      return 0;
+    case KVM_CAP_EXIT_HYPERCALL:
+      if (value & ~kHypercallExits) return -EINVAL;
+      hypercall_exits_.store(value, std::memory_order_relaxed);
+      return 0;
+    case KVM_CAP_EXIT_ON_EMULATION_FAILURE:
+      if (value > 1) return -EINVAL;
+      exits_without_code_.store(value != 0, std::memory_order_relaxed);
+      return 0;
     case KVM_CAP_HALT_POLL:
       return value == static_cast<u32>(value) ? 0 : -EINVAL;  // a limit: there is no polling
     case KVM_CAP_X86_USER_SPACE_MSR:
@@ -264,7 +281,7 @@ long Vm::enable_cap(u64 arg) {
     case KVM_CAP_MAX_VCPU_ID: {
       if (value > kMaxVcpus) return -EINVAL;
       std::lock_guard lock(mutex_);
-      if (max_vcpu_id_ != 0 && max_vcpu_id_ != value) return -EINVAL;
+      if (boot_vcpu_ > value || (max_vcpu_id_ != 0 && max_vcpu_id_ != value)) return -EINVAL;
       max_vcpu_id_ = value;
       return 0;
     }
@@ -310,37 +327,28 @@ long Vm::irqchip_ioctl(unsigned long request, u64 arg) {
 }
 
 long Vm::pit_ioctl(unsigned long request, u64 arg) {
-  const std::size_t size = request == KVM_GET_PIT || request == KVM_SET_PIT ? sizeof(kvm_pit_state) : sizeof(kvm_pit_state2);
-  if (request == KVM_REINJECT_CONTROL) {
-    kvm_reinject_control control;
-    if (!copy_in(arg, &control)) return -EFAULT;
-    if (pit() == nullptr) return -ENXIO;
-    pit()->set_reinject(control.pit_reinject != 0);
-    return 0;
+  // The kernel reads all of the argument before it looks for a PIT, but for KVM_GET_PIT2, which only writes it.
+  kvm_reinject_control control;
+  kvm_pit_state old{};
+  kvm_pit_state2 state{};
+  const bool older = request == KVM_GET_PIT || request == KVM_SET_PIT;
+  if (request == KVM_REINJECT_CONTROL ? !copy_in(arg, &control)
+      : older                         ? !copy_in(arg, &old)
+                                      : request == KVM_SET_PIT2 && !copy_in(arg, &state)) {
+    return -EFAULT;
   }
-  if (!user_pointer(arg, size)) return -EFAULT;
   if (pit() == nullptr) return -ENXIO;
   switch (request) {
-    case KVM_GET_PIT: {
-      kvm_pit_state s{};
-      pit()->get_state(&s);
-      return copy_out(arg, s) ? 0 : -EFAULT;
-    }
-    case KVM_SET_PIT: {
-      kvm_pit_state s;
-      if (!copy_in(arg, &s)) return -EFAULT;
-      return pit()->set_state(s);
-    }
-    case KVM_GET_PIT2: {
-      kvm_pit_state2 s{};
-      pit()->get_state(&s);
-      return copy_out(arg, s) ? 0 : -EFAULT;
-    }
-    default: {
-      kvm_pit_state2 s;
-      if (!copy_in(arg, &s)) return -EFAULT;
-      return pit()->set_state(s);
-    }
+    case KVM_REINJECT_CONTROL: pit()->set_reinject(control.pit_reinject != 0); return 0;
+    case KVM_SET_PIT: return pit()->set_state(old);
+    case KVM_SET_PIT2: return pit()->set_state(state);
+    case KVM_GET_PIT:
+      old = {};
+      pit()->get_state(&old);
+      return copy_out(arg, old) ? 0 : -EFAULT;
+    default:
+      pit()->get_state(&state);
+      return copy_out(arg, state) ? 0 : -EFAULT;
   }
 }
 
@@ -407,7 +415,8 @@ long Vm::ioctl(unsigned long request, u64 arg) {
     case KVM_CHECK_EXTENSION:
       return check_extension(arg);
     case KVM_SET_USER_MEMORY_REGION:
-      return set_memory_region(arg);
+    case KVM_SET_USER_MEMORY_REGION2:
+      return set_memory_region(request, arg);
     case KVM_GET_DIRTY_LOG:
     case KVM_CLEAR_DIRTY_LOG:
       return dirty_log(request, arg);
@@ -419,14 +428,14 @@ long Vm::ioctl(unsigned long request, u64 arg) {
       return 0;
     case KVM_SET_IDENTITY_MAP_ADDR: {
       u64 address;
-      if (!copy_in(arg, &address)) return -EFAULT;
       std::lock_guard lock(mutex_);
       if (!vcpus_.empty()) return -EINVAL;
+      if (!copy_in(arg, &address)) return -EFAULT;
       identity_map_addr_ = address == 0 ? 0xfffbc000 : address;
       return 0;
     }
     case KVM_SET_NR_MMU_PAGES:
-      if (static_cast<u32>(arg) < 20) return -EINVAL;
+      if (arg < 64) return -EINVAL;
       mmu_pages_.store(static_cast<u32>(arg), std::memory_order_relaxed);  // there are no shadow pages to limit
       return 0;
     case KVM_GET_NR_MMU_PAGES:
@@ -497,12 +506,13 @@ long Vm::ioctl(unsigned long request, u64 arg) {
     case KVM_SET_BOOT_CPU_ID: {
       std::lock_guard lock(mutex_);
       if (!vcpus_.empty()) return -EBUSY;
-      boot_vcpu_ = arg < kMaxVcpus ? static_cast<unsigned>(arg) : kMaxVcpus;
+      if (arg > (max_vcpu_id_ != 0 ? max_vcpu_id_ : kMaxVcpus)) return -EINVAL;
+      boot_vcpu_ = static_cast<unsigned>(arg);
       return 0;
     }
     case KVM_SET_TSC_KHZ: {
       std::lock_guard lock(mutex_);
-      if (arg > 100'000'000) return -EINVAL;
+      if (static_cast<u32>(arg) > Tsc::kMaxKhz) return -EINVAL;
       default_tsc_khz_ = static_cast<u32>(arg);
       return 0;
     }

@@ -34,9 +34,14 @@ inline constexpr unsigned kMaxVcpus = ApicBus::kMaxVcpus;
 /// KVM_CHECK_EXTENSION: 0 for what is not offered. The same on the system and on VMs.
 int check_extension(u64 capability);
 
-/// Quirks of KVM that can be switched off.
-inline constexpr u64 kQuirks =
-    KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT | KVM_X86_QUIRK_FIX_HYPERCALL_INSN | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+/// Quirks of KVM that can be switched off. Of CD_NW_CLEARED nothing is seen, on or off: CR0.CD and CR0.NW change nothing here.
+inline constexpr u64 kQuirks = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_CD_NW_CLEARED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE |
+                               KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT | KVM_X86_QUIRK_FIX_HYPERCALL_INSN |
+                               KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+/// KVM_CAP_EXIT_HYPERCALL: hypercalls, by number, that can be the VMM's.
+inline constexpr u64 kHypercallExits = 1u << 12;  // KVM_HC_MAP_GPA_RANGE
+/// KVM_CAP_X86_DISABLE_EXITS: PAUSE never ends KVM_RUN; HLT need not where no LAPIC is the engine's.
+inline constexpr u64 kDisabledExits = KVM_X86_DISABLE_EXITS_PAUSE | KVM_X86_DISABLE_EXITS_HLT;
 
 /// One VM: memory, interrupt controllers, timers, and its vCPUs.
 ///
@@ -78,6 +83,12 @@ class Vm final : public VcpuSink, public hv::Host {
   bool triple_fault_event() const { return triple_fault_event_.load(std::memory_order_relaxed); }
   /// KVM_X86_QUIRK_* that the VMM has switched off.
   u64 disabled_quirks() const { return disabled_quirks_.load(std::memory_order_relaxed); }
+  /// Hypercalls, by number, that the VMM answers.
+  u64 hypercall_exits() const { return hypercall_exits_.load(std::memory_order_relaxed); }
+  /// Code where no memory is is the VMM's at every CPL (KVM_CAP_EXIT_ON_EMULATION_FAILURE).
+  bool exits_without_code() const { return exits_without_code_.load(std::memory_order_relaxed); }
+  /// HLT waits in KVM_RUN whoever has the interrupt controllers, and the vCPU counts as running.
+  bool halts_in_guest() const { return halts_in_guest_.load(std::memory_order_relaxed); }
   /// Entries of a vCPU's dirty ring; 0: the dirty log is bitmaps. Fixed before the first vCPU.
   u32 dirty_ring_entries() const { return dirty_ring_entries_; }
   /// Whether the VMM tells of its stores to guest memory (Endpoint::announces_stores).
@@ -112,8 +123,8 @@ class Vm final : public VcpuSink, public hv::Host {
  private:
   explicit Vm(const Config& config);
 
-  long set_memory_region(u64 arg);
-  /// Words of the slot's dirty bitmap; 0: no such slot. memory_mutex_ held.
+  long set_memory_region(unsigned long request, u64 arg);
+  /// Words of the slot's dirty bitmap; 0: no such slot, or it has none. memory_mutex_ held.
   std::size_t dirty_words(u32 slot) const;
   long dirty_log(unsigned long request, u64 arg);
   long enable_cap(u64 arg);
@@ -152,7 +163,8 @@ class Vm final : public VcpuSink, public hv::Host {
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, stores_announced_{false};
   std::atomic<u32> manual_dirty_log_{0};
-  std::atomic<u64> disabled_quirks_{0};
+  std::atomic<u64> disabled_quirks_{0}, hypercall_exits_{0};
+  std::atomic<bool> exits_without_code_{false}, halts_in_guest_{false};
   u32 dirty_ring_entries_ = 0;
 
   // Destroyed in reverse order: first the threads that raise interrupts, then the vCPUs with their LAPICs, then the chips.

@@ -336,10 +336,10 @@ void BlockCache::track(Block* block, unsigned which, Gpa gpa, const u8* image, c
 }
 
 void no_code(Context& c) {
-  if (c.cpl == 3) {
-    c.ud();
-  } else {
+  if (c.cpl == 0 || c.env.exits_without_code) {
     c.exit();
+  } else {
+    c.ud();
   }
 }
 

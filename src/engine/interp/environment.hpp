@@ -26,6 +26,8 @@ class Environment : public MmioPort {
   /// (KVM_X86_QUIRK_FIX_HYPERCALL_INSN), or #UD.
   enum class OtherHypercall : u8 { Works, IsPatched, Faults };
   OtherHypercall other_hypercall = OtherHypercall::Works;
+  /// Code where no memory is ends in an exit at every CPL (KVM_CAP_EXIT_ON_EMULATION_FAILURE), not only at CPL 0.
+  bool exits_without_code = false;
   /// MONITOR and MWAIT work without their feature (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
   bool mwait_without_feature = false;
   /// The feature is what MISC_ENABLE says (without KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT), not CPUID's table.
@@ -69,8 +71,8 @@ class Environment : public MmioPort {
   virtual u64 get_cr8() = 0;     ///< TPR bits 7:4
   virtual void set_cr8(u64 value) = 0;  ///< value 0..15
 
-  /// VMCALL/VMMCALL at CPL 0: KVM's hypercall ABI; result for RAX.
-  virtual u64 hypercall(u64 nr, const u64 args[4]) = 0;
+  /// VMCALL/VMMCALL at CPL 0: KVM's hypercall ABI; result for RAX. Done, or Exit: the VMM answers.
+  virtual Answer hypercall(u64 nr, const u64 args[4], u64* result) = 0;
   /// Whether VMCALL and VMMCALL are Hyper-V's hypercalls now; then hv_hypercall() is called instead, at CPL 0 in protected mode:
   /// RCX, RDX and R8, or the pairs of registers that stand for them outside 64-bit code. Fault: #UD.
   virtual bool hv_hypercalls() { return false; }

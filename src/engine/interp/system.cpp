@@ -366,7 +366,7 @@ Exec hypercall(Context& c, const DecodedInsn& insn) {
   u64 result = static_cast<u64>(-1);  // -KVM_EPERM
   if (c.cpl == 0) {
     const u64 args[4] = {s.gpr[RBX] & mask, s.gpr[RCX] & mask, s.gpr[RDX] & mask, s.gpr[RSI] & mask};
-    result = c.env.hypercall(s.gpr[RAX] & mask, args);
+    if (c.env.hypercall(s.gpr[RAX] & mask, args, &result) != Environment::Answer::Done) return c.exit();
   }
   s.gpr[RAX] = result & mask;
   return Exec::Branch;

@@ -230,7 +230,7 @@ class XsaveEnvironment final : public Environment {
   u64 rdtsc() override { return 0; }
   u64 get_cr8() override { return 0; }
   void set_cr8(u64) override {}
-  u64 hypercall(u64, const u64[4]) override { return 0; }
+  Answer hypercall(u64, const u64[4], u64*) override { return Answer::Done; }
   void nmi_unblocked() override {}
   void retired() override {}
   bool mmio_read(Gpa, void*, unsigned) override { return false; }

@@ -122,9 +122,10 @@ class TestEnvironment final : public Environment {
   u64 rdtsc() override { return tsc += 10; }
   u64 get_cr8() override { return cr8; }
   void set_cr8(u64 value) override { cr8 = value; }
-  u64 hypercall(u64 nr, const u64 args[4]) override {
+  Answer hypercall(u64 nr, const u64 args[4], u64* result) override {
     hypercalls.push_back({nr, args[0], args[1], args[2], args[3]});
-    return hypercall_result;
+    *result = hypercall_result;
+    return Answer::Done;
   }
   void nmi_unblocked() override { nmi_unblocks++; }
   void retired() override {

@@ -80,6 +80,13 @@ void Lapic::set_cmci(bool on) {
   put(kVersion, version());
 }
 
+void Lapic::mask_lint0_at_reset() {
+  lint0_masked_ = true;
+  const u32 old = reg(kLvtLint0);
+  put(kLvtLint0, kLvtMasked);
+  note_lint0(old, kLvtMasked);
+}
+
 void Lapic::reset(bool init) {
   {
     const std::lock_guard lock(timer_mutex_);
@@ -101,7 +108,7 @@ void Lapic::reset(bool init) {
   each_lvt([this](unsigned n) { put(n, kLvtMasked); });
   // The BSP's LINT0 passes the 8259 through from the start (KVM_X86_QUIRK_LINT0_REENABLED), for
   // firmware that never programs it.
-  if (bsp_) put(kLvtLint0, static_cast<u32>(DeliveryMode::kExtInt) << 8);
+  if (bsp_ && !lint0_masked_) put(kLvtLint0, static_cast<u32>(DeliveryMode::kExtInt) << 8);
   note_lint0(old_lint0, reg(kLvtLint0));
   if (!x2apic()) put(kDfr, 0xffffffff);
   put(kSvr, 0xff);
@@ -217,6 +224,15 @@ void Lapic::eoi() {
     if (listener) listener->eoi(*this, vector, level, reg(kSvr) & kSvrSuppressEoi);
   }
   attention_if_pending();
+}
+
+bool Lapic::eoi_is_plain() const {
+  if (vectors_ != nullptr || irr_pending_.load(std::memory_order_acquire)) return false;
+  int bits = 0;
+  for (unsigned i = 0; i < 8; ++i) bits += std::popcount(reg(kIsr + i));
+  if (bits != 1) return false;
+  const u8 vector = static_cast<u8>(highest(kIsr));
+  return !test(kTmr, vector) && !bus_.eoi_wanted(vector);
 }
 
 bool Lapic::accepts_extint() const {

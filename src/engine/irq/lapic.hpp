@@ -56,6 +56,8 @@ class Lapic {
   void set_features(const Features& features);
   /// KVM_X86_SETUP_MCE with MCG_CMCI_P: the LVT entry of corrected machine checks. Owner.
   void set_cmci(bool on);
+  /// RESET leaves the boot processor's LINT0 masked, as hardware does (KVM_X86_QUIRK_LINT0_REENABLED). Before the vCPU runs.
+  void mask_lint0_at_reset();
 
   // --- the vCPU's run loop ---------------------------------------------------------------------
 
@@ -68,6 +70,10 @@ class Lapic {
   int ack_interrupt();
   /// Whether the 8259's output reaches this vCPU: LINT0 in ExtINT mode, or the APIC disabled.
   bool accepts_extint() const;
+
+  /// Whether ending the interrupt in service clears its bit and does nothing else: it is the only one, was an edge, no
+  /// other is pending, and nobody waits for its end. Owner.
+  bool eoi_is_plain() const;
 
   /// CR8. Owner.
   u8 cr8() const { return static_cast<u8>(reg(kTpr) >> 4 & 0xf); }
@@ -88,6 +94,9 @@ class Lapic {
   /// Whether a guest-physical address lies in the APIC's page (for any state of the APIC: a disabled
   /// or x2APIC-mode APIC's page reads as ones and ignores writes).
   bool mmio_contains(Gpa a) const { return (a.value ^ apic_base()) >> 12 << 12 == 0; }
+
+  /// Whether its registers are there: enabled, in xAPIC mode.
+  bool takes_mmio() const { return enabled() && !x2apic(); }
 
   /// MMIO on the APIC's page. offset < 4096. Reads of 1, 2, 4 or 8 bytes; what does not fit one
   /// register reads 0. Writes count only as aligned 4-byte accesses. Owner.
@@ -213,7 +222,7 @@ class Lapic {
   const bool bsp_;
   std::atomic<u64> base_;
   Features features_;
-  bool cmci_ = false;
+  bool cmci_ = false, lint0_masked_ = false;
   VectorListener* vectors_ = nullptr;
   std::array<std::atomic<u32>, 64> regs_{};
   std::atomic<bool> irr_pending_{false};  // false: IRR is empty

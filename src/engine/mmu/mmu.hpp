@@ -336,6 +336,8 @@ class PhysicalTracker {
   /// The engine itself wrote guest memory outside a vCPU's Mmu (pvclock pages, KVM_* ioctls). Other
   /// host stores are found by CodeObserver::validate_page(). Any thread; after the bytes were stored.
   void host_wrote(Gpa gpa, u64 size);
+  /// The same for bytes of one page whose slot is known, by the table that is the current one.
+  void host_wrote(const memory::SlotTable& table, const memory::Slot& slot, Gpa gpa, unsigned size);
 
  private:
   friend class Mmu;

@@ -179,14 +179,16 @@ void TrackerCore::host_wrote(Gpa gpa, u64 size) {
     const Gpa at = gpa + done;
     const u64 n = std::min(size - done, kPageSize - at.page_offset());
     done += n;
-    const Slot* slot = table->find(at);
-    if (slot == nullptr) continue;
-    const Gpa page = key(*table, *slot, at.page());
-    // A read-modify-write, to stand after the stores of the bytes: a decoder sets the code bit in the same
-    // way before it reads them, so either it reads the new bytes or its bit is seen here.
-    if ((word(page).fetch_or(0, std::memory_order_seq_cst) & kCode) == 0) continue;
-    code_stored(page, at.page_offset(), static_cast<unsigned>(n), ~0u, [](Gpa, unsigned) {});
+    if (const Slot* slot = table->find(at)) host_wrote(*table, *slot, at, static_cast<unsigned>(n));
   }
+}
+
+void TrackerCore::host_wrote(const SlotTable& table, const Slot& slot, Gpa at, unsigned size) {
+  const Gpa page = key(table, slot, at.page());
+  // A read-modify-write, to stand after the stores of the bytes: a decoder sets the code bit in the same
+  // way before it reads them, so either it reads the new bytes or its bit is seen here.
+  if ((word(page).fetch_or(0, std::memory_order_seq_cst) & kCode) == 0) return;
+  code_stored(page, at.page_offset(), size, ~0u, [](Gpa, unsigned) {});
 }
 
 PhysicalTracker::PhysicalTracker(memory::GuestMemory& memory) : impl_(std::make_unique<Impl>(memory)) {}
@@ -233,5 +235,8 @@ void PhysicalTracker::dirty_log_changed() {
 }
 
 void PhysicalTracker::host_wrote(Gpa gpa, u64 size) { impl_->core.host_wrote(gpa, size); }
+void PhysicalTracker::host_wrote(const SlotTable& table, const Slot& slot, Gpa gpa, unsigned size) {
+  impl_->core.host_wrote(table, slot, gpa, size);
+}
 
 }  // namespace ring3::engine

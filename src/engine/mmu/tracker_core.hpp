@@ -120,6 +120,7 @@ class TrackerCore {
 
   void slots_changed();
   void host_wrote(Gpa gpa, u64 size);
+  void host_wrote(const memory::SlotTable& table, const memory::Slot& slot, Gpa at, unsigned size);
 
  private:
   struct Holder {

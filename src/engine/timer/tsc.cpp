@@ -43,7 +43,7 @@ Tsc::~Tsc() {
 int Tsc::set_khz(u32 khz) {
   const u64 host = clock_.host_tsc_khz();
   if (khz == 0) khz = static_cast<u32>(host);
-  if (khz > 100'000'000) return -EINVAL;
+  if (khz > kMaxKhz) return -EINVAL;
   u64 ratio = kUnity;
   const u64 tolerance = host * kTolerancePpm / 1'000'000;
   if (khz + tolerance < host || khz > host + tolerance) {

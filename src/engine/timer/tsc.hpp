@@ -33,6 +33,8 @@ class TscSync {
 
 class Tsc {
  public:
+  static constexpr u32 kMaxKhz = 100'000'000;
+
   /// Starts at 0 (or in step with the VM's other vCPUs created within a second), at khz; 0 = the host's rate.
   Tsc(const Clock& clock, TscSync& sync, u32 khz = 0);
   ~Tsc();
