@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -16,6 +17,7 @@
 #include "shim/cancel.hpp"
 #include "shim/engine.hpp"
 #include "shim/exec.hpp"
+#include "shim/heap.hpp"
 #include "shim/kvm.hpp"
 #include "shim/real.hpp"
 #include "shim/signals.hpp"
@@ -300,6 +302,16 @@ HOOK sighandler_t sysv_signal(int sig, sighandler_t handler) { return __sysv_sig
 
 // ---- system calls by number, as some runtimes make them ----
 
+HOOK int prctl(int option, ...) {
+  va_list list;
+  va_start(list, option);
+  const unsigned long a = va_arg(list, unsigned long), b = va_arg(list, unsigned long), c = va_arg(list, unsigned long),
+                      d = va_arg(list, unsigned long);
+  va_end(list);
+  watch_filters(SYS_prctl, option, static_cast<long>(a));
+  return real::prctl(option, a, b, c, d);
+}
+
 HOOK long syscall(long number, ...) {
   va_list list;
   va_start(list, number);
@@ -327,6 +339,7 @@ HOOK long syscall(long number, ...) {
     case SYS_fcntl: return control(static_cast<int>(a), static_cast<int>(b), reinterpret_cast<void*>(c));
     default: break;
   }
+  watch_filters(number, a, b);
   return real::syscall(number, a, b, c, d, e, f);
 }
 

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 
 #include "shim/engine.hpp"
+#include "shim/heap.hpp"
 #include "shim/real.hpp"
 #include "shim/signals.hpp"
 
@@ -44,11 +45,10 @@ long set_signal_mask(File* file, const void* arg) {
     file->has_sigmask = false;
     return 0;
   }
-  kvm_signal_mask head;
+  // The engine survives a pointer to nothing; who changes the bytes right after takes what comes.
+  if (const long error = engine().ioctl(file->object, KVM_SET_SIGNAL_MASK, const_cast<void*>(arg)); error != 0) return error;
   uint64_t mask;
-  memcpy(&head, arg, sizeof head);
-  if (head.len != sizeof mask) return -EINVAL;
-  memcpy(&mask, static_cast<const char*>(arg) + sizeof head, sizeof mask);
+  memcpy(&mask, static_cast<const char*>(arg) + sizeof(kvm_signal_mask), sizeof mask);
   let_through(mask);
   sigemptyset(&file->sigmask);
   for (int sig = 1; sig <= 64; sig++) {
@@ -65,6 +65,7 @@ bool is_kvm_path(const char* path) { return path != nullptr && path[0] == '/' &&
 int open_system(int flags) {
   if ((flags & (O_CREAT | O_EXCL)) == (O_CREAT | O_EXCL)) return -EEXIST;
   if (flags & O_DIRECTORY) return -ENOTDIR;
+  heap_for_engine();
   if (const int error = load_engine(); error != 0) return error;
   ring3_kvm* object = nullptr;
   if (const int error = engine().open(::getenv("RING3_ENGINE_OPTIONS"), RING3_SIGNALS_ANNOUNCED, &object); error != 0) {

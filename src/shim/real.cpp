@@ -35,6 +35,7 @@ RING3_REAL(dup2);
 RING3_REAL(dup3);
 RING3_REAL(fcntl);
 RING3_REAL(mmap);
+RING3_REAL(prctl);
 RING3_REAL(syscall);
 RING3_REAL(sigaction);
 RING3_REAL(access);

@@ -50,6 +50,7 @@ extern Real<int(int, int)> dup2;
 extern Real<int(int, int, int)> dup3;
 extern Real<int(int, int, void*)> fcntl;
 extern Real<void*(void*, size_t, int, int, int, off_t)> mmap;
+extern Real<int(int, unsigned long, unsigned long, unsigned long, unsigned long)> prctl;
 extern Real<long(long, long, long, long, long, long, long)> syscall;
 extern Real<int(int, const struct sigaction*, struct sigaction*)> sigaction;
 extern Real<int(const char*, int)> access;

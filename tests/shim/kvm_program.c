@@ -147,6 +147,10 @@ int main(void) {
     CHECK(pthread_sigmask(SIG_UNBLOCK, &usr1, NULL) == 0);
   }
 
+  CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, (void *)8) == -1 && errno == EFAULT);
+  struct kvm_signal_mask odd = {.len = 4};
+  CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, &odd) == -1 && errno == EINVAL);
+
   /* A handler that does not return, and the vCPU goes on. */
   action.sa_handler = leaving_handler;
   CHECK(sigaction(SIGUSR1, &action, NULL) == 0);
