@@ -29,6 +29,7 @@
 
 #include "base/linux_kvm.hpp"
 #include "base/split_mix.hpp"
+#include "engine/abi/newer_kvm.hpp"
 #include "engine/abi/provider.hpp"
 
 namespace ring3::fuzz {
@@ -70,6 +71,7 @@ const Call kCalls[] = {
 
     {On::Vm, KVM_CHECK_EXTENSION, Arg::Integer},
     {On::Vm, KVM_SET_USER_MEMORY_REGION, Arg::In},
+    {On::Vm, KVM_SET_USER_MEMORY_REGION2, Arg::In},
     {On::Vm, KVM_GET_DIRTY_LOG, Arg::In},
     {On::Vm, KVM_CLEAR_DIRTY_LOG, Arg::In},
     {On::Vm, KVM_SET_TSS_ADDR, Arg::Integer},
@@ -164,13 +166,13 @@ constexpr u32 kCaps[] = {KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_EXCE
                          KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_MSR_PLATFORM_INFO,
                          KVM_CAP_MAX_VCPU_ID, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_DISABLE_QUIRKS, KVM_CAP_DISABLE_QUIRKS2,
                          KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV_SYNIC, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_PMU_CAPABILITY,
-                         KVM_CAP_X86_DISABLE_EXITS, KVM_CAP_EXIT_HYPERCALL};
+                         KVM_CAP_X86_DISABLE_EXITS, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_EXIT_ON_EMULATION_FAILURE};
 
 constexpr u32 kMsrs[] = {0x10,       0x1b,       0x3a,       0x3b,       0x8b,       0x174,      0x175,      0x176,      0x179,
                          0x17a,      0x17b,      0x1a0,      0x200,      0x2ff,      0x277,      0x400,      0x401,      0x6e0,
                          0x808,      0x830,      0xc0000080, 0xc0000081, 0xc0000082, 0xc0000084, 0xc0000100, 0xc0000101,
                          0xc0000102, 0xc0000103, 0x11,       0x12,       0x4b564d00, 0x4b564d01, 0x4b564d02, 0x4b564d03,
-                         0x4b564d04, 0x40000000, 0x40000001, 0x40000002, 0x40000003, 0x40000010, 0x40000020, 0x40000021,
+                         0x4b564d04, 0x4b564d05, 0x4b564d06, 0x4b564d07, 0x40000000, 0x40000001, 0x40000002, 0x40000003, 0x40000010, 0x40000020, 0x40000021,
                          0x40000070, 0x40000071, 0x40000072, 0x40000073, 0x40000080, 0x40000082, 0x40000083, 0x40000084,
                          0x40000090, 0x40000092, 0x400000b0, 0x400000b1, 0x400000b2, 0x400000b3, 0x400000f1, 0x40000105, 0x40000107,
                          0xda0,      0xc0010015};
@@ -330,7 +332,8 @@ class Worker {
   /// The struct's parts that must not be random: host addresses and what makes a call meaningful now and then.
   void shape(const Call& call, u64 size) {
     switch (call.request) {
-      case KVM_SET_USER_MEMORY_REGION: {
+      case KVM_SET_USER_MEMORY_REGION:
+      case KVM_SET_USER_MEMORY_REGION2: {  // which begins with the fields of the other
         auto* r = as<kvm_userspace_memory_region>();
         u8* const bases[] = {s_.memory.ram, s_.memory.ram, s_.memory.ram, s_.memory.half, s_.memory.hole, s_.memory.readonly};
         r->userspace_addr = reinterpret_cast<u64>(bases[rng_.below(6)]) + kPageSize * rng_.below(16);
@@ -603,7 +606,7 @@ class Worker {
   }
 
   static bool holds_addresses(unsigned long request) {
-    return request == KVM_SET_USER_MEMORY_REGION || request == KVM_GET_DIRTY_LOG || request == KVM_CLEAR_DIRTY_LOG ||
+    return request == KVM_SET_USER_MEMORY_REGION || request == KVM_SET_USER_MEMORY_REGION2 || request == KVM_GET_DIRTY_LOG || request == KVM_CLEAR_DIRTY_LOG ||
            request == KVM_X86_SET_MSR_FILTER || request == KVM_GET_DEVICE_ATTR || request == KVM_SET_DEVICE_ATTR ||
            request == KVM_HAS_DEVICE_ATTR;
   }
