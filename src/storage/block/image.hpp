@@ -92,6 +92,7 @@ class Image {
     int fd = -1;            ///< -1: not possible; use read() or write()
     u64 host_offset = 0;
     u32 token = 0;
+    Image* below = nullptr; ///< the backing image that it came from; null: this one
   };
   virtual Direct begin_direct(bool write, u64 offset, std::span<const iovec> buffers) {
     (void)write, (void)offset, (void)buffers;

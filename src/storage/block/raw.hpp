@@ -47,7 +47,7 @@ class RawImage final : public Image {
   }
   Direct begin_direct(bool write, u64 offset, std::span<const iovec> b) override {
     if ((write && !writable_) || !inside(offset, total_length(b))) return {};
-    return {file_->direct_fd(offset, b), offset, 0};
+    return {file_->direct_fd(offset, b), offset, 0, nullptr};
   }
   using Image::read;
   using Image::write;

@@ -324,16 +324,34 @@ int Qcow2Image::map(u64 offset, u64 length, Extent& e) {
 Image::Direct Qcow2Image::begin_direct(bool write, u64 offset, std::span<const iovec> buffers) {
   const u64 length = total_length(buffers);
   if (length == 0 || (write && !writable_) || !range_within(offset, length, size())) return {};
-  const std::lock_guard lock(meta_mutex_);
-  if (write && corrupt_) return {};
-  // Only what is in memory already: this must not wait for the host.
-  if (!l2_cache_.find(offset / header_.l2_reach())) return {};
-  Run run;
-  if (run_at(offset, length, run) < 0 || run.length != length || run.state != State::kData) return {};
-  if (write && !run.in_place) return {};
-  const int fd = file_->direct_fd(run.host_offset, buffers);
-  if (fd < 0) return {};
-  return {fd, run.host_offset, gate_.enter()};
+  {
+    const std::lock_guard lock(meta_mutex_);
+    if (write && corrupt_) return {};
+    // Only what is in memory already: this must not wait for the host.
+    const u64 table = offset / header_.l2_reach();
+    if (table < l1_.size() && l1_[table] != 0 && !l2_cache_.find(table)) return {};
+    Run run;
+    if (run_at(offset, length, run) < 0 || run.length != length) return {};
+    if (run.state == State::kData) {
+      if (write && !run.in_place) return {};
+      const int fd = file_->direct_fd(run.host_offset, buffers);
+      if (fd < 0) return {};
+      return {fd, run.host_offset, gate_.enter(), nullptr};
+    }
+    if (write || (run.state != State::kAbsent && run.state != State::kAbsentAllocated)) return {};
+  }
+  // The images below are only read: nothing there moves, whatever is written here meanwhile.
+  if (!backing_ || !range_within(offset, length, backing_->size())) return {};
+  Direct below = backing_->begin_direct(false, offset, buffers);
+  if (below.fd >= 0 && below.below == nullptr) below.below = backing_.get();
+  return below;
+}
+
+void Qcow2Image::end_direct(const Direct& direct) {
+  if (direct.below == nullptr) return gate_.leave(direct.token);
+  Direct own = direct;
+  own.below = nullptr;
+  direct.below->end_direct(own);
 }
 
 }  // namespace ring3::storage::qcow2

@@ -83,7 +83,7 @@ class Qcow2Image final : public Image {
   int close() override;
   int map(u64 offset, u64 length, Extent& extent) override;
   Direct begin_direct(bool write, u64 offset, std::span<const iovec> buffers) override;
-  void end_direct(const Direct& direct) override { gate_.leave(direct.token); }
+  void end_direct(const Direct& direct) override;
   using Image::read;
   using Image::write;
 

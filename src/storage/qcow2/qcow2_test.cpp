@@ -1,9 +1,14 @@
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <fstream>
 #include <map>
+#include <optional>
 #include <random>
 #include <thread>
 
+#include "base/temporary_directory.hpp"
+#include "storage/block/host_file.hpp"
 #include "storage/block/memory_file.hpp"
 #include "storage/block/raw.hpp"
 #include "storage/qcow2/qcow2_image.hpp"
@@ -356,6 +361,64 @@ TEST(Qcow2, HostileImages) {
 TEST(Qcow2, BackingNamesThatAreNoPlainFiles) {
   for (const char* name : {"nbd://host/x", "json:{}", "file:/etc/passwd", "fd:3", "http://x/y", ""}) EXPECT_FALSE(plain_path(name)) << name;
   for (const char* name : {"base.raw", "/a/b", "./a:b", "dir/a:b"}) EXPECT_TRUE(plain_path(name)) << name;
+}
+
+TEST(Direct, LeadsToTheImageThatHasTheData) {
+  // Three images: raw, and two overlays, the upper larger than what is below.
+  const TemporaryDirectory place;
+  constexpr u64 kBelow = 1 << 18, kAbove = 1 << 19;
+  std::string pattern(kBelow, 0);
+  for (u64 i = 0; i < kBelow; i++) pattern[i] = static_cast<char>(i / 512 * 7);
+  std::ofstream(place.path() + "/raw", std::ios::binary) << pattern;
+  HostFile::Options o;
+  auto raw_file = HostFile::open(place.path() + "/raw", o);
+  ASSERT_TRUE(raw_file);
+  std::unique_ptr<Image> below = std::make_unique<RawImage>(std::move(*raw_file), kBelow, false);
+  for (const char* name : {"/middle", "/top"}) {
+    std::ofstream(place.path() + name).flush();
+    o.writable = true;
+    auto file = HostFile::open(place.path() + name, o);
+    ASSERT_TRUE(file) << file.error().message;
+    CreateOptions create;
+    create.size = kAbove;
+    create.backing_file = "below";
+    create.backing_format = "raw";
+    ASSERT_TRUE(Qcow2Image::create(**file, create));
+    auto image = Qcow2Image::open(std::move(*file), name, {true, false});
+    ASSERT_TRUE(image) << image.error().message;
+    (*image)->set_backing(std::move(below));
+    below = std::move(*image);
+  }
+  Image& top = *below;
+  const auto directly = [&](u64 offset, std::size_t length) -> std::optional<std::string> {
+    std::string bytes(length, 0);
+    const iovec v{bytes.data(), bytes.size()};
+    const auto direct = top.begin_direct(false, offset, std::span(&v, 1));
+    if (direct.fd < 0) return std::nullopt;
+    EXPECT_EQ(pread(direct.fd, bytes.data(), length, static_cast<off_t>(direct.host_offset)), static_cast<ssize_t>(length));
+    top.end_direct(direct);
+    return bytes;
+  };
+  EXPECT_EQ(directly(4096, 8192), pattern.substr(4096, 8192));  // two images down
+  const std::vector<u8> mine(65536, 'm');
+  ASSERT_GE(top.write(65536, std::span<const u8>(mine)), 0);
+  EXPECT_EQ(directly(65536, 4096), std::string(4096, 'm'));
+  EXPECT_EQ(directly(4096, 4096), pattern.substr(4096, 4096));   // its table is there now, the cluster is not
+  EXPECT_FALSE(directly(65536 - 512, 1024));                     // half here, half below
+  EXPECT_FALSE(directly(kBelow - 512, 1024));                    // beyond the end of what is below
+  EXPECT_FALSE(directly(kBelow, 512));
+  const iovec v{const_cast<u8*>(mine.data()), 512};
+  EXPECT_LT(top.begin_direct(true, 4096, std::span(&v, 1)).fd, 0);  // what is below is never written
+  // What flies below does not hold up what is done here: nothing of it moves.
+  std::string bytes(512, 0);
+  const iovec w{bytes.data(), bytes.size()};
+  const auto flying = top.begin_direct(false, 8192, std::span(&w, 1));
+  ASSERT_GE(flying.fd, 0);
+  EXPECT_GE(top.write(8192, std::span(mine).first(512)), 0);
+  EXPECT_GE(top.discard(65536, 65536), 0);
+  EXPECT_GE(top.flush(), 0);
+  top.end_direct(flying);
+  EXPECT_EQ(directly(8192, 512), std::string(512, 'm'));
 }
 
 }  // namespace

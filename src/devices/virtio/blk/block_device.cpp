@@ -64,15 +64,30 @@ void BlockDevice::read_config(u64 offset, std::span<u8> data) {
 
 void BlockDevice::start(u64 features, std::span<Queue* const> queues) {
   negotiated_ = features;
-  workers_.resize(queues.size());
+  {
+    const std::lock_guard lock(workers_mutex_);
+    workers_.resize(queues.size());
+  }
   for (Queue* q : queues) {
     if (q != nullptr) start_queue(q->index(), *q);
   }
 }
 
-void BlockDevice::start_queue(u16 index, Queue& queue) { workers_[index] = std::make_unique<Worker>(*this, negotiated_, queue); }
+void BlockDevice::start_queue(u16 index, Queue& queue) {
+  const std::lock_guard lock(workers_mutex_);
+  workers_[index] = std::make_unique<Worker>(*this, negotiated_, queue);
+}
 
-void BlockDevice::stop_queue(u16 index) { workers_[index].reset(); }
+void BlockDevice::stop_queue(u16 index) {
+  const std::lock_guard lock(workers_mutex_);
+  workers_[index].reset();
+}
+
+bool BlockDevice::kicked(u16 index) {
+  // Another vCPU is in here, or the device is started or stopped: the thread does it.
+  const std::unique_lock lock(workers_mutex_, std::try_to_lock);
+  return lock.owns_lock() && index < workers_.size() && workers_[index] && workers_[index]->kicked();
+}
 
 void BlockDevice::refused(int error) {
   const bool full = error == ENOSPC || error == EDQUOT;
@@ -85,6 +100,9 @@ void BlockDevice::refused(int error) {
   }
 }
 
-void BlockDevice::stop() { workers_.clear(); }
+void BlockDevice::stop() {
+  const std::lock_guard lock(workers_mutex_);
+  workers_.clear();
+}
 
 }  // namespace ring3::virtio

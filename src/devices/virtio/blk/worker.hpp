@@ -1,4 +1,5 @@
 #pragma once
+#include <mutex>
 #include <optional>
 
 #include "devices/virtio/blk/block_device.hpp"
@@ -7,13 +8,19 @@
 
 namespace ring3::virtio {
 
-/// Serves one queue of a BlockDevice on a thread of its own, from construction to destruction.
+/// Serves one queue of a BlockDevice on a thread of its own, and single reads on a vCPU's, from construction to destruction.
+///
+/// Threading: kicked() on any thread, but not beside the destructor; mutex_ guards queue, ring and requests.
 class BlockDevice::Worker {
  public:
   Worker(BlockDevice& device, u64 features, Queue& queue);
   ~Worker();
+  /// The driver's kick, on the thread of a vCPU. False: there is more to do than one small read from the page cache.
+  bool kicked();
 
  private:
+  static constexpr u64 kMostAtOnce = 16 * 1024;  ///< bytes that a vCPU's thread may be kept with
+  static constexpr unsigned kSingle = 4;         ///< requests that came alone, until that is what is expected
   struct Request {
     Chain chain;
     std::vector<iovec> buffers;
@@ -25,6 +32,8 @@ class BlockDevice::Worker {
   /// Whether it is answered; false: it flies, and reap() answers it.
   bool handle(Request& r);
   bool read_or_write(Request& r, bool write, u64 sector);
+  bool check(Request& r, bool write, u64 sector);
+  bool read_cached(Request& r);
   u8 transfer(Request& r);
   /// The status of what the image answered.
   u8 status(int result);
@@ -39,6 +48,8 @@ class BlockDevice::Worker {
   const bool flush_each_;
   const bool read_only_;
   Queue& queue_;
+  std::mutex mutex_;
+  unsigned alone_ = 0;  ///< requests in a row that came when no other was there
   std::unique_ptr<Uring> uring_;
   std::vector<std::unique_ptr<Request>> all_;
   std::vector<Request*> free_;
