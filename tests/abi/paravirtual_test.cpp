@@ -1,5 +1,7 @@
 // What KVM offers beside a machine's own: EOI by a bit in memory, asynchronous page faults' MSRs, hypercalls that are the VMM's;
 // quirks and exits that a VMM can switch off.
+#include <sys/mman.h>
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -90,6 +92,32 @@ TEST_P(Paravirtual, EoiThatTheGuestDoesNotGive) {
   EXPECT_EQ(m.at<u32>(0x22000), 0xfffffff0);
   EXPECT_EQ(lapic_register(m, 0x120), 1u << 16);
   EXPECT_EQ(lapic_register(m, 0xa0), 0x50u);
+}
+
+// The byte's memory went, or cannot be written any more: nothing is offered, and the guest goes on.
+TEST_P(Paravirtual, EoiWhereNoMemoryIsLeft) {
+  SOFT_ONLY("needs 64-bit code");
+  for (const bool readable : {false, true}) {
+    SCOPED_TRACE(readable);
+    TestVm m(system(), {.irqchip = true});
+    u8* const page = static_cast<u8*>(::mmap(nullptr, kPageSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    ASSERT_NE(page, MAP_FAILED);
+    ASSERT_TRUE(m.vm().set_user_memory_region(1, Gpa(0x100000), kPageSize, Hva(reinterpret_cast<u64>(page))).ok());
+    ASSERT_NO_FATAL_FAILURE(start_long(m, guests::spin64, {{0x50, 64}}));
+    ASSERT_TRUE(set(m, kPvEoi, 0x100001));
+    ASSERT_EQ(m.run(), u32{KVM_EXIT_IO});
+    ASSERT_EQ(::mprotect(page, kPageSize, readable ? PROT_READ : PROT_NONE), 0);
+    kvm_msi msi{};
+    msi.address_lo = 0xfee00000;
+    msi.data = 0x50;
+    ASSERT_EQ(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), 1);
+    m.expect_end();
+    EXPECT_EQ(lapic_register(m, 0x120), 1u << 16);
+    // A slot that is gone is none to write to either.
+    ASSERT_TRUE(m.vm().set_user_memory_region(1, Gpa(0x100000), 0, Hva(reinterpret_cast<u64>(page))).ok());
+    EXPECT_FALSE(set(m, kPvEoi, 0x100001));
+    ::munmap(page, kPageSize);
+  }
 }
 
 TEST_P(Paravirtual, MsrsOfEoiAndAsynchronousPageFaults) {
