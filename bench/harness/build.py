@@ -11,7 +11,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SOURCES = os.path.join(ROOT, "bench", "workloads")
 
 # Program -> libraries it is linked with.
-PROGRAMS = {"micro": ["-lm"], "crypto": ["-lcrypto"], "database": ["-lsqlite3"], "timed": []}
+PROGRAMS = {"micro": ["-lm"], "crypto": ["-lcrypto"], "database": ["-lsqlite3"], "timed": [], "x87": ["-lm"]}
 SCRIPTS = ["suite", "python_loop.py", "shell_loop.sh"]
 DEBIAN = "gcc libc6-dev libssl-dev libsqlite3-dev xz-utils zstd python3 dash coreutils binutils busybox-static cpio"
 

@@ -20,11 +20,13 @@ WORKLOADS = {
     "fork": "fork+wait ×500",
     "exec": "fork+exec+wait ×200",
     "pipe": "pipe ping-pong ×20k",
+    "long-double": "n-body and a polynomial (x87)",
+    "mmx": "sums and products of samples (MMX)",
     "shell": "shell loop, 200 pipelines",
     "sha256": "sha256, 256 MiB",
     "aes-128-gcm": "aes-128-gcm, 512 MiB",
 }
-OPTIONAL = ["gcc-large"]
+OPTIONAL = ["gcc-large", "long-double", "mmx"]
 THROUGHPUT = ["sha256", "aes-128-gcm"]
 
 

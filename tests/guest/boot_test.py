@@ -93,6 +93,17 @@ class ChangingCode(Guest):
                 self.assertIn("changing-code: %s ok" % part, result.stdout, self.tail(result))
 
 
+class X87State(Guest):
+    """x87 and MMX state (x87_state.c): over system calls, context switches, signals and traps."""
+
+    def test_it_stays(self):
+        for cpus in ("1", "2"):
+            result = self.boot("cloud", "quiet ring3.test=x87_state", "-c", cpus)
+            self.assertEqual(result.returncode, 0, self.tail(result))
+            for part in ("calls", "processes", "signals", "exceptions", "libm"):
+                self.assertIn("x87-state: %s ok" % part, result.stdout, self.tail(result))
+
+
 class KeptCode(Guest):
     """Translations kept between runs: what the guest computes is the same, and a file that is no good is no harm."""
 

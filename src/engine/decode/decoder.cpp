@@ -266,8 +266,8 @@ Op classify_host(const ZydisDecodedInstruction& z, const DecodedInsn& insn) {
 void correct(const ZydisDecodedInstruction& z, bool long_mode64, bool amd, DecodedInsn* d) {
   const bool f2 = has_prefix(z, 0xf2);
   const bool f3 = has_prefix(z, 0xf3);
-  if (d->op == Op::Pause && (z.attributes & ZYDIS_ATTRIB_HAS_REX) && z.raw.rex.B) {
-    d->op = Op::Xchg;  // F3 REX.B 90 is no PAUSE
+  if (amd && d->op == Op::Pause && (z.attributes & ZYDIS_ATTRIB_HAS_REX) && z.raw.rex.B) {
+    d->op = Op::Xchg;  // F3 REX.B 90 is no PAUSE there
     const u8 size = z.raw.rex.W ? 8 : has_prefix(z, 0x66) ? 2 : 4;
     d->opsize = size;
     d->operands[0] = {OperandKind::Gpr, 8, size, kReadWrite};

@@ -306,6 +306,11 @@ u64 undefined_flags(const DecodedInsn& i) {
     case Op::Imul2:
     case Op::Imul3:
       return SF | ZF | AF | PF;
+    case Op::Rol:
+    case Op::Ror:
+    case Op::Rcl:
+    case Op::Rcr:
+      return i.operands[1].kind == OperandKind::Imm && i.imm == 1 ? 0 : OF;
     default:
       return 0;
   }
