@@ -163,6 +163,9 @@ class Refused(Disk):
         os.rename(qcow2, misnamed)
         self.refuse("format=qcow2", misnamed)
         self.refuse("qcow2", raw + ",format=qcow2")
+        with open(self.path("other.vmdk"), "wb") as f:
+            f.write(b"KDMV" + bytes(1020))
+        self.refuse("vmdk image, which ring3 does not read; convert it", self.path("other.vmdk"))
         with open(self.path("empty.raw"), "wb"):
             pass
         self.refuse("image create", self.path("empty.raw"))

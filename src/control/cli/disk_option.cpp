@@ -22,10 +22,12 @@ Result<DiskOption> parse_disk_option(const std::string& text) {
       disk.format = value;
     } else if (key == "format") {
       return bad("there is no format '" + printable(value) + "'; there are raw and qcow2");
-    } else if (key == "serial" && !value.empty() && value.size() <= 20) {
+    } else if ((key == "serial" || key == "id") && !value.empty() && value.size() <= 20) {
       disk.serial = value;
-    } else if (key == "serial") {
-      return bad("a serial number has 1 to 20 characters");
+    } else if (key == "serial" || key == "id") {
+      return bad("a serial number or id has 1 to 20 characters");
+    } else if (w == "discard") {
+      // Always so; said for those who are used to saying it.
     } else if (key == "cache" && (value == "none" || value == "writeback")) {
       disk.direct = value == "none";
     } else if (key == "cache") {
@@ -40,7 +42,7 @@ Result<DiskOption> parse_disk_option(const std::string& text) {
       disk.fail_every = std::stoul(number);
       disk.fail_code = code == "eio" ? EIO : ENOSPC;
     } else {
-      return bad("'" + printable(w) + "' is none of ro, format=, serial= and cache= (write ,, for a comma in the path)");
+      return bad("'" + printable(w) + "' is none of ro, format=, serial=, cache= and discard (write ,, for a comma in the path)");
     }
   }
   return disk;

@@ -5,7 +5,7 @@
 
 namespace ring3::control {
 
-/// --disk PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none|writeback][,fail=N[:eio|enospc]]
+/// --disk PATH[,ro|readonly][,format=raw|qcow2][,serial=S|id=S][,discard][,cache=none|writeback][,fail=N[:eio|enospc]]
 struct DiskOption {
   std::string path;
   std::string format;      ///< raw, qcow2; empty: by the name

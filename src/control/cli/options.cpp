@@ -334,7 +334,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->delimiter('\0');
   run->add_option("--vsock", text.vsock, "sockets between host and guest: cid=N,socket=PATH")->type_name("VSOCK");
   run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none; virtio[,WHERE] makes it hvc0")->type_name("WHERE")->capture_default_str();
-  run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none]; repeatable")
+  run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none|writeback]; repeatable")
       ->type_name("IMAGE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)

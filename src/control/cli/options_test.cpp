@@ -116,10 +116,12 @@ TEST(Options, BadInputIsNamed) {
 }
 
 TEST(Options, Disks) {
-  auto command = parse_command_line({"run", "--kernel", "k", "--disk", "a,,b.raw", "--disk", "c,ro,format=qcow2,serial=S1,cache=none"});
+  auto command = parse_command_line({"run", "--kernel", "k", "--disk", "a,,b.raw", "--disk", "c,ro,format=qcow2,serial=S1,cache=none", "--disk", "d.raw,readonly,discard,id=D2"});
   ASSERT_TRUE(command.ok()) << command.error().message;
   const auto& disks = std::get<RunOptions>(command.value()).disks;
-  ASSERT_EQ(disks.size(), 2u);
+  ASSERT_EQ(disks.size(), 3u);
+  EXPECT_TRUE(disks[2].read_only);
+  EXPECT_EQ(disks[2].serial, "D2");
   EXPECT_EQ(disks[0].path, "a,b.raw");
   EXPECT_FALSE(disks[0].read_only || disks[0].direct);
   EXPECT_EQ(disks[1].path, "c");

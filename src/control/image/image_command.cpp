@@ -401,7 +401,10 @@ int check(const Wanted& w) {
   else if (!w.repair.empty()) return say_error("--repair is all or leaks");
   auto image = open_qcow2_alone(w.path, repair != Repair::kNone, true);
   if (!image) return say_error(image.error().message);
-  auto report = (*image)->check(repair);
+  auto report = [&] {
+    Progress bar("checking", (*image)->size());
+    return (*image)->check(repair, [&bar](u64 done) { bar.at(done); });
+  }();
   if (!report) return say_error(report.error().message);
   if (w.json) {
     const json out = {{"filename", w.path}, {"format", "qcow2"}, {"corruptions", report->corruptions_left()},

@@ -52,10 +52,9 @@ Result<std::unique_ptr<Image>> open_one(const std::string& path, const OpenOptio
   const Format format = o.format.value_or(format_of_name(path));
   if (format == Format::kRaw) {
     if (const char* other = o.format ? nullptr : looks_like(**file)) {
-      const bool known = std::strcmp(other, "qcow2") == 0;
-      return Error::of(EINVAL, "'" + path + "' begins like a " + other + " image; say which it is: format=" +
-                                   (known ? "qcow2" : "raw (ring3 does not read " + std::string(other) + ")") +
-                                   (known ? " or format=raw" : ""));
+      const std::string says = "'" + path + "' begins like a " + other + " image";
+      if (std::strcmp(other, "qcow2") == 0) return Error::of(EINVAL, says + "; say which it is: format=qcow2 or format=raw");
+      return Error::of(EINVAL, says + ", which ring3 does not read; convert it (qemu-img convert -O qcow2), or say format=raw for its bytes as they are");
     }
     const i64 size = (*file)->size();
     if (size < 0) return Error::from_errno("'" + path + "'", static_cast<int>(-size));

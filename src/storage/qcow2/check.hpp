@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -7,6 +8,9 @@
 namespace ring3::storage::qcow2 {
 
 enum class Repair { kNone, kLeaks, kAll };
+
+/// Told how far a check is: of the disk's size, so many bytes. Never less than before.
+using CheckProgress = std::function<void(u64 done)>;
 
 /// What a check found, and left.
 struct CheckReport {

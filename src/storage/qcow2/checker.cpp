@@ -10,7 +10,7 @@ namespace ring3::storage::qcow2 {
 /// One check of one image. Works on the file, with the image's caches empty.
 class Checker {
  public:
-  Checker(Qcow2Image& image, Repair repair) : i_(image), h_(image.header_), repair_(repair) {}
+  Checker(Qcow2Image& image, Repair repair, const CheckProgress& progress) : i_(image), h_(image.header_), repair_(repair), progress_(progress) {}
 
   Result<CheckReport> run() {
     if (repair_ != Repair::kNone && !i_.writable_) return Error::of(EROFS, i_.name_ + " is not open for writing");
@@ -77,6 +77,7 @@ class Checker {
       for (const auto& s : *list) {
         std::vector<u64> l1;
         if (int r = i_.read_l1(s.l1_offset, s.l1_size, l1); r < 0) return r;
+        trees_++;
         if (int r = tree("snapshot " + s.id, l1, s.l1_offset, false); r < 0) return r;
       }
     }
@@ -92,6 +93,7 @@ class Checker {
     bool l1_changed = false;
     u64 last_host = 0;
     for (u64 k = 0; k < l1.size(); k++) {
+      if (progress_) progress_(std::min(h_.size, trees_ * h_.size / whole_trees() + k * h_.l2_reach() / whole_trees()));
       if (l1[k] == 0) continue;
       const u64 table = l1[k] & kOffsetMask;
       const std::string where = "L1 entry " + std::to_string(k) + " of " + whose;
@@ -364,9 +366,14 @@ class Checker {
     return i_.refcounts_->load(i_.name_, true) ? 0 : -EIO;
   }
 
+  /// The disk itself and its snapshots; the count is the file's.
+  u64 whole_trees() const { return u64{h_.snapshot_count} + 1; }
+
   Qcow2Image& i_;
   Header& h_;
   Repair repair_;
+  const CheckProgress& progress_;
+  u64 trees_ = 0;  // walked already
   CheckReport report_;
   std::unordered_map<u64, std::vector<u32>> counts_;
   ClusterSet tables_;
@@ -375,7 +382,7 @@ class Checker {
   bool rebuild_ = false, hopeless_ = false, has_bitmaps_ = false;
 };
 
-Result<CheckReport> Qcow2Image::check(Repair repair) {
+Result<CheckReport> Qcow2Image::check(Repair repair, const CheckProgress& progress) {
   if (!refcounts_) {
     refcounts_ = std::make_unique<Refcounts>(*file_, header_, metadata_, [this] { return write_header_fields(); });
     if (auto r = refcounts_->load(name_, true); !r) return r.error();
@@ -385,7 +392,7 @@ Result<CheckReport> Qcow2Image::check(Repair repair) {
       if (const int r = commit(); r < 0) return Error::from_errno("checking " + name_, -r);
     }
   }
-  return Checker(*this, repair).run();
+  return Checker(*this, repair, progress).run();
 }
 
 }  // namespace ring3::storage::qcow2

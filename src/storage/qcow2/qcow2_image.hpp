@@ -106,7 +106,7 @@ class Qcow2Image final : public Image {
   /// Reads show the snapshot from now on. Only for images that are not writable.
   Status show_snapshot(const std::string& id_or_name);
 
-  Result<CheckReport> check(Repair repair);
+  Result<CheckReport> check(Repair repair, const CheckProgress& progress = {});
 
  private:
   /// An L2 entry; bitmap: of extended entries, else made up.

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 #include <map>
 #include <optional>
@@ -361,6 +362,21 @@ TEST(Qcow2, HostileImages) {
 TEST(Qcow2, BackingNamesThatAreNoPlainFiles) {
   for (const char* name : {"nbd://host/x", "json:{}", "file:/etc/passwd", "fd:3", "http://x/y", ""}) EXPECT_FALSE(plain_path(name)) << name;
   for (const char* name : {"base.raw", "/a/b", "./a:b", "dir/a:b"}) EXPECT_TRUE(plain_path(name)) << name;
+}
+
+TEST(Check, TellsHowFarItIs) {
+  auto file = std::make_unique<MemoryFile>(std::vector<u8>());
+  CreateOptions create;
+  create.size = u64{64} << 30;  // 128 tables
+  ASSERT_TRUE(Qcow2Image::create(*file, create));
+  auto image = Qcow2Image::open(std::move(file), "image", {true, false});
+  ASSERT_TRUE(image) << image.error().message;
+  std::vector<u64> told;
+  ASSERT_TRUE((*image)->check(Repair::kNone, [&](u64 done) { told.push_back(done); }));
+  ASSERT_EQ(told.size(), 128u);
+  EXPECT_TRUE(std::is_sorted(told.begin(), told.end()));
+  EXPECT_EQ(told[64], create.size / 2);
+  EXPECT_LE(told.back(), create.size);
 }
 
 TEST(Direct, LeadsToTheImageThatHasTheData) {
