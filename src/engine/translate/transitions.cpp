@@ -94,7 +94,8 @@ bool TranslatorVcpu::load_x87() {
   constexpr u16 kMasks = 0x3f;
   if (!c_.fpu_ok || (s_.xsave.fcw() & kMasks) != kMasks) return false;
   u8* const at = s_.xsave.bytes;
-  u64* const header = reinterpret_cast<u64*>(at + XsaveArea::kHeader);
+  // volatile: no memset() with vector registers is made of it
+  volatile u64* const header = reinterpret_cast<u64*>(at + XsaveArea::kHeader);
   header[0] = 1;  // XSTATE_BV: the component is in the image
   for (unsigned n = 1; n < 8; n++) header[n] = 0;
   std::memcpy(&frame_.x87_fip, at + 8, 8);
