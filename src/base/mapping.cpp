@@ -20,7 +20,7 @@ Result<Mapping> Mapping::anonymous(std::size_t size) {
 }
 
 Result<Mapping> Mapping::shared_anonymous(std::size_t size) {
-  void* p = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  void* p = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return Error::from_errno("cannot map " + std::to_string(size) + " bytes of memory");
   return Mapping(static_cast<u8*>(p), size);
 }

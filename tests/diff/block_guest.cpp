@@ -13,7 +13,7 @@ namespace ring3::diff {
 using namespace engine;  // NOLINT: a test of that room
 
 const char* name(BlockMode mode) {
-  static constexpr const char* kNames[] = {"user64", "kernel64", "user32"};
+  static constexpr const char* kNames[] = {"user64", "kernel64", "window64", "user32"};
   return kNames[static_cast<unsigned>(mode)];
 }
 
@@ -83,6 +83,7 @@ BlockGuest::BlockGuest(BlockMode mode, Translation translation)
     TranslatorVcpu::Options options;
     options.arena_bytes = 2u << 20;
     options.max_insns = translation.max_insns;
+    options.window_samples = mode_ == BlockMode::Window64 ? 1 : 0;
     auto made = TranslatorVcpu::create(s_, mmu_, *interpreter_, create_block_translator(), options);
     CHECK(made.ok());
     translator_ = std::move(*made);

@@ -11,7 +11,8 @@
 /// interpreter or by the translator.
 namespace ring3::diff {
 
-enum class BlockMode : u8 { User64, Kernel64, User32, kCount };
+/// Window64: user code that reaches its memory through a host window.
+enum class BlockMode : u8 { User64, Kernel64, Window64, User32, kCount };
 const char* name(BlockMode mode);
 
 // The guest's address space, all below 2 GiB. Code is writable.

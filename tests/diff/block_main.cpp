@@ -373,7 +373,7 @@ int main(int argc, char** argv) {
   Options o;
   o.seed = static_cast<ring3::u64>(std::time(nullptr));
   CLI::App app("random programs in the interpreter and in the translator");
-  app.add_option("--mode", o.mode, "user64, kernel64, user32 or all")->check(CLI::IsMember({"user64", "kernel64", "user32", "all"}));
+  app.add_option("--mode", o.mode, "user64, kernel64, window64, user32 or all")->check(CLI::IsMember({"user64", "kernel64", "window64", "user32", "all"}));
   app.add_option("--count", o.count, "programs (each is stopped and compared 8 times)");
   app.add_option("--seconds", o.seconds, "for so long, in place of --count");
   app.add_option("--seed", o.seed, "default: the time");

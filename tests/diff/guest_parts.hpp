@@ -34,7 +34,7 @@ inline engine::Segment null_segment() {
 
 /// Guest RAM, all of it there; the caller unmaps it.
 inline u8* map_guest_ram(u64 size) {
-  void* p = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  void* p = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
   CHECK(p != MAP_FAILED);
   return static_cast<u8*>(p);
 }

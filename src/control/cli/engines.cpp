@@ -48,7 +48,12 @@ void warn_without_translator(const EngineOptionMap& options) {
 }
 
 Result<std::unique_ptr<kvm::Endpoint>> open_engine(EngineKind kind, const EngineOptionMap& options) {
-  if (kind == EngineKind::kSoft) return engine::create_soft_system(engine::EngineOptions{options});
+  if (kind == EngineKind::kSoft) {
+    engine::EngineOptions ours{options};
+    // Guest memory of ours can be mapped twice, and stays where it is.
+    ours.values.emplace("windows", "8");
+    return engine::create_soft_system(ours);
+  }
   return kvm::open_kernel_kvm();
 }
 

@@ -58,12 +58,16 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
       auto ops = InterpretedOps::create(text);
       if (!ops) return ops.error();
       config.interpreted_ops = std::move(*ops);
+    } else if (name == "windows") {
+      auto v = number(name, text, 0, 1u << 16);
+      if (!v) return v.error();
+      config.windows = static_cast<unsigned>(*v);
     } else if (name == "quantum") {
       auto v = number(name, text, 1, ~0u);
       if (!v) return v.error();
       config.quantum = *v;
     } else {
-      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-cache, code-mib, engine, interpreted-ops, lockstep, perf-map, quantum)");
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-cache, code-mib, engine, interpreted-ops, lockstep, perf-map, quantum, windows)");
     }
   }
   if (config.lockstep != 0 && !config.translate) {

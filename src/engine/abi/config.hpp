@@ -20,6 +20,7 @@ struct Config {
   std::shared_ptr<KeptCode> kept;       ///< code-cache=: translations of earlier runs; null: none
   std::shared_ptr<PerfMap> perf_map;    ///< null: none is written
   std::shared_ptr<InterpretedOps> interpreted_ops;  ///< null: nobody asks
+  unsigned windows = 0;                 ///< TranslatorVcpu::Options::window_samples
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
   bool signals_announced = false;       ///< EngineOptions::signals_announced
   std::shared_ptr<const HostClock> clock;

@@ -82,6 +82,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
     TranslatorVcpu::Options options;
     options.arena_bytes = code_bytes;
     options.lockstep_every = vm.config().lockstep;
+    options.window_samples = vm.config().windows;
     options.kept = vm.config().kept.get();
     options.perf_map = vm.config().perf_map.get();
     options.interpreted_ops = vm.config().interpreted_ops.get();

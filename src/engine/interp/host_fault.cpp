@@ -18,6 +18,8 @@ struct Node {
   std::atomic<u64> begin{0}, end{0};  // end 0: free
   std::atomic<u64> exit_fpe{0}, exit_other{0};
   std::atomic<bool> keep{false};  // RAX is the guest's: only R14 is ours
+  std::atomic<u64> access_exit{0};
+  std::atomic<u64*> access_address{nullptr}, access_error{nullptr};
   Node* next = nullptr;
 };
 
@@ -112,6 +114,17 @@ void handler(int sig, siginfo_t* info, void* context) {
     for (Node* n = g_nodes.load(std::memory_order_acquire); n != nullptr; n = n->next) {
       const u64 end = n->end.load(std::memory_order_acquire);
       if (rip >= end || rip < n->begin.load(std::memory_order_relaxed)) continue;
+      if (const u64 exit = n->access_exit.load(std::memory_order_relaxed); exit != 0 && trap == nullptr && (sig == SIGSEGV || info->si_code == SI_KERNEL)) {
+        // An address that is not canonical is not told: #GP; off the stack's registers #SS, which is a SIGBUS.
+        const bool told = info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR;
+        *n->access_address.load(std::memory_order_relaxed) = told ? reinterpret_cast<u64>(info->si_addr) : ~0ull;
+        *n->access_error.load(std::memory_order_relaxed) = static_cast<u64>(regs[REG_ERR]);
+        regs[REG_RSP] -= 8;
+        // SAFETY: the range's code has a stack of its own making, with room.
+        *reinterpret_cast<u64*>(regs[REG_RSP]) = rip;
+        regs[REG_RIP] = static_cast<greg_t>(exit);
+        return;
+      }
       const bool fpe = sig == SIGFPE;
       if (trap != nullptr) GuestMemoryTrapAccess::hit(*trap);
       if (n->keep.load(std::memory_order_relaxed)) {
@@ -160,12 +173,15 @@ void install(int sig) {
 }  // namespace
 
 HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other) {
-  add(begin, end, exit_fpe, exit_other, false);
+  add(begin, end, exit_fpe, exit_other, false, {});
 }
 
-HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit) { add(begin, end, exit, exit, true); }
+HostFaultRange::HostFaultRange(const u8* begin, const u8* end, const u8* exit, const Accesses& accesses) {
+  add(begin, end, exit, exit, true, accesses);
+}
 
-void HostFaultRange::add(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other, bool keep) {
+void HostFaultRange::add(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other, bool keep,
+                         const Accesses& accesses) {
   const std::lock_guard lock(g_mutex);
   for (const int sig : kSignals) install(sig);
   Node* node = nullptr;
@@ -177,6 +193,9 @@ void HostFaultRange::add(const u8* begin, const u8* end, const u8* exit_fpe, con
   node->exit_fpe.store(reinterpret_cast<u64>(exit_fpe));
   node->exit_other.store(reinterpret_cast<u64>(exit_other));
   node->keep.store(keep);
+  node->access_address.store(accesses.address);
+  node->access_error.store(accesses.error);
+  node->access_exit.store(reinterpret_cast<u64>(accesses.exit));
   node->end.store(reinterpret_cast<u64>(end), std::memory_order_release);
   if (fresh) {
     node->next = g_nodes.load();

@@ -26,13 +26,22 @@ class HostFaultRange {
   HostFaultRange(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other);
   /// Code whose fault exit wants all registers as they were, but for R14, which gets the address of
   /// the instruction that faulted.
-  HostFaultRange(const u8* begin, const u8* end, const u8* exit);
+  HostFaultRange(const u8* begin, const u8* end, const u8* exit) : HostFaultRange(begin, end, exit, Accesses{}) {}
+  /// The same, where a SIGSEGV that is not guest memory's goes on at `exit` of Accesses instead, with all registers as they
+  /// were and the address of the instruction pushed on the stack, which must have room. address: where the access went, ~0
+  /// when the host does not tell; error: the page fault's error code. They outlive this.
+  struct Accesses {
+    const u8* exit = nullptr;
+    u64* address = nullptr;
+    u64* error = nullptr;
+  };
+  HostFaultRange(const u8* begin, const u8* end, const u8* exit, const Accesses& accesses);
   ~HostFaultRange();
   HostFaultRange(const HostFaultRange&) = delete;
   HostFaultRange& operator=(const HostFaultRange&) = delete;
 
  private:
-  void add(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other, bool keep);
+  void add(const u8* begin, const u8* end, const u8* exit_fpe, const u8* exit_other, bool keep, const Accesses& accesses);
   void* node_ = nullptr;
 };
 

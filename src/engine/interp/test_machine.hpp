@@ -344,7 +344,7 @@ class TestMachine {
 
  private:
   static u8* map_ram() {
-    void* p = mmap(nullptr, kRamSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* p = mmap(nullptr, kRamSize, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     return static_cast<u8*>(p == MAP_FAILED ? nullptr : p);
   }
 

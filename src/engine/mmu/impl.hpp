@@ -4,6 +4,7 @@
 #include "engine/mmu/mmu.hpp"
 #include "engine/mmu/tlb.hpp"
 #include "engine/mmu/tracker_impl.hpp"
+#include "engine/mmu/window.hpp"
 
 namespace ring3::engine {
 
@@ -25,6 +26,7 @@ struct Mmu::Impl {
     Gpa gpa;
     u8 shift = 12;
     bool writable = false, user = false, no_execute = false, global = false;  ///< all levels combined
+    bool settled = false;  ///< the accessed and dirty flags that this walk asks for stand already
   };
 
   /// One page's part of an access.
@@ -119,6 +121,13 @@ struct Mmu::Impl {
       for (Bank& b : sp->bank) f(b);
     }
   }
+  // windows.cpp
+  bool has_window(const Space& sp) const { return &sp == window_space; }
+  void close_window();
+  void map_large(u64 linear, u64 host, bool write);
+  void stale_window(const Space& sp) { window_stale |= &sp == window_space; }
+  void show_deltas() const { std::copy(window.deltas().begin(), window.deltas().end(), window_deltas); }
+
   void serve_tlb();
   void serve_all();
   void drop_own_writes(u64 host);
@@ -172,6 +181,11 @@ struct Mmu::Impl {
   u64 override_dr[4] = {}, override_dr7 = 0;
   u64 seen_dr[4] = {}, seen_dr7 = 0;
   u64 hits = 0;
+
+  ring3::engine::Window window;
+  Space* window_space = nullptr;  ///< whose user mode it belongs to; null: it holds nothing
+  bool window_stale = false;
+  u64* window_deltas = nullptr;
 
   Parts open_rmw;  ///< of the Rmw that has no host pointer
 };

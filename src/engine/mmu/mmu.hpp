@@ -204,6 +204,30 @@ class Mmu {
   /// The same for an access in two pages: both are in the TLB then. size at most a page.
   bool warm_across(u64 linear, unsigned size, bool write);
 
+  // ---- host windows (window.hpp), for translated code of 64-bit user mode ----
+
+  enum class WindowState : u8 {
+    None,   ///< the current address space has none, or it may not be used
+    Stale,  ///< refresh_window() first
+    Ready,
+  };
+  /// In user mode. Uses no vector registers.
+  WindowState window() const;
+  /// For the current address space, in user mode; another one's goes. False: not here. deltas: host - linear by region,
+  /// 32 of them, written now and whenever they change; until the window is closed by whomever.
+  bool open_window(u64* deltas);
+  void close_window();
+  /// Compares what is mapped with the page tables: the flushes since are done then.
+  void refresh_window();
+  bool window_full() const;          ///< a page found no room since it was opened
+  std::size_t window_pages() const;  ///< that are mapped
+  u64 take_window_calls();           ///< system calls made for it since the last time
+  /// Addresses for linear's region; false: none, or no window is ready.
+  bool open_window_region(u64 linear);
+  /// The page of a host address in the window is mapped for a read or a write, as warm() would have it in the TLB, and those
+  /// near it that are in the TLB. False: the access faults, or is not one of RAM, or room is short.
+  bool warm_window(u64 host, bool write);
+
   // ---- instruction fetch ----
 
   /// Translates linear for execution at the current privilege. On success *gpa is its physical address

@@ -16,6 +16,12 @@ void Mmu::Impl::select_bank() {
   mmu.bank_ = check_alignment ? &empty : current;
 }
 
+Mmu::WindowState Mmu::window() const {
+  const Impl& i = *impl_;
+  if (i.window_space != i.space || bank_ != &i.space->bank[kUser] || i.breakpoint_count != 0) return WindowState::None;
+  return i.window_stale ? WindowState::Stale : WindowState::Ready;
+}
+
 void Mmu::privilege_changed() { impl_->select_bank(); }
 
 }  // namespace ring3::engine

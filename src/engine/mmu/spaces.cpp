@@ -24,6 +24,7 @@ void Mmu::Impl::activate(u16 pcid) {
     } else {
       found = victim;
       found->stale = true;
+      if (has_window(*found)) close_window();
     }
     found->pcid = pcid;
   }
@@ -52,6 +53,7 @@ void Mmu::Impl::renew_supervisor() {
 
 void Mmu::Impl::flush_page_of(Space& sp, u64 linear) {
   for (Bank& b : sp.bank) b.flush_page(linear);
+  if (has_window(sp)) window.unmap(linear & kPageMask);
   if (sp.executed.may_hold(linear)) renew(sp);
 }
 
@@ -59,8 +61,10 @@ void Mmu::Impl::flush_everything() {
   for (auto& sp : spaces) {
     if (sp.get() == space) {
       for (Bank& b : sp->bank) b.flush(false);
+      stale_window(*sp);
       renew(*sp);
     } else {
+      if (has_window(*sp)) close_window();
       sp->pcid = -1;
       sp->stale = true;
     }
@@ -111,6 +115,8 @@ void Mmu::Impl::serve_tlb() {
       for (u64 host : pages) b.drop_writes_to(host);
     }
   });
+  if (all) window.drop_writes();
+  for (u64 host : pages) window.drop_writes_to(host);
   box.tlb_served.store(ticket, std::memory_order_release);
 }
 
@@ -131,6 +137,7 @@ void Mmu::Impl::serve_all() {
   if (slots) {
     table = nullptr;
     refresh_table();
+    close_window();
     flush_everything();
     flush_code = true;
   }
@@ -145,6 +152,7 @@ void Mmu::Impl::serve_all() {
 
 void Mmu::Impl::drop_own_writes(u64 host) {
   for_each_bank([&](Bank& b) { b.drop_writes_to(host); });
+  window.drop_writes_to(host);
 }
 
 // ---- Mmu ----
@@ -206,6 +214,7 @@ void Mmu::flush_all() { impl_->flush_everything(); }
 
 void Mmu::flush_non_global() {
   for (Impl::Bank& b : impl_->space->bank) b.flush(true);
+  impl_->stale_window(*impl_->space);
   impl_->renew(*impl_->space);
 }
 
@@ -228,6 +237,7 @@ void Mmu::flush_pcid(u16 pcid) {
   for (auto& sp : impl_->spaces) {
     if (sp->pcid != pcid) continue;
     for (Impl::Bank& b : sp->bank) b.flush(true);
+    impl_->stale_window(*sp);
     impl_->renew(*sp);
   }
 }

@@ -178,6 +178,9 @@ bool Mmu::Impl::walk(u64 linear, const WalkFor& why, bool set_flags, Walk* out) 
     }
     if (again) continue;
 
+    out->settled = true;
+    for (unsigned i = 0; !set_flags && i < count; i++) out->settled &= used[i].want == used[i].value;
+
     const u64 offset_mask = (1ull << shift) - 1;
     u64 base = entry & kAddress;
     if (size == 4) {

@@ -264,6 +264,7 @@ bool BlockBuilder::one(const DecodedInsn& i) {
 void BlockBuilder::finish() {
   out_->cold = e_.size();
   finish_groups();
+  finish_window_misses();
   finish_slow_paths();
   finish_x87();
   for (Interpret& i : interpret_) {
@@ -336,7 +337,8 @@ void BlockBuilder::start_over() {
   misses_.clear();
   group_misses_.clear();
   x87_loads_.clear();
-  start_groups(!request_->ungrouped);
+  window_misses_.clear();
+  start_groups(!request_->ungrouped && (!request_->mode.windowed || loop_.on));
   rip_ = request_->rip;
   flags_ = Flags::Host;
   ended_ = false;
@@ -355,15 +357,20 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     const u32 size = e_.size();
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
-    const std::size_t misses = group_misses_.size(), x87_loads = x87_loads_.size();
+    const std::size_t misses = group_misses_.size(), window_misses = window_misses_.size(), x87_loads = x87_loads_.size();
     const X87 x87 = x87_;
-    if (x87_.fip && !keeps_fip(i)) store_fip();
+    const Family family = family_of(i.op);
+    // An access through a window may end in the interpreter without more ado.
+    if (x87_.fip && (!keeps_fip(i) || (request_->mode.windowed && family != Family::X87))) store_fip();
     interpret_.emplace_back();
     interpret_.back().rip = rip_;
     interpret_.back().fip = x87_.fip;
     interpret_.back().fip_offset = x87_.fip_offset;
     interpret_.back().sti_shadow = n != 0 && request_->insns[n - 1].op == Op::Sti;
     consumed_ = 1;
+    // These change something before their last access, or are in no hurry.
+    by_tlb_ = family == Family::String || family == Family::Rare || family == Family::System || family == Family::X87 ||
+              (i.op == Op::HostVec && i.has(kVex) && i.opcode == 0x1d);  // VCVTPS2PH: its flags may be set before its store faults
     before(i);
     if (request_->edge != 0) check_edge();
     if (!one(i)) {
@@ -372,6 +379,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       group_misses_.resize(misses);
       x87_loads_.resize(x87_loads);
       x87_ = x87;
+      window_misses_.resize(window_misses);
       out_->faults.resize(faults);
       interpret_.pop_back();
       flags_ = flags;
@@ -461,6 +469,8 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
 
   plan_loop(count);
+  // Of windowed code, only those that are better off so: all checks are before the loop.
+  if (request.mode.windowed && loop_.on && !all_hoisted(count)) loop_.on = false;
   padded_ = false;
   std::size_t done = attempt(count);
   if (done < count && !ended_) {

@@ -23,8 +23,10 @@ struct TranslateMode {
   bool code32 = false;   ///< 32-bit code; CS, SS, DS and ES have base 0 and limit 4 GiB
   bool fs_flat = false;  ///< code32: FS has limit 4 GiB and may be read and written, whatever its base
   bool gs_flat = false;
+  /// 64-bit user code that reaches memory through host windows (windows.cpp).
+  bool windowed = false;
   u8 bits() const {
-    return static_cast<u8>(user | sse << 1 | avx << 2 | lazy << 3 | code32 << 4 | fs_flat << 5 | gs_flat << 6);
+    return static_cast<u8>(user | sse << 1 | avx << 2 | (lazy | windowed) << 3 | code32 << 4 | fs_flat << 5 | gs_flat << 6);
   }
 };
 
@@ -42,6 +44,8 @@ struct BlockRequest {
   bool loops = false;  ///< a loop of one block may run inside it, up to 4096 iterations between polls
   /// Each access has its own check: the exits of a group's misses (DirectExit::ungrouped) lead to such a block.
   bool ungrouped = false;
+  /// Mode windowed: the guest's registers by number, as they are now, from which regions are guessed.
+  const u64* registers = nullptr;
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
 
@@ -90,6 +94,9 @@ struct DirectExit {
 struct HostFaultPoint {
   u32 offset = 0;  ///< in code, of the host instruction
   u64 rip = 0;     ///< position-independent: what is to be added to the page
+  /// Of accesses through a window: from there on to the next point. Points stand in the order of their offsets.
+  bool window = false;
+  bool frame_flags = false;  ///< the status flags before the guest instruction are in JitFrame::flags, not in RFLAGS
 };
 
 struct TranslatedBlock {

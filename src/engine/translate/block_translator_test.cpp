@@ -28,7 +28,8 @@ constexpr u64 kLow = 0x50000, kHigh = 0x6ff00;  // data and stack pages of the t
 /// One machine, run by the interpreter or by translation.
 class Side {
  public:
-  Side(bool translated, unsigned max_insns) : m(TestMode::Long64) {
+  /// windowed: in user mode, memory is reached through a host window.
+  Side(bool translated, unsigned max_insns, bool windowed) : m(TestMode::Long64, windowed) {
     m.c().features = host_features();
     m.c().event_filter = [this](const Event& event) {
       has_event = true;
@@ -37,7 +38,7 @@ class Side {
     };
     if (!translated) return;
     auto made = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(),
-                                       {.arena_bytes = 4u << 20, .max_insns = max_insns});
+                                       {.arena_bytes = 4u << 20, .max_insns = max_insns, .window_samples = windowed});
     CHECK(made.ok());
     vcpu = std::move(*made);
   }
@@ -192,7 +193,7 @@ std::string describe(const DecodedInsn& i) {
 
 class Pair {
  public:
-  explicit Pair(unsigned max_insns) : a_(false, max_insns), b_(true, max_insns) {}
+  explicit Pair(unsigned max_insns, bool windowed = false) : a_(false, max_insns, windowed), b_(true, max_insns, windowed) {}
 
   /// Gives both the same random state, in which the memory operand of insn (if any) is mapped most of the
   /// time.
@@ -585,8 +586,8 @@ TEST(TranslatedCode, LoopsDoAsInterpreted) {
 
 /// docs/confinement.md: every addressing form, led to where nothing of the guest's is, past the ends of what is, and to
 /// the host's own memory, with the TLB warm for a page whose address differs in a bit.
-TEST(TranslatedCode, AddressesReachGuestMemoryOnly) {
-  Pair pair(64);
+void hostile_addresses(bool windowed) {
+  Pair pair(64, windowed);
   Random memory(9);
   pair.randomise_memory(memory);
   // Opcode bytes and ModRM.reg; the register operand is rDX or xmm2.
@@ -687,8 +688,7 @@ TEST(TranslatedCode, AddressesReachGuestMemoryOnly) {
       pair.interpreted().m.s.seg[FS].base = pair.translated().m.s.seg[FS].base = fs;
       pair.interpreted().m.s.seg[GS].base = pair.translated().m.s.seg[GS].base = 0 - fs;
       pair.run(20000);
-      const bool whole = !pair.interpreted().has_event;
-      halted += whole;
+      halted += windowed ? pair.interpreted().m.s.rip == TestMachine::kCode + code.size() - 1 : !pair.interpreted().has_event;
       const std::string d = pair.difference(0);
       if (!d.empty() || own != 0x1234) {
         ADD_FAILURE() << "case " << n << ": " << d;
@@ -699,7 +699,12 @@ TEST(TranslatedCode, AddressesReachGuestMemoryOnly) {
     }
   }
   EXPECT_GT(halted, count / 8);
+  if (windowed) {
+    EXPECT_GT(pair.translated().vcpu->stats().window_faults, 0u);
+  }
 }
+TEST(TranslatedCode, AddressesReachGuestMemoryOnly) { hostile_addresses(false); }
+TEST(TranslatedCode, AddressesReachGuestMemoryOnlyThroughWindows) { hostile_addresses(true); }
 
 /// Blocks whose accesses go off few registers, near page ends, with pages absent and page tables' dirty flags
 /// fresh: what one check stands for (groups.cpp), and its misses.

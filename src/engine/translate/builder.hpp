@@ -67,6 +67,7 @@ class BlockBuilder {
     i64 moved = 0;          ///< how far the base went since
     u32 slot = 0;           ///< frame slot of the addend
     unsigned others = 0;
+    bool window = false;  ///< the slot holds what is added in the host window (windows.cpp)
   };
   struct GroupMiss {
     Label entry, resume;
@@ -94,6 +95,13 @@ class BlockBuilder {
     Label setup, fast;
   };
   static constexpr unsigned kGroups = 6;
+  /// The check of a window access fails: the address is of another region than was expected.
+  struct WindowMiss {
+    Label entry, resume;  ///< resume: r15 = what is added
+    Address address;
+    bool page = false;    ///< of RIP's page
+    std::size_t insn = 0;
+  };
   struct Interpret {
     Label entry;
     u64 rip = 0;
@@ -200,6 +208,15 @@ class BlockBuilder {
   void emit_tlb_mask();
   void emit_start_compare(u32 size);
   void emit_rorx(u8 to, u8 from, u8 count);
+  // ---- windows.cpp ----
+  bool windowed() const { return request_->mode.windowed && !by_tlb_ && !loop_.on; }
+  bool window_access(const Address& a, Access* out);
+  void window_point();  ///< what comes now may fault in the window, on this instruction's account
+  void emit_window_check(u8 reg, u64 region, const Address& a, bool page);
+  u64 expected_region(const Address& a) const;
+  bool used_again(Group g) const;
+  void finish_window_misses();
+
   void one_page_or(Label& otherwise, u32 size);
   void emit_fill(bool write);
   void finish_slow_paths();
@@ -227,6 +244,7 @@ class BlockBuilder {
 
   // ---- loops.cpp ----
   void plan_loop(std::size_t count);
+  bool all_hoisted(std::size_t count) const;
   void add_to_stream(std::size_t n, const Address& a, const Operand& mem, const i64* moved, const i64* step);
   static Address stream_address(const Stream& s, i64 at);
   void emit_setup(const Stream& s, u32 slot, bool first);
@@ -319,6 +337,8 @@ class BlockBuilder {
   bool padded_ = false;  ///< the prologue has five bytes
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;
+  std::vector<WindowMiss> window_misses_;
+  bool by_tlb_ = false;  ///< this instruction reaches memory through the TLB also in windowed code
   Loop loop_;
   bool in_second_body_ = false;
   std::vector<Miss> misses_;

@@ -195,6 +195,18 @@ bool CodeCache::fault_rip(u64 pc, u64 page, u64* rip) const {
   return false;
 }
 
+bool CodeCache::window_point(u64 pc, u64 page, HostFaultPoint* point) const {
+  const CodeBlock* b = block_at(pc);
+  if (b == nullptr) return false;
+  const u64 offset = pc - reinterpret_cast<u64>(b->code);  // accesses stand in the first part
+  const HostFaultPoint* const first = faults_.data() + b->faults;
+  const HostFaultPoint* const after = std::upper_bound(first, first + b->fault_count, offset, [](u64 at, const HostFaultPoint& f) { return at < f.offset; });
+  if (offset >= b->code_size || after == first || !(after - 1)->window) return false;
+  *point = *(after - 1);
+  if (b->pic) point->rip += page;
+  return true;
+}
+
 u64 CodeCache::block_rip(u64 pc, u64 page) const {
   const CodeBlock* b = block_at(pc);
   if (b == nullptr) return 0;

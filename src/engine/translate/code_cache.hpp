@@ -123,6 +123,8 @@ class CodeCache {
   unsigned exit_insns(u32 tag) const { return tag < exits_.size() ? exits_[tag].insns : 0; }
   /// RIP of the guest instruction whose host instruction faults at pc. page: JitFrame::page.
   bool fault_rip(u64 pc, u64 page, u64* rip) const;
+  /// The access through a window that host instruction pc belongs to; its rip is the guest instruction's. False: none.
+  bool window_point(u64 pc, u64 page, HostFaultPoint* point) const;
   /// RIP of the block that pc stands in; 0 when it is none's.
   u64 block_rip(u64 pc, u64 page) const;
 

@@ -4,6 +4,7 @@
 
 #include "base/types.hpp"
 #include "engine/mmu/mmu.hpp"
+#include "engine/mmu/window.hpp"
 #include "engine/translate/frame_layout.h"
 
 /// What translated code and the run loop share: one JitFrame per vCPU.
@@ -128,6 +129,13 @@ struct alignas(64) JitFrame {
   u64 x87_fip = 0;       ///< the guest's FIP, while x87 is 1
   u32 x87_selector = 0;  ///< what stands above EIP in it, for 32-bit code
   u16 x87_host_fcw = 0;  ///< the thread's own, while x87 is 1
+  /// u64 (*)(void* context, u64 pc, u64* r15): an access at pc faulted; where to go on, with all registers as they were but for
+  /// r15: one of thunks.hpp.
+  u64 window_function = 0;
+  u64 window_target = 0;   ///< the thunk's own
+  /// Mmu::open_window() writes those of the regions; the others, of addresses that are no user's, are Window::no_delta() for ever.
+  u64 window_deltas[256] = {};
+  u64 fault_address = 0, fault_error = 0;  ///< the fault handler's: of the access, and the page fault's error code
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -168,6 +176,8 @@ inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_
                      kExitReturn = RING3_FRAME_EXIT_RETURN, kExitTransit = RING3_FRAME_EXIT_TRANSIT,
                      kSystemOp = RING3_FRAME_SYSTEM_OP, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE,
                      kX87 = RING3_FRAME_X87, kX87Fip = RING3_FRAME_X87_FIP, kX87Selector = RING3_FRAME_X87_SELECTOR;
+inline constexpr u32 kWindowDeltas = RING3_FRAME_WINDOW_DELTAS;
+inline constexpr unsigned kRegionShift = Window::kRegionShift;
 inline constexpr u32 kNoTag = ~0u;
 static_assert(offsetof(JitFrame, last_start) + 40 <= 2 * RING3_FRAME_CENTRE);
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
@@ -233,6 +243,9 @@ RING3_CHECK_OFFSET(transit_function, RING3_FRAME_TRANSIT_FUNCTION);
 RING3_CHECK_OFFSET(system_function, RING3_FRAME_SYSTEM_FUNCTION);
 RING3_CHECK_OFFSET(kept, RING3_FRAME_KEPT);
 RING3_CHECK_OFFSET(kernel_gs_base, RING3_FRAME_KERNEL_GS_BASE);
+RING3_CHECK_OFFSET(window_function, RING3_FRAME_WINDOW_FUNCTION);
+RING3_CHECK_OFFSET(window_target, RING3_FRAME_WINDOW_TARGET);
+RING3_CHECK_OFFSET(window_deltas, RING3_FRAME_WINDOW_DELTAS);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry at gs:[(linear >> kTlbShift) & kTlbMask].

@@ -96,6 +96,16 @@ void BlockBuilder::plan_loop(std::size_t count) {
   loop_.on = loop_.count != 0 && loop_.streams[loop_.leader].step != 0;
 }
 
+bool BlockBuilder::all_hoisted(std::size_t count) const {
+  for (std::size_t n = 0; n < count; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    for (const Operand& o : i.operands)
+      if (o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0 && !loop_.hoisted[n]) return false;
+    if (i.op == Op::Push || i.op == Op::Pop) return false;
+  }
+  return true;
+}
+
 void BlockBuilder::add_to_stream(std::size_t n, const Address& a, const Operand& mem, const i64* moved,
                                  const i64* step) {
   const DecodedInsn& i = request_->insns[n];

@@ -67,6 +67,7 @@ bool rm_may_be_memory(const DecodedInsn& i) {
 
 bool BlockBuilder::plain_high_byte(const DecodedInsn& i, Reencoding& r) {
   // One memory operand and one high byte register, in ModRM.reg.
+  by_tlb_ = true;  // the bytes are swapped when it comes to the access
   if (!r.high_reg || i.op == Op::Cmpxchg) return false;
   Access a;
   if (!access_of(i, &a)) return false;
@@ -167,7 +168,7 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
     e.mem = a.mem;
   }
   need_flags(a.scratch0_free ? kScratch0 : a.scratch1_free ? kScratch1 : static_cast<u8>(kHostNone));
-  if (i.op == Op::Div || i.op == Op::Idiv) out_->faults.push_back({e_.size(), pic() ? static_cast<u64>(page_offset(rip())) : rip()});
+  if (i.op == Op::Div || i.op == Op::Idiv) out_->faults.push_back({e_.size(), pic() ? static_cast<u64>(page_offset(rip())) : rip(), windowed() && e.memory && !rm_in_frame, flags_ == Flags::Frame});
   if (!e_.encode(e)) return false;
   for (unsigned n = 0; n < count; n++)
     if (substitutes[n].written) e_.store(slot(substitutes[n].guest), substitutes[n].scratch);

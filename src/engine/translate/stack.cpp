@@ -29,6 +29,7 @@ unsigned BlockBuilder::stack_run(Op op) const {
 /// code the first one alone is interpreted then.
 bool BlockBuilder::run_access(const Address& at, u8 bytes, Kind kind, Access* out) {
   if (code32()) return access(at, bytes, kind, false, out);
+  if (windowed()) return false;  // the last of the accesses may fault when the first ones are done
   if (!grouping_) return false;
   must_group_ = true;
   const bool done = access(at, bytes, kind, false, out);
@@ -137,12 +138,14 @@ bool BlockBuilder::leave(const DecodedInsn& i) {
   at.narrow = at.linear32 = code32();
   Access a;
   if (!access(at, word(), Kind::Read, false, &a)) return false;
+  load_word(kScratch0, a.mem);
   if (code32()) {
     e_.lea32(kHostR13, HostMem::at(kHostRbp, 4));
+    e_.mov32(kHostRbp, kScratch0);
   } else {
     e_.lea(kHostR13, HostMem::at(kHostRbp, 8));
+    e_.mov(kHostRbp, kScratch0);
   }
-  load_word(kHostRbp, a.mem);
   return true;
 }
 

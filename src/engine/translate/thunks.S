@@ -359,6 +359,60 @@ thunk \name
     fill ring3_jit_fill_write, 1
 
 
+/* From the fault handler, on whose account the faulting address is on the stack: all registers as they were. */
+thunk ring3_jit_window_fault
+    pushfq
+    push_scratch
+    push %r14
+    push %r15
+    push %rbp
+    mov %rsp, %rbp
+    and $-32, %rsp
+    sub $512, %rsp
+    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
+    jb 3f
+    ja 2f
+    all push_vector
+    vzeroupper
+3:
+    mov SLOT(RING3_FRAME_FILL_CONTEXT), %rdi
+    mov 104(%rbp), %rsi
+    lea 8(%rbp), %rdx
+    call *SLOT(RING3_FRAME_WINDOW_FUNCTION)
+    mov 40(%rbp), %r9
+    mov %rax, SLOT(RING3_FRAME_WINDOW_TARGET)
+    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
+    jne 1f
+    pop_vectors
+1:
+    mov %rbp, %rsp
+    pop %rbp
+    pop %r15
+    pop %r14
+    pop_scratch
+    popfq
+    jmp *SLOT(RING3_FRAME_WINDOW_TARGET)
+2:  put_away
+    movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
+    jmp 3b
+
+thunk ring3_jit_window_again
+    ret
+
+thunk ring3_jit_window_interpret
+    lea 8(%rsp), %rsp
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    jmp ring3_jit_exit_interpret
+
+thunk ring3_jit_window_interpret_frame
+    lea 8(%rsp), %rsp
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    jmp ring3_jit_exit_interpret_frame
+
+thunk ring3_jit_window_lost
+    pop %r14
+    jmp ring3_jit_exit_fault
+
 /* What it calls leaves the vectors alone. */
 thunk ring3_jit_system_op
     push_scratch

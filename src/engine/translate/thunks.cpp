@@ -9,7 +9,8 @@ void ring3_jit_enter(const ring3::u8* code, ring3::u64 pointer);
 extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
     ring3_jit_exit_cross_frame[], ring3_jit_exit_left[], ring3_jit_exit_interpret_frame[], ring3_jit_exit_return[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
     ring3_jit_exit_indirect_frame[], ring3_jit_exit_attention_frame[], ring3_jit_fill_read[], ring3_jit_fill_write[],
-    ring3_jit_exit_transit[], ring3_jit_system_op[];
+    ring3_jit_exit_transit[], ring3_jit_system_op[], ring3_jit_window_fault[], ring3_jit_window_again[],
+    ring3_jit_window_interpret[], ring3_jit_window_interpret_frame[], ring3_jit_window_lost[];
 }
 
 namespace ring3::engine {
@@ -63,6 +64,11 @@ void fill_thunks(JitFrame* frame) {
 }
 
 const u8* fault_thunk() { return ring3_jit_exit_fault; }
+const u8* window_thunk() { return ring3_jit_window_fault; }
+WindowTargets window_targets() {
+  return {reinterpret_cast<u64>(ring3_jit_window_again), reinterpret_cast<u64>(ring3_jit_window_interpret),
+          reinterpret_cast<u64>(ring3_jit_window_interpret_frame), reinterpret_cast<u64>(ring3_jit_window_lost)};
+}
 
 void enter_translated(const u8* code, const JitFrame& frame) { ring3_jit_enter(code, frame.pointer); }
 

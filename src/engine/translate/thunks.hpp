@@ -8,6 +8,15 @@ namespace ring3::engine {
 void fill_thunks(JitFrame* frame);
 /// Where a host fault in translated code goes on, r14 = address of the instruction.
 const u8* fault_thunk();
+/// Where a page fault in translated code goes on, with the faulting instruction's address on the stack and all registers as
+/// they were (JitFrame::window_function).
+const u8* window_thunk();
+/// JitFrame::window_function's answers: the access again; the instruction at JitFrame::exit_rip is interpreted, with the
+/// status flags in RFLAGS or in the frame; it is no access through a window.
+struct WindowTargets {
+  u64 again, interpret, interpret_frame, lost;
+};
+WindowTargets window_targets();
 /// Runs translated code until an exit. Precondition: JitGsBase::use() with this frame on this thread.
 void enter_translated(const u8* code, const JitFrame& frame);
 /// f(argument), from code that must leave vector registers alone.

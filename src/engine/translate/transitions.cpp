@@ -196,6 +196,11 @@ u64 TranslatorVcpu::go_on() {
     vectors_from_state(&m);
     if (m.sse) vectors = RING3_VECTORS_WANTED;
   }
+  if (m.user && window_.open != 0 && c_.code64) {
+    const Mmu::WindowState window = mmu_.window();
+    if (window == Mmu::WindowState::Stale || window_.fault != 0) return RING3_TRANSIT_DONE;
+    m.windowed = window == Mmu::WindowState::Ready;
+  }
   const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
   const u8* code = bias == 0 ? nullptr : cache_->recall(s_.rip, bias);
   if (code == nullptr) return RING3_TRANSIT_DONE;

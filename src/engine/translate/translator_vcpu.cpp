@@ -96,7 +96,8 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
       cache_(std::move(cache)),
       options_(options),
       host_tsc_(c_.env.host_tsc()),
-      fault_range_(cache_->arena().begin(), cache_->arena().end(), fault_thunk()),
+      fault_range_(cache_->arena().begin(), cache_->arena().end(), fault_thunk(),
+                   {window_thunk(), &frame_.fault_address, &frame_.fault_error}),
       insns_(kMaxBlockInsns),
       has_feature_(new bool[kMaxBlockInsns]) {
   fill_thunks(&frame_);
@@ -108,6 +109,8 @@ TranslatorVcpu::TranslatorVcpu(VcpuState& state, Mmu& mmu, Interpreter& interpre
   frame_.state_rflags = reinterpret_cast<u64>(&s_.rflags);
   frame_.state_xsave = reinterpret_cast<u64>(s_.xsave.bytes);
   frame_.fill_function = reinterpret_cast<u64>(&TranslatorVcpu::fill);
+  for (u64 n = 0; n < std::size(frame_.window_deltas); n++) frame_.window_deltas[n] = Window::no_delta(n);
+  frame_.window_function = reinterpret_cast<u64>(&TranslatorVcpu::window_function);
   frame_.transit_function = reinterpret_cast<u64>(&TranslatorVcpu::transit_function);
   frame_.system_function = reinterpret_cast<u64>(&TranslatorVcpu::system_function);
   frame_.fill_context = reinterpret_cast<u64>(this);
@@ -202,7 +205,7 @@ bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) {
   return mode.user && !mode.code32 && rip < (1ull << 47) - (1ull << 32);
 }
 
-TranslateMode TranslatorVcpu::mode() const {
+TranslateMode TranslatorVcpu::mode() {
   TranslateMode m;
   m.user = c_.cpl == 3;
   // The kernel hardly ever uses vectors: it runs without them loaded until it does, from before it has switched them on.
@@ -219,6 +222,9 @@ TranslateMode TranslatorVcpu::mode() const {
     m.code32 = true;
     m.fs_flat = flat(FS);
     m.gs_flat = flat(GS);
+  } else if (m.user) {
+    if (options_.window_samples == 1 && window_.patience == 0 && mmu_.window() == Mmu::WindowState::None && lockstep_ == nullptr) open_window();
+    m.windowed = window_.open != 0 && use_window();
   }
   return m;
 }
@@ -247,10 +253,11 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   request.mode = mode;
   request.position_independent = position_independent(rip, mode);
   request.loops = lockstep_ == nullptr && !ungrouped;
+  request.registers = s_.gpr;
   request.ungrouped = ungrouped;
   const u8 mode_key = key(mode, ungrouped);
   const KeptCode::Source source{kept_context(), rip, mode_key, request.position_independent, {image, size}};
-  KeptCode* const keeper = lockstep_ == nullptr ? options_.kept : nullptr;
+  KeptCode* const keeper = lockstep_ == nullptr && !mode.windowed ? options_.kept : nullptr;
   for (unsigned attempt = 0; attempt < 2; attempt++) {
     request.first_tag = cache_->next_tag();
     KeptCode::Block block{&out_, 0};
@@ -476,7 +483,10 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     if (c_.retired >= limit && !ungrouped) return Interpreter::Result::Budget;  // an instruction goes on without groups
     bool interpret = !can_enter(), begun = false;
     if (!interpret) {
-      if (c_.attention().load(std::memory_order_relaxed) != 0) return Interpreter::Result::Attention;
+      if (c_.attention().load(std::memory_order_relaxed) != 0) {
+        if (options_.window_samples != 0 && c_.cpl == 3) sample_window();
+        return Interpreter::Result::Attention;
+      }
       if (c_.interrupt_window && (s_.rflags & rflags::IF)) return Interpreter::Result::Attention;
       const TranslateMode m = mode();
       u64 bias = cache_->bias(m.bits(), mmu_.fetch_generation());

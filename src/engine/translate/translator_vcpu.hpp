@@ -36,10 +36,14 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
     PerfMap* perf_map = nullptr;  ///< told of every block; outlives this
     KeptCode* kept = nullptr;  ///< translations are looked for here first, and kept here; outlives this
+    /// How often in a row user code of one address space is to be found running before it gets a host window; 0: never; 1: all do at
+    /// once, pay or not, for tests.
+    unsigned window_samples = 0;
     InterpretedOps* interpreted_ops = nullptr;  ///< told of every interpreted instruction; outlives this
   };
   struct Stats {
     u64 entries = 0, interpreted = 0, translated = 0, fills = 0, faults = 0;
+    u64 windows = 0, window_faults = 0, windows_closed = 0;
     u64 transitions = 0;  ///< SYSCALL, SYSRET and IRET that did not leave translated code
   };
 
@@ -78,7 +82,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   bool can_enter() const;
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
-  TranslateMode mode() const;
+  TranslateMode mode();
   /// SSE instructions run, with all exceptions masked. Of the state: the vectors are there.
   bool vectors_run() const {
     constexpr u32 kMxcsrMasks = 0x1f80;
@@ -127,6 +131,26 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   bool transit_iret();
   static u64 read_return(void* frame);  ///< is made with vector registers
   u64 go_on();
+  // window_policy.cpp
+  static u64 window_function(void* self, u64 pc, u64* r15);
+  u64 window_fault(u64 pc, u64* r15);
+  bool open_region(u64* r15);
+  bool use_window();     ///< whether user code is entered windowed
+  void sample_window();  ///< user code was found running
+  void open_window();
+  void close_window();
+  void refuse_window(unsigned patience);
+  struct WindowPolicy {
+    u64 space = 0;         ///< CR3's address bits of what was found running
+    unsigned samples = 0;  ///< how often
+    u64 sampled = 0;       ///< TSC of the last time
+    u64 open = 0;          ///< the window's address space; 0: none
+    u64 since = 0, cost = 0;  ///< TSC; ticks spent on the window since
+    u64 fault = 0;         ///< the host address, and 1 for a write, of one that was refused, until user code runs again
+    u64 fault_rip = 0;
+    u64 refused = 0;       ///< the space whose window did not pay last
+    unsigned patience = 0;  ///< log2 of how much longer it waits for its next
+  };
   void note_interpreted();                  // interpreted_ops.cpp
 
   /// What IRET reads, from sp on.
@@ -167,6 +191,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::vector<Left> left_;
   std::unordered_map<std::string, u32> left_numbers_;
   bool left_stale_ = false;  ///< no block has a number: they begin anew with the next one
+  WindowPolicy window_;
   u64 limit_ = 0;            ///< of Context::retired, in run()
   bool loaded_avx_ = false;  ///< TranslateMode::avx when the vectors were loaded last
   unsigned vectors_held_ = 0;  ///< supervisor code is entered with vectors loaded while it is not zero

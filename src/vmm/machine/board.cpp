@@ -34,11 +34,11 @@ i64 clock_ns(clockid_t id) {
 Result<GuestRam> GuestRam::create(u64 bytes) {
   GuestRam ram;
   const u64 low = std::min(bytes, boot::layout::kHoleStart);
-  auto a = Mapping::anonymous(low);
+  auto a = Mapping::shared_anonymous(low);
   if (!a) return Error::of(a.error().code, "guest memory of " + std::to_string(bytes >> 20) + " MiB: " + a.error().message);
   ram.low = std::move(*a);
   if (bytes > low) {
-    auto b = Mapping::anonymous(bytes - low);
+    auto b = Mapping::shared_anonymous(bytes - low);
     if (!b) return Error::of(b.error().code, "guest memory of " + std::to_string(bytes >> 20) + " MiB: " + b.error().message);
     ram.high = std::move(*b);
   }
@@ -47,7 +47,7 @@ Result<GuestRam> GuestRam::create(u64 bytes) {
 
 void GuestRam::clear() {
   for (Mapping* m : {&low, &high}) {
-    if (*m && madvise(m->data(), m->size(), MADV_DONTNEED) < 0) std::memset(m->data(), 0, m->size());
+    if (*m && madvise(m->data(), m->size(), MADV_REMOVE) < 0) std::memset(m->data(), 0, m->size());
   }
 }
 

@@ -18,7 +18,9 @@ constexpr u64 kStatsQueue = 1 << 1, kDeflateOnOom = 1 << 2, kPageReporting = 1 <
 void drop(u8* host, u64 size) {
   const u64 start = (reinterpret_cast<u64>(host) + kPageSize - 1) & kPageMask;
   const u64 end = (reinterpret_cast<u64>(host) + size) & kPageMask;
-  if (end > start) ::madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+  if (end <= start) return;
+  void* const p = reinterpret_cast<void*>(start);
+  if (::madvise(p, end - start, MADV_REMOVE) != 0) ::madvise(p, end - start, MADV_DONTNEED);  // private memory
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace ring3::virtio {
 ///
 /// Spec:      VIRTIO 1.2, 5.5: inflate, deflate, VIRTIO_BALLOON_F_STATS_VQ, F_DEFLATE_ON_OOM, F_PAGE_REPORTING.
 /// Deviation: queues are numbered in the order of those that were negotiated, as Linux does, not with gaps.
-/// Memory:    pages are dropped with MADV_DONTNEED: they read as zeroes when the guest takes them back. Only whole pages
+/// Memory:    pages are dropped with MADV_REMOVE: they read as zeroes when the guest takes them back. Only whole pages
 ///            of RAM that the guest named, never more.
 /// Threading: one thread; set_target(), actual(), stats() and ask_for_stats() on any thread.
 class BalloonDevice final : public Device {

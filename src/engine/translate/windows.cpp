@@ -1,0 +1,196 @@
+#include "engine/translate/builder.hpp"
+
+/// Guest memory by the host's MMU: pages of the guest's address space stand in host windows (mmu/window.hpp), region by
+/// region (4 TiB), at linear + a constant. For 64-bit user code of address spaces that have run long enough.
+///
+/// The check, for an operand whose address stands off a register:
+///     register >> 42 is the region that the translator expects ?  r15 = that region's constant
+/// and the operand is at its own address + r15: nothing that the address depends on waits for the check. A displacement is
+/// less than the guard around the region's host addresses, so that one check serves all accesses off a register while it
+/// moves by constants alone: a group, whose slot in the frame holds the constant. Alignment, page ends and missing
+/// pages are the host's business: what faults goes to the window's thunk, which maps the page and
+/// comes back, or leaves the guest instruction to the interpreter. So, unlike with the TLB's check, the access itself may
+/// end an instruction: nothing of the guest's state changes before the last one.
+///
+/// Confinement: a register of the expected region, + a displacement below the guard, + the constant: inside the region's host
+///              addresses and their guards, where nothing else is ever mapped. A region without host addresses has a constant
+///              that makes addresses which are not canonical (when the first of them faults, it gets host addresses). The check looks at bits 42 to 49; an address with others
+///              set above is not canonical, and not so with the constant added either.
+namespace ring3::engine {
+
+constexpr i32 kWindowDisp = 0x10000000;  ///< displacements are below this, and constants that a register moves by
+
+/// Of what the address stands off: its base where there is no index.
+u64 BlockBuilder::expected_region(const Address& a) const {
+  if (a.narrow) return 0;
+  constexpr u64 kStack = 0x7fff'ffff'ffff >> frame::kRegionShift;
+  if (a.constant || a.rip || a.base == kNoReg) return request_->rip >> frame::kRegionShift;
+  if (a.base == RSP || request_->registers == nullptr) return kStack;
+  u64 value = request_->registers[a.base];
+  if (a.index != kNoReg) value += (request_->registers[a.index] << a.scale_log2) + static_cast<u64>(static_cast<i64>(a.disp));
+  return value >> 47 == 0 ? value >> frame::kRegionShift : kStack;
+}
+
+void BlockBuilder::window_point() {
+  const Interpret& i = interpret_.back();
+  out_->faults.push_back({e_.size(), pic() ? static_cast<u64>(page_offset(i.rip)) : i.rip, true, flags_ == Flags::Frame});
+}
+
+/// r15 = what is added to addresses near reg's.
+void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool page) {
+  if (flags_ == Flags::Host && live_[index_] != 0) {
+    // Nothing here changes flags; what the address depends on waits for the table.
+    emit_rorx(kScratch1, reg, frame::kRegionShift);
+    e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .rm = kScratch1, .rex_forced = true});  // movzx r15d, r15b
+    e_.load(kScratch1, HostMem{kHostR9, kScratch1, 3, false, static_cast<i32>(frame::kWindowDeltas) - RING3_FRAME_CENTRE});
+    return;
+  }
+  clobber_flags();
+  window_misses_.emplace_back();
+  WindowMiss& m = window_misses_.back();
+  m.address = a;
+  m.page = page;
+  interpret_label();
+  m.insn = interpret_.size() - 1;
+  emit_rorx(kScratch1, reg, frame::kRegionShift);
+  e_.encode({.opcode = 0x80, .reg = 7, .rm = kScratch1, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
+  e_.jcc(5, m.entry);
+  e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas + static_cast<u32>(8 * region)));
+  e_.bind(m.resume);
+}
+
+bool BlockBuilder::window_access(const Address& a, Access* out) {
+  if (interpret_.back().sti_shadow) return false;
+  if (a.constant && a.segment == 0) {
+    if (a.value >> 31 != 0 || a.bit != kNoReg) return false;
+    e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas));
+    *out = {HostMem::at(kScratch1, static_cast<i32>(a.value)), true, false};
+    window_point();
+    return true;
+  }
+  if (a.rip && a.segment == 0 && a.bit == kNoReg) {
+    const i64 offset = static_cast<i64>(a.value);
+    if (offset >= kWindowDisp || offset <= -kWindowDisp) return false;
+    Group* free = nullptr;
+    for (Group& g : groups_) {
+      if (g.active && g.base == kRipBase) {
+        e_.load_r15(g.slot);
+        *out = {HostMem::at(kScratch1, static_cast<i32>(offset)), true, false};
+        window_point();
+        return true;
+      }
+      if (!g.active) free = &g;
+    }
+    e_.load(kScratch0, HostMem::frame(frame::kPage));
+    emit_window_check(kScratch0, request_->rip >> frame::kRegionShift, a, true);
+    if (free != nullptr) {
+      const u32 slot = frame::kGroups + 8 * static_cast<u32>(free - groups_.data());
+      *free = Group{};
+      free->active = free->window = true;
+      free->base = kRipBase;
+      free->slot = slot;
+      e_.lea(kScratch1, HostMem{kScratch0, kScratch1, 0, false, 0});
+      e_.store(HostMem::frame(slot), kScratch1);
+      e_.holds(slot);
+      *out = {HostMem::at(kScratch1, static_cast<i32>(offset)), true, false};
+    } else {
+      *out = {HostMem{kScratch0, kScratch1, 0, false, static_cast<i32>(offset)}, false, false};
+    }
+    window_point();
+    return true;
+  }
+
+  const bool near = groupable(a);  // and small displacements
+  if (near) {
+    for (const Group& g : groups_) {
+      if (!g.active || !g.window || !same_registers(g, a)) continue;
+      e_.load_r15(g.slot);
+      operand_of(a, out);
+      window_point();
+      return true;
+    }
+  }
+  const bool off_base = near && a.index == kNoReg;
+  u8 reg = kScratch0;
+  if (off_base && !special(a.base)) {
+    reg = host(a.base);
+  } else if (off_base) {
+    e_.load(kScratch0, slot(a.base));
+  } else {
+    // With a segment, a bit offset, or two registers in the frame it takes additions.
+    if (!near) clobber_flags();
+    emit_address(kScratch0, a);
+  }
+  emit_window_check(reg, expected_region(a), a, false);
+  if (near) {
+    for (unsigned n = 0; n < kGroups; n++) {
+      Group& g = groups_[n];
+      if (g.active) continue;
+      g = Group{};
+      g.active = g.window = true;
+      g.base = a.base;
+      g.index = a.index;
+      g.scale_log2 = a.scale_log2;
+      g.slot = frame::kGroups + 8 * n;
+      if (!used_again(g)) {
+        g.active = false;
+        break;
+      }
+      e_.store(HostMem::frame(g.slot), kScratch1);
+      e_.holds(g.slot);
+      break;
+    }
+  }
+  if (a.constant || a.segment != 0 || a.narrow) {
+    *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
+  } else {
+    operand_of(a, out);
+  }
+  window_point();
+  return true;
+}
+
+/// Whether an instruction behind index_ would take the group's constant.
+bool BlockBuilder::used_again(Group g) const {
+  for (std::size_t n = index_; n < count_; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    if (n != index_) {
+      for (const Operand& o : i.operands) {
+        Address at;
+        if (o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0 && address_of(i, &at) && same_registers(g, at)) return true;
+      }
+      const bool stack = i.op == Op::Push || i.op == Op::Pop || i.op == Op::Call || i.op == Op::Ret;
+      if (stack && g.base == RSP && g.index == kNoReg) return true;
+    }
+    follow(i, &g);
+    if (!g.active) return false;
+  }
+  return false;
+}
+
+void BlockBuilder::finish_window_misses() {
+  for (WindowMiss& m : window_misses_) {
+    Label& interpret = interpret_[m.insn].entry;
+    e_.bind(m.entry);
+    const bool off_base = !m.page && groupable(m.address) && m.address.index == kNoReg;
+    if (m.page) {  // in r14
+    } else if (off_base) {
+      if (special(m.address.base)) {
+        e_.load(kScratch0, slot(m.address.base));
+      } else {
+        e_.mov(kScratch0, host(m.address.base));
+      }
+    } else {
+      emit_address(kScratch0, m.address);
+    }
+    e_.mov(kScratch1, kScratch0);
+    e_.shr(kScratch1, 47);
+    e_.jcc(5, interpret);
+    emit_rorx(kScratch1, kScratch0, frame::kRegionShift);
+    e_.and32(kScratch1, Window::kRegions - 1);
+    e_.load(kScratch1, HostMem{kHostR9, kScratch1, 3, false, static_cast<i32>(frame::kWindowDeltas) - RING3_FRAME_CENTRE});
+    e_.jmp(m.resume);
+  }
+}
+
+}  // namespace ring3::engine
