@@ -7,11 +7,6 @@
 
 #include "base/check.hpp"
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#define MADV_POPULATE_WRITE 23
-#endif
-
 namespace ring3::engine {
 namespace {
 
@@ -25,10 +20,13 @@ bool Window::open_region(u64 linear) {
   const u64 region = linear >> kRegionShift;
   if (region >= kRegions) return false;
   if (has_region(region)) return true;
-  full_ |= regions_ == kMaxRegions;
-  if (regions_ == kMaxRegions) return false;
-  void* const p = ::mmap(nullptr, kRegionSize + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) return false;
+  void* p = MAP_FAILED;
+  if (regions_ < kMaxRegions)
+    p = ::mmap(nullptr, kRegionSize + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) {
+    full_ = true;
+    return false;
+  }
   (void)::madvise(p, kRegionSize + 2 * kGuard, MADV_DONTDUMP);
   deltas_[region] = reinterpret_cast<u64>(p) + kGuard - (region << kRegionShift);
   regions_++;

@@ -320,6 +320,25 @@ thunk ring3_jit_exit_return
     pop %rax
 .endm
 
+/* Room for the guest's vectors is at rsp; r14 is lost. Where supervisor code had them kept they go away for good. */
+.macro vectors_aside
+    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
+    jb 83f
+    je 82f
+    put_away
+    movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
+    jmp 83f
+82: all push_vector
+    vzeroupper
+83:
+.endm
+.macro vectors_back
+    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
+    jne 84f
+    pop_vectors
+84:
+.endm
+
 .macro fill name, write
 thunk \name
     push_scratch
@@ -329,30 +348,19 @@ thunk \name
     and $-32, %rsp
     sub $512, %rsp
     mov %r14, %rsi
-    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
-    jb 3f
-    ja 2f
-    all push_vector
-    vzeroupper
-3:
+    vectors_aside
     mov SLOT(RING3_FRAME_FILL_CONTEXT), %rdi
     mov %r15d, %edx
     mov $\write, %ecx
     call *SLOT(RING3_FRAME_FILL_FUNCTION)
     mov %rax, %r15
     mov 32(%rbp), %r9             /* as it was pushed */
-    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
-    jne 1f
-    pop_vectors
-1:
+    vectors_back
     mov %rbp, %rsp
     pop %rbp
     pop %r14
     pop_scratch
     ret
-2:  put_away
-    movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
-    jmp 3b
 .endm
 
     fill ring3_jit_fill_read, 0
@@ -369,22 +377,14 @@ thunk ring3_jit_window_fault
     mov %rsp, %rbp
     and $-32, %rsp
     sub $512, %rsp
-    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
-    jb 3f
-    ja 2f
-    all push_vector
-    vzeroupper
-3:
+    vectors_aside
     mov SLOT(RING3_FRAME_FILL_CONTEXT), %rdi
     mov 104(%rbp), %rsi
     lea 8(%rbp), %rdx
     call *SLOT(RING3_FRAME_WINDOW_FUNCTION)
     mov 40(%rbp), %r9
     mov %rax, SLOT(RING3_FRAME_WINDOW_TARGET)
-    cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
-    jne 1f
-    pop_vectors
-1:
+    vectors_back
     mov %rbp, %rsp
     pop %rbp
     pop %r15
@@ -392,9 +392,6 @@ thunk ring3_jit_window_fault
     pop_scratch
     popfq
     jmp *SLOT(RING3_FRAME_WINDOW_TARGET)
-2:  put_away
-    movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
-    jmp 3b
 
 thunk ring3_jit_window_again
     ret

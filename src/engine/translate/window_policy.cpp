@@ -42,9 +42,7 @@ bool TranslatorVcpu::open_region(u64* r15) {
 u64 TranslatorVcpu::window_fault(u64 pc, u64* r15) {
   static const WindowTargets targets = window_targets();
   HostFaultPoint point;
-  if (!cache_->window_point(pc, frame_.page, &point)) {
-    return targets.lost;
-  }
+  if (!cache_->window_point(pc, frame_.page, &point)) return targets.lost;
   stats_.window_faults++;
   window_.cost += kFault;
   if (~frame_.fault_address == 0 && open_region(r15)) return targets.again;
