@@ -95,7 +95,8 @@ BlockGuest::BlockGuest(BlockMode mode, Translation translation)
   for (u64 i = 0; i < kBlockStackPages; i++) map(kBlockStack + i * kPageSize, kStackGpa + i * kPageSize, true, true);
   map(kBlockReadOnly, kReadOnlyGpa, true, false);
   map(kBlockDevice, 0x10000000, true, true);
-  context().features = host_features();
+  const GuestFeatures& f = context().features = host_features();
+  mmu_.set_features(f.maxphyaddr, f.nx, f.page1g, f.pcid, f.amd);
   context().event_filter = [this](const Event& event) {
     has_event_ = true;
     event_ = event;

@@ -15,6 +15,7 @@
 
 #include "block_program.hpp"
 #include "engine/decode/decoder.hpp"
+#include "engine/interp/features.hpp"
 #include "engine/translate/liveness.hpp"
 
 namespace ring3::diff {
@@ -56,7 +57,8 @@ bool decode_at(const BlockGuest& g, BlockMode mode, u64 rip, DecodedInsn* i) {
     count += more;
   }
   const CodeMode code_mode = mode == BlockMode::User32 ? CodeMode::Bits32 : CodeMode::Bits64;
-  return decode(bytes, static_cast<unsigned>(count), code_mode, false, true, i) == DecodeResult::Ok;
+  static const bool amd = host_features().amd;
+  return decode(bytes, static_cast<unsigned>(count), code_mode, false, amd, i) == DecodeResult::Ok;
 }
 
 /// Status flags that code from rip on overwrites before it reads them: where a block was left in its middle they may
@@ -206,7 +208,9 @@ class Comparison {
     const Event &a = reference_.event(), &b = subject_.event();
     const bool same_event = a.vector == b.vector && a.has_error == b.has_error && a.error == b.error && a.payload == b.payload;
     if (!same_event) return report("events: " + describe(reference_) + " and " + describe(subject_), before);
-    const u64 dead = dead_flags(reference_, mode_, reference_.state().rip);
+    // A repeated comparison that faults has iterations left, which replace the flags: Intel's are those from before it (SDM vol. 2,
+    // REP), AMD's and translated code's those of the last one done.
+    const u64 dead = repeats(reference_) ? rflags::STATUS : dead_flags(reference_, mode_, reference_.state().rip);
     if (!same_registers(dead, &why) || !same_memory(&why)) return report(why, before);
     copy_registers(reference_, subject_);
     return true;

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "engine/interp/features.hpp"
+
 namespace ring3::diff {
 
 using namespace engine;  // NOLINT: a test of that room
@@ -285,16 +287,17 @@ void fill_memory(Random& rng, u8* data, u64 size) { random_chunk(rng, data, size
 
 void generate_instruction(Family family, bool compat32, Random& rng, Case* c) {
   const CodeMode mode = compat32 ? CodeMode::Bits32 : CodeMode::Bits64;
+  static const bool amd = host_features().amd;  // the host's lengths
   for (;;) {
     random_bytes(family, compat32, rng, c->bytes);
-    if (decode(c->bytes, 15, mode, false, true, &c->insn) != DecodeResult::Ok) continue;
+    if (decode(c->bytes, 15, mode, false, amd, &c->insn) != DecodeResult::Ok) continue;
     if (!in_family(family, c->insn) || excluded(c->insn, compat32)) continue;
     c->size = c->insn.length;
     // Now and then behind an odd address; always room for both pads before the trampolines.
     c->code_offset = static_cast<unsigned>(16 * rng.below(64) + (rng.one_in(4) ? rng.below(16) : 0));
     patch_displacement(compat32, rng, c);
     DecodedInsn patched;
-    if (decode(c->bytes, 15, mode, false, true, &patched) != DecodeResult::Ok || patched.length != c->size) continue;
+    if (decode(c->bytes, 15, mode, false, amd, &patched) != DecodeResult::Ok || patched.length != c->size) continue;
     c->insn = patched;
     return;
   }

@@ -71,7 +71,8 @@ GuestRunner::GuestRunner(bool compat32, bool translated)
   map(kCode, kCodeGpa, false);
   for (u64 i = 0; i < kDataPages; ++i) map(kData + i * kPageSize, kDataGpa + i * kPageSize, true);
   map(kReadOnly, kReadOnlyGpa, false);
-  context().features = host_features();
+  const GuestFeatures& f = context().features = host_features();
+  mmu_.set_features(f.maxphyaddr, f.nx, f.page1g, f.pcid, f.amd);
   context().event_filter = [this](const Event& event) {
     has_event_ = true;
     event_ = event;

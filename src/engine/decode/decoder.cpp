@@ -262,18 +262,22 @@ Op classify_host(const ZydisDecodedInstruction& z, const DecodedInsn& insn) {
   return vec ? Op::HostVec : Op::Invalid;
 }
 
-/// What Zydis sees otherwise than the CPUs do. amd: quirks of AMD's, found by the host oracle.
+/// What Zydis sees otherwise than the CPUs do, as the host oracle found.
 void correct(const ZydisDecodedInstruction& z, bool long_mode64, bool amd, DecodedInsn* d) {
   const bool f2 = has_prefix(z, 0xf2);
   const bool f3 = has_prefix(z, 0xf3);
-  if (amd && d->op == Op::Pause && (z.attributes & ZYDIS_ATTRIB_HAS_REX) && z.raw.rex.B) {
-    d->op = Op::Xchg;  // F3 REX.B 90 is no PAUSE there
+  if (!amd) {
+    // AMD's read 32 bits for a destination of 16 (APM vol. 3), Intel's 16 (SDM vol. 2).
+    if (d->op == Op::Movsxd && d->opsize == 2) d->operands[1].size = 2;
+    return;
+  }
+  if (d->op == Op::Pause && (z.attributes & ZYDIS_ATTRIB_HAS_REX) && z.raw.rex.B) {
+    d->op = Op::Xchg;  // F3 REX.B 90 is no PAUSE, as it is for Intel's
     const u8 size = z.raw.rex.W ? 8 : has_prefix(z, 0x66) ? 2 : 4;
     d->opsize = size;
     d->operands[0] = {OperandKind::Gpr, 8, size, kReadWrite};
     d->operands[1] = {OperandKind::Gpr, 0, size, kReadWrite};
   }
-  if (!amd) return;
   if (d->op == Op::Loope && f2) d->op = Op::Loopne;  // the prefix decides on ZF
   else if (d->op == Op::Loopne && f3) d->op = Op::Loope;
   if (z.opcode_map == ZYDIS_OPCODE_MAP_0F && z.opcode == 0x0d && z.raw.modrm.mod == 3) d->op = Op::Invalid;

@@ -178,6 +178,23 @@ TEST(Decoder, BranchWidthFollowsTheVendor) {
   EXPECT_EQ(ok({0x66, 0xe9, 0, 0}, CodeMode::Bits64, false, true).opsize, 2);
 }
 
+TEST(Decoder, RepeatedNopWithRexBFollowsTheVendor) {
+  EXPECT_EQ(ok({0xf3, 0x4d, 0x90}).op, Op::Pause);
+  EXPECT_EQ(ok({0xf3, 0x66, 0x49, 0x90}).op, Op::Pause);
+  const DecodedInsn swap = ok({0xf3, 0x4d, 0x90}, CodeMode::Bits64, false, true);
+  EXPECT_EQ(swap.op, Op::Xchg);
+  EXPECT_EQ(swap.opsize, 8);
+  EXPECT_EQ(swap.operands[0].reg, 8);
+  EXPECT_EQ(ok({0x4d, 0x90}).op, Op::Xchg);
+}
+
+TEST(Decoder, MovsxdToSixteenBitsReadsWhatTheVendorDoes) {
+  EXPECT_EQ(ok({0x66, 0x63, 0x03}).operands[1].size, 2);
+  EXPECT_EQ(ok({0x66, 0x63, 0x03}, CodeMode::Bits64, false, true).operands[1].size, 4);
+  EXPECT_EQ(ok({0x63, 0x03}).operands[1].size, 4);
+  EXPECT_EQ(ok({0x48, 0x63, 0x03}).operands[1].size, 4);
+}
+
 TEST(Decoder, RealModeRefusesVex) {
   EXPECT_EQ(ok({0xc5, 0xfc, 0x58, 0xc1}, CodeMode::Bits16, true).op == Op::HostVec, false);
   EXPECT_EQ(ok({0xc5, 0xfc, 0x58, 0xc1}, CodeMode::Bits16, false).op, Op::HostVec);

@@ -65,6 +65,26 @@ TEST(Alu, Results) {
     check(k);
 }
 
+TEST(Alu, CompareAndExchange) {
+  for (const bool amd : {false, true}) {
+    both_ways(TestMode::Long64, [&](TestMachine& m) {
+      m.c().features.amd = amd;
+      m.s.gpr[RAX] = 0xaaaa'aaaa'0000'0001;
+      m.s.gpr[RBX] = 0xbbbb'bbbb'0000'0002;
+      m.s.gpr[RCX] = 0xcccc'cccc'0000'0003;
+      ASSERT_TRUE(m.run(hex("0f b1 cb")).halted());  // cmpxchg ebx, ecx: differs
+      EXPECT_EQ(m.s.gpr[RAX], 2u);
+      EXPECT_EQ(m.s.gpr[RBX], 0xbbbb'bbbb'0000'0002u);  // not written
+      EXPECT_FALSE(m.s.rflags & ZF);
+      m.s.gpr[RAX] = 0xaaaa'aaaa'0000'0002;
+      ASSERT_TRUE(m.run(hex("0f b1 cb")).halted());  // equal
+      EXPECT_EQ(m.s.gpr[RAX], 0xaaaa'aaaa'0000'0002u);
+      EXPECT_EQ(m.s.gpr[RBX], 3u);
+      EXPECT_TRUE(m.s.rflags & ZF);
+    });
+  }
+}
+
 TEST(Alu, MultiplyDivide) {
   const u64 product = CF | OF;
   for (const Case& k : {

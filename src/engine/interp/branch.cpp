@@ -102,6 +102,7 @@ Exec ret(Context& c, const DecodedInsn& i) {
 }
 
 /// BOUND r, m        62 /r, not in 64-bit mode: #BR when the signed index is outside [lower, upper].
+/// Faults: an index below the lower bound is found before the upper one is read by Intel's processors, not by AMD's.
 template <class T>
 Exec bound(Context& c, const DecodedInsn& i) {
   using Signed = std::make_signed_t<T>;
@@ -110,9 +111,10 @@ Exec bound(Context& c, const DecodedInsn& i) {
   u64 lin;
   T lower, upper;
   if (!c.linear(seg, offset, sizeof(T), false, &lin) || !c.mmu.read(lin, &lower, seg)) return Exec::Stop;
+  const Signed index = static_cast<Signed>(get_reg<T>(c.s, i.operands[0]));
+  if (!c.features.amd && index < static_cast<Signed>(lower)) return c.fault(vec::BR);
   if (!c.linear(seg, truncate(offset + sizeof(T), i.addrsize), sizeof(T), false, &lin) || !c.mmu.read(lin, &upper, seg))
     return Exec::Stop;
-  const Signed index = static_cast<Signed>(get_reg<T>(c.s, i.operands[0]));
   if (index < static_cast<Signed>(lower) || index > static_cast<Signed>(upper)) return c.fault(vec::BR);
   return Exec::Next;
 }

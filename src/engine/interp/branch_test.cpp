@@ -150,6 +150,22 @@ TEST(Branch, Bound) {
   });
 }
 
+TEST(Branch, BoundReadsTheUpperBoundLast) {
+  const u64 at = TestMachine::kData + 0x1000 - 4;
+  for (const bool amd : {false, true}) {
+    TestMachine m(TestMode::Compat32);
+    m.c().features.amd = amd;
+    m.store<u32>(at, 5);
+    m.unmap(TestMachine::kData + 0x1000);
+    m.s.gpr[RSI] = at;
+    m.s.gpr[RAX] = 4;
+    const auto below = m.run(hex("62 06"));
+    EXPECT_TRUE(amd ? below.raised(vec::PF, 0) : below.raised(vec::BR));
+    m.s.gpr[RAX] = 5;
+    EXPECT_TRUE(m.run(hex("62 06")).raised(vec::PF, 0));
+  }
+}
+
 TEST(Branch, SoftwareInterrupts) {
   both_ways(TestMode::Prot32, [](TestMachine& m) {
     auto out = m.run(hex("90 cd 80"));

@@ -260,13 +260,12 @@ Exec arpl(Context& c, const DecodedInsn& insn) {
   }
   u64 at;
   const Seg seg = static_cast<Seg>(insn.mem.seg);
-  if (c.features.amd) {  // writes, and needs to be allowed to, only when the RPL changes
-    u16 selector;
-    if (!mem_linear(c, insn, 2, false, &at) || !c.mmu.read(at, &selector, seg)) return Exec::Stop;
-    if ((selector & 3) >= (src & 3)) {
-      set_zf(c, false);
-      return Exec::Next;
-    }
+  // Writes, and needs to be allowed to, only when the RPL changes (Zen 3, Sapphire Rapids).
+  u16 selector;
+  if (!mem_linear(c, insn, 2, false, &at) || !c.mmu.read(at, &selector, seg)) return Exec::Stop;
+  if ((selector & 3) >= (src & 3)) {
+    set_zf(c, false);
+    return Exec::Next;
   }
   if (!mem_linear(c, insn, 2, true, &at)) return Exec::Stop;
   Mmu::Rmw rmw;

@@ -409,5 +409,23 @@ TEST(Arpl, RaisesTheRpl) {
   EXPECT_EQ(m.load<u16>(TestMachine::kData), 0x1b);
 }
 
+TEST(Arpl, NeedsToWriteOnlyWhatChanges) {
+  for (const bool amd : {false, true}) {
+    TestMachine m(TestMode::Compat32, true);
+    m.c().features.amd = amd;
+    m.store<u16>(TestMachine::kData, 0x1a);
+    m.map(TestMachine::kData, TestMachine::kData, TestMachine::kPresent | TestMachine::kUser);
+    m.s.gpr[RBX] = TestMachine::kData;
+    m.s.gpr[RCX] = 0x22;
+    m.s.rflags |= rflags::ZF;
+    EXPECT_EQ(m.step({0x63, 0x0b}), Exec::Next);
+    EXPECT_FALSE(m.s.rflags & rflags::ZF);
+    m.s.gpr[RCX] = 0x23;
+    EXPECT_EQ(m.step({0x63, 0x0b}), Exec::Stop);
+    EXPECT_EQ(m.c().stop().vector, vec::PF);
+    EXPECT_EQ(m.load<u16>(TestMachine::kData), 0x1a);
+  }
+}
+
 }  // namespace
 }  // namespace ring3::engine::test

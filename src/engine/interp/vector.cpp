@@ -169,6 +169,18 @@ bool write_memory(Context& c, u64 linear, unsigned size, Seg seg, const u8* buff
 
 Seg segment_of(const DecodedInsn& insn) { return static_cast<Seg>(insn.mem.seg); }
 
+/// The memory operand of an SSE or AVX instruction.
+bool read_operand(Context& c, const DecodedInsn& insn, u64 linear, unsigned size, u8* buffer) {
+  const Seg seg = segment_of(insn);
+  if (insn.feature == Feature::F16c && alignment_spared(c)) [[unlikely]] return read_unaligned(c, linear, buffer, size, seg);
+  return read_memory(c, linear, size, seg, buffer);
+}
+bool write_operand(Context& c, const DecodedInsn& insn, u64 linear, unsigned size, const u8* buffer) {
+  const Seg seg = segment_of(insn);
+  if (insn.feature == Feature::F16c && alignment_spared(c)) [[unlikely]] return write_unaligned(c, linear, buffer, size, seg);
+  return write_memory(c, linear, size, seg, buffer);
+}
+
 /// Address and alignment of the memory operand.
 bool locate(Context& c, const DecodedInsn& insn, const Stub& stub, u64* linear) {
   if (!c.linear(segment_of(insn), c.effective_address(insn), stub.mem_size, stub.flags & kStubMemWrite, linear)) return false;
@@ -216,19 +228,22 @@ Exec run_vector(Context& c, const DecodedInsn& insn) {
   u32 mxcsr = 0;
   if (insn.has(kHasMem)) {
     if (!locate(c, insn, *stub, &linear)) return Exec::Stop;
-    if ((stub->flags & kStubMemRead) && !read_memory(c, linear, stub->mem_size, segment_of(insn), frame.buffer)) return Exec::Stop;
+    if ((stub->flags & kStubMemRead) && !read_operand(c, insn, linear, stub->mem_size, frame.buffer)) return Exec::Stop;
   }
   if (stub->flags & kStubMxcsr) {
     prepare_mxcsr(c.s);
     mxcsr = c.s.xsave.mxcsr();
-    // A store that converts: its page fault comes before its SIMD exception.
-    if ((stub->flags & kStubMemWrite) && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
+    // A store that converts: its page fault comes before its SIMD exception on AMD's processors (Zen 3), and behind it, with
+    // MXCSR's flags set, on Intel's (Sapphire Rapids).
+    if ((stub->flags & kStubMemWrite) && c.features.amd && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn)))
+      return Exec::Stop;
   }
   if (const u32 code = stub->run(&c.s.xsave, &frame, c.s.gpr)) [[unlikely]] return stub_fault(c, code);
   if (stub->flags & kStubMemWrite) {
     // Stores write no register; what remains to take back is MXCSR.
-    if (!write_memory(c, linear, stub->mem_size, segment_of(insn), frame.buffer)) {
-      if (stub->flags & kStubMxcsr) c.s.xsave.mxcsr() = mxcsr;
+    if (!write_operand(c, insn, linear, stub->mem_size, frame.buffer)) {
+      const bool keeps = !c.features.amd && c.stop().kind == Stop::Kind::Fault;
+      if ((stub->flags & kStubMxcsr) && !keeps) c.s.xsave.mxcsr() = mxcsr;
       return Exec::Stop;
     }
   }
@@ -344,18 +359,20 @@ Exec run_x87(Context& c, const DecodedInsn& insn) {
   u64 linear = 0;
   u8 saved[160];
   const bool store = stub->flags & kStubMemWrite;
+  // Where an unmasked exception keeps the store from happening, AMD's memory faults come first, and Intel's never.
+  const bool late = store && !c.features.amd;
   if (insn.has(kHasMem)) {
-    if (!locate(c, insn, *stub, &linear)) return Exec::Stop;
+    if (!late && !locate(c, insn, *stub, &linear)) return Exec::Stop;
     if ((stub->flags & kStubMemRead) && !read_memory(c, linear, stub->mem_size, segment_of(insn), unit->frame.buffer)) return Exec::Stop;
     if (store) {
-      // Where an unmasked exception keeps the store from happening, AMD's page fault comes first, and Intel's never.
-      if (c.features.amd && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
+      if (!late && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
       std::memcpy(saved, c.s.xsave.bytes, sizeof saved);
     }
   }
   if (const u32 code = run_image(c, unit, *stub)) return stub_fault(c, code);
   if (store && !x87_store_suppressed(c.s) &&
-      !write_memory(c, linear, stub->mem_size, segment_of(insn), unit->frame.buffer)) {
+      ((late && !locate(c, insn, *stub, &linear)) ||
+       !write_memory(c, linear, stub->mem_size, segment_of(insn), unit->frame.buffer))) {
     std::memcpy(c.s.xsave.bytes, saved, sizeof saved);
     return Exec::Stop;
   }

@@ -87,6 +87,16 @@ bool mmx_available(Context& c);  ///< MMX: also #MF for a pending x87 exception
 /// The x87 stack becomes the MMX registers: TOP = 0, all tags valid; MM n is then ST(n)'s place.
 void enter_mmx(XsaveArea& area);
 
+/// Alignment checks are in force, and are not for VMASKMOV, gathers, VCVTPH2PS and VCVTPS2PH: Intel's processors spare these
+/// (SDM vol. 2, exceptions of types 6, 12 and 11), AMD's do not.
+inline bool alignment_spared(const Context& c) {
+  return !c.features.amd && c.cpl == 3 && (c.s.cr0 & cr0::AM) && (c.s.rflags & rflags::AC);
+}
+/// Accesses without alignment, size <= 32: byte by byte.
+bool read_unaligned(Context& c, u64 linear, u8* buffer, unsigned size, Seg seg);
+bool check_write_unaligned(Context& c, u64 linear, unsigned size, Seg seg);
+bool write_unaligned(Context& c, u64 linear, const u8* buffer, unsigned size, Seg seg);
+
 /// vector_memory.cpp: element-wise memory instructions.
 Handler select_vector_memory(const DecodedInsn& insn);
 

@@ -26,6 +26,17 @@ struct Vector {
   bool sign(unsigned element, unsigned size) const { return bytes[element * size + size - 1] & 0x80; }
 };
 
+/// An element's accesses.
+bool read_element(Context& c, u64 linear, u8* at, unsigned size, Seg seg) {
+  return alignment_spared(c) ? read_unaligned(c, linear, at, size, seg) : c.mmu.read_bytes(linear, at, size, seg);
+}
+bool check_element(Context& c, u64 linear, unsigned size, Seg seg) {
+  return alignment_spared(c) ? check_write_unaligned(c, linear, size, seg) : c.mmu.check_write(linear, size, seg);
+}
+bool write_element(Context& c, u64 linear, const u8* at, unsigned size, Seg seg) {
+  return alignment_spared(c) ? write_unaligned(c, linear, at, size, seg) : c.mmu.write_bytes(linear, at, size, seg);
+}
+
 bool vex_w(const DecodedInsn& insn) {
   unsigned i = 0;
   while (i < 12 && insn.raw[i] != 0xc4 && insn.raw[i] != 0xc5) ++i;  // legacy prefixes are none of these
@@ -33,8 +44,9 @@ bool vex_w(const DecodedInsn& insn) {
 }
 
 /// MASKMOVQ mm, mm   0F F7;   (V)MASKMOVDQU xmm, xmm   66 0F F7
-/// Memory:  bytes whose mask byte has bit 7 set, at seg:[rDI]; the others are not touched and, but on AMD, cannot fault.
-/// Faults:  every selected byte is checked before the first is written.
+/// Memory:  bytes whose mask byte has bit 7 set, at seg:[rDI]; the others are not touched.
+/// Faults:  all bytes are checked before the first is written, selected or not (SDM vol. 2 leaves that to implementations):
+///          by AMD's processors (Zen 3) as one operand, by Intel's (Sapphire Rapids) in words of 8 bytes, the upper first.
 Exec maskmov(Context& c, const DecodedInsn& insn) {
   const bool mmx = insn.operands[0].kind == OperandKind::Mmx;
   if (!(mmx ? mmx_available(c) : insn.has(kVex) ? avx_available(c) : sse_available(c))) return Exec::Stop;
@@ -51,9 +63,11 @@ Exec maskmov(Context& c, const DecodedInsn& insn) {
   }
   const Seg seg = segment_of(insn);
   const u64 offset = c.s.gpr[RDI];
-  if (c.features.amd) {  // checks the whole operand, whatever the mask selects
+  const unsigned word = c.features.amd ? size : 8;
+  for (unsigned at = size; at != 0; at -= word) {
     u64 start;
-    if (!c.linear(seg, offset & address_mask(insn), size, true, &start) || !c.mmu.check_write(start, size, seg)) return Exec::Stop;
+    if (!c.linear(seg, (offset + at - word) & address_mask(insn), word, true, &start) || !c.mmu.check_write(start, word, seg))
+      return Exec::Stop;
   }
   // Byte by byte: an address may wrap, and the bytes have no alignment of their own.
   u64 linear[16];
@@ -90,7 +104,7 @@ Exec vmaskmov(Context& c, const DecodedInsn& insn) {
   for (unsigned i = 0; i < total / size; ++i) {
     if (!mask.sign(i, size)) continue;
     if (!c.linear(seg, (base + i * size) & address_mask(insn), size, Store, &linear[i])) return Exec::Stop;
-    if (Store ? !c.mmu.check_write(linear[i], size, seg) : !c.mmu.read_bytes(linear[i], data.bytes + i * size, size, seg))
+    if (Store ? !check_element(c, linear[i], size, seg) : !read_element(c, linear[i], data.bytes + i * size, size, seg))
       return Exec::Stop;
   }
   if (!Store) {
@@ -98,7 +112,7 @@ Exec vmaskmov(Context& c, const DecodedInsn& insn) {
     return Exec::Next;
   }
   for (unsigned i = 0; i < total / size; ++i)
-    if (mask.sign(i, size) && !c.mmu.write_bytes(linear[i], data.bytes + i * size, size, seg)) return Exec::Stop;
+    if (mask.sign(i, size) && !write_element(c, linear[i], data.bytes + i * size, size, seg)) return Exec::Stop;
   return Exec::Next;
 }
 
@@ -138,7 +152,7 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
     }
     u64 linear;
     if (!c.linear(seg, (base + (offset << insn.mem.scale_log2)) & address_mask(insn), element, false, &linear) ||
-        !c.mmu.read_bytes(linear, data.bytes + element * i, element, seg)) {
+        !read_element(c, linear, data.bytes + element * i, element, seg)) {
       if (c.stop().kind == Stop::Kind::Fault) {  // an exit to the VMM is replayed from the first element instead
         data.store(c.s, dest);
         mask.store(c.s, mask_reg);
@@ -156,6 +170,23 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
 }
 
 }  // namespace
+
+bool read_unaligned(Context& c, u64 linear, u8* buffer, unsigned size, Seg seg) {
+  for (unsigned i = 0; i < size; ++i)
+    if (!c.mmu.read_bytes(linear + i, buffer + i, 1, seg)) return false;
+  return true;
+}
+
+bool check_write_unaligned(Context& c, u64 linear, unsigned size, Seg seg) {
+  return c.mmu.check_write(linear, 1, seg) && c.mmu.check_write(linear + size - 1, 1, seg);
+}
+
+bool write_unaligned(Context& c, u64 linear, const u8* buffer, unsigned size, Seg seg) {
+  if (!check_write_unaligned(c, linear, size, seg)) return false;
+  for (unsigned i = 0; i < size; ++i)
+    if (!c.mmu.write_bytes(linear + i, buffer + i, 1, seg)) return false;
+  return true;
+}
 
 void enter_mmx(XsaveArea& area) {
   const unsigned top = area.fsw() >> 11 & 7;

@@ -205,6 +205,22 @@ TEST_F(VectorTest, UnmaskedSimdException) {
   EXPECT_TRUE(std::isinf(one / zero));
 }
 
+TEST_F(VectorTest, ConvertingStoreMeetsItsExceptionsInTheVendorsOrder) {
+  if (!host_features()[Feature::F16c]) GTEST_SKIP() << "the host has no F16C";
+  const char* const store = "c4 e3 79 1d 0b 00";  // vcvtps2ph [rbx], xmm1, 0
+  xmm<u32>(1, {0x7f800001});                      // a signalling NaN: #I
+  s.gpr[RBX] = kData + 0x1000;
+  m.unmap(kData + 0x1000);
+  for (const bool amd : {false, true}) {
+    m.c().features.amd = amd;
+    s.xsave.mxcsr() = 0x1f80;
+    EXPECT_EQ(fault(store), vec::PF);
+    EXPECT_EQ(s.xsave.mxcsr(), amd ? 0x1f80u : 0x1f81u);
+    s.xsave.mxcsr() = 0x1f00;
+    EXPECT_EQ(fault(store), amd ? vec::PF : vec::XM);
+  }
+}
+
 TEST_F(VectorTest, MaskedExceptionsSetFlags) {
   xmm<double>(1, {1});
   xmm<double>(2, {3});
@@ -397,18 +413,92 @@ TEST_F(VectorTest, Mmx) {
   EXPECT_EQ(s.xsave.ftw_abridged(), 0);
 }
 
-TEST_F(VectorTest, MaskmovdquFaultsOnlyOnSelectedBytes) {
+TEST_F(VectorTest, MaskmovChecksBytesThatAreNotSelected) {
   fill(1, 0x11);
-  std::memset(s.xsave.xmm(2), 0, 16);
+  const u64 page = kData + 0x1000;
+  m.unmap(page);
+  const struct {
+    const char* code;
+    u64 rdi, amd, intel;  // where the fault is
+  } cases[] = {{"0f f7 ca", page - 7, page, page},         // maskmovq mm1, mm2
+               {"0f f7 ca", page + 3, page + 3, page + 3},
+               {"66 0f f7 ca", page - 8, page, page},      // maskmovdqu xmm1, xmm2
+               {"66 0f f7 ca", page - 3, page, page + 5},
+               {"66 0f f7 ca", page, page, page + 8},
+               {"66 0f f7 ca", page + 0xff8, page + 0xff8, page + 0xff8}};
+  for (const auto& k : cases) {
+    SCOPED_TRACE(k.code);
+    for (const bool amd : {false, true}) {
+      m.c().features.amd = amd;
+      for (const u8 select : {0, 0xff}) {
+        fill(2, 0);
+        s.xsave.xmm(2)[0] = select;
+        std::memset(s.xsave.bytes + 32 + 16 * 2, 0, 8);
+        s.xsave.bytes[32 + 16 * 2] = select;
+        m.store<u64>(page - 8, 0);
+        s.gpr[RDI] = k.rdi;
+        EXPECT_EQ(fault(k.code), vec::PF);
+        EXPECT_EQ(m.c().stop().payload, amd ? k.amd : k.intel);
+        EXPECT_EQ(m.load<u64>(page - 8), 0u);
+      }
+    }
+  }
+  s.gpr[RDI] = page - 16;
   std::memset(s.xsave.xmm(2), 0xff, 8);
-  m.unmap(kData + 0x1000);
-  s.gpr[RDI] = kData + 0xff8;
+  m.store<u64>(page - 8, 0);
   ASSERT_TRUE(ok("66 0f f7 ca"));
-  EXPECT_EQ(m.load<u64>(kData + 0xff8), 0x1111111111111111u);
-  m.store<u64>(kData + 0xff8, 0);
-  s.xsave.xmm(2)[15] = 0x80;
-  EXPECT_EQ(fault("66 0f f7 ca"), vec::PF);
-  EXPECT_EQ(m.load<u64>(kData + 0xff8), 0u);
+  EXPECT_EQ(m.load<u64>(page - 16), 0x1111111111111111u);
+  EXPECT_EQ(m.load<u64>(page - 8), 0u);
+}
+
+TEST(VectorAlignment, SomeOperandsAreSparedByIntelsChecks) {
+  if (!host_features()[Feature::F16c]) GTEST_SKIP() << "the host has no F16C";
+  for (const bool amd : {false, true}) {
+    TestMachine m(TestMode::Long64, true);
+    m.c().features.amd = amd;
+    m.mmu().set_features(40, true, true, true, amd);
+    m.s.cr0 |= cr0::AM;
+    m.s.rflags |= rflags::AC;
+    m.s.gpr[RBX] = kData + 1;
+    m.s.gpr[RDI] = kData + 1;
+    const auto spared = [&](const char* code) {
+      std::memset(m.s.xsave.xmm(2), 0xff, 16);  // the mask
+      std::memset(m.s.xsave.xmm(3), 0, 16);     // the index
+      if (m.step(hex(code)) == Exec::Next) return true;
+      EXPECT_EQ(m.c().stop().vector, vec::AC) << code;
+      return false;
+    };
+    m.store<u32>(kData + 1, 0x12345678);
+    EXPECT_EQ(spared("c4 e2 69 2c 0b"), !amd);     // vmaskmovps xmm1, xmm2, [rbx]
+    if (!amd) {
+      u32 lane;
+      std::memcpy(&lane, m.s.xsave.xmm(1), 4);
+      EXPECT_EQ(lane, 0x12345678u);
+    }
+    EXPECT_EQ(spared("c4 e2 69 2e 0b"), !amd);     // and the store
+    EXPECT_EQ(spared("c4 e2 69 92 0c 9b"), !amd);  // vgatherdps xmm1, [rbx+4*xmm3], xmm2
+    EXPECT_EQ(spared("c4 e2 79 13 0b"), !amd);     // vcvtph2ps xmm1, [rbx]
+    EXPECT_EQ(spared("c4 e3 79 1d 0b 00"), !amd);  // vcvtps2ph [rbx], xmm1, 0
+    EXPECT_FALSE(spared("f3 0f 7e 0b"));           // movq xmm1, [rbx]
+    EXPECT_FALSE(spared("66 0f f7 ca"));           // maskmovdqu xmm1, xmm2
+  }
+}
+
+TEST_F(VectorTest, X87StoreThatDoesNotHappenFaultsOnAmdOnly) {
+  m.unmap(kData + 0x1000);
+  s.gpr[RBX] = kData + 0x1000;
+  for (const bool amd : {false, true}) {
+    m.c().features.amd = amd;
+    s.xsave.fcw() = 0x37e;  // #I unmasked
+    s.xsave.fsw() = 0;
+    s.xsave.ftw_abridged() = 0;                        // empty
+    EXPECT_EQ(fault("d9 1b"), amd ? vec::PF : -1);     // fstp dword [rbx]
+    EXPECT_EQ(s.xsave.fsw() & 0x80, amd ? 0 : 0x80);
+    s.xsave.fcw() = 0x37f;
+    s.xsave.fsw() = 0;
+    EXPECT_EQ(fault("d9 1b"), vec::PF);
+    EXPECT_EQ(s.xsave.fsw(), 0);
+  }
 }
 
 TEST_F(VectorTest, VmaskmovSuppressesFaults) {

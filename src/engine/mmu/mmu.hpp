@@ -98,7 +98,8 @@ class Mmu {
   /// May be null, as it is at first.
   void set_dirty_sink(DirtySink* sink) { dirty_sink_ = sink; }
   /// What CPUID offers: physical-address width in bits (32..52), no-execute, 1 GiB pages, PCID. amd: bit 8
-  /// of a PML4E or PDPTE that refers to a table is reserved. Before this: 40 bits, all of them, not amd.
+  /// of a PML4E or PDPTE that refers to a table is reserved; operands of 16 and 32 bytes are checked for alignment.
+  /// Before this: 40 bits, all of them, not amd.
   void set_features(unsigned maxphyaddr, bool nx, bool page1g, bool pcid, bool amd = false);
   /// Breakpoints of the VMM's debugger replace the guest's DR0-3 and DR7; dr null: the guest's again.
   void override_breakpoints(const u64 dr[4], u64 dr7);

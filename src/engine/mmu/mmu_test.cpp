@@ -300,6 +300,14 @@ TEST_F(LongTest, AlignmentChecksNeedAllThree) {
   u8 ten[10];
   EXPECT_TRUE(m.mmu->read_bytes(0x400008, ten, 10));
   EXPECT_FALSE(m.mmu->read_bytes(0x400004, ten, 10));
+  u8 vector[32];
+  for (const bool amd : {false, true}) {  // unaligned SSE and AVX operands are #AC for AMD alone
+    m.mmu->set_features(40, true, true, true, amd);
+    EXPECT_TRUE(m.mmu->read_bytes(0x400010, vector, 32));
+    EXPECT_EQ(m.mmu->read_bytes(0x400008, vector, 16), !amd);
+    EXPECT_EQ(m.mmu->read_bytes(0x400001, vector, 32), !amd);
+    EXPECT_EQ(m.mmu->write<u32>(0x400001, 1), false);
+  }
   EXPECT_TRUE(m.mmu->read_bytes(0x400001, ten, 8, DS, Privilege::System));
   Mmu::Rmw rmw;
   EXPECT_FALSE(m.mmu->rmw_begin(0x400002, 4, DS, &rmw));
