@@ -83,6 +83,7 @@ BlockGuest::BlockGuest(BlockMode mode, Translation translation)
     TranslatorVcpu::Options options;
     options.arena_bytes = 2u << 20;
     options.max_insns = translation.max_insns;
+    if (!translation.fixed) options.fixed_below = 0;
     options.window_samples = mode_ == BlockMode::Window64 ? 1 : 0;
     auto made = TranslatorVcpu::create(s_, mmu_, *interpreter_, create_block_translator(), options);
     CHECK(made.ok());

@@ -26,6 +26,7 @@ class BlockGuest {
   struct Translation {
     bool on = false;
     unsigned max_insns = engine::kMaxBlockInsns;
+    bool fixed = true;  ///< Options::fixed_below; else user code is position-independent
   };
   BlockGuest(BlockMode mode, Translation translation);
   ~BlockGuest();

@@ -81,7 +81,7 @@ class Comparison {
  public:
   Comparison(BlockMode mode, unsigned max_insns, u64 seed, const Options& options)
       : mode_(mode), max_insns_(max_insns), seed_(seed), verbose_(options.verbose), stop_after_(options.stop_after), reference_(mode, {}),
-        subject_(mode, {true, max_insns}) {}
+        subject_(mode, {true, max_insns, max_insns != 64 && max_insns != 3}) {}
 
   /// A program of this number; false: a difference was found and printed.
   bool program(u64 number) {

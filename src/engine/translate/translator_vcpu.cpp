@@ -200,9 +200,9 @@ bool TranslatorVcpu::can_enter() const {
   return translatable() && !c_.slow_step && !s_.sti_shadow && !s_.mov_ss_shadow && !c_.env.replaying && !s_.exception.pending;
 }
 
-bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) {
+bool TranslatorVcpu::position_independent(u64 rip, TranslateMode mode) const {
   // No direct branch leads out of the lower half from there.
-  return mode.user && !mode.code32 && rip < (1ull << 47) - (1ull << 32);
+  return mode.user && !mode.code32 && rip >= options_.fixed_below && rip < (1ull << 47) - (1ull << 32);
 }
 
 TranslateMode TranslatorVcpu::mode() {

@@ -32,6 +32,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   struct Options {
     std::size_t arena_bytes = 256u << 20;  ///< of address space; pages count from when code fills them
     unsigned max_insns = kMaxBlockInsns;  ///< of a block
+    /// User code below is linked for its address, most likely: its translation holds for one address alone, and is shorter.
+    u64 fixed_below = 1ull << 32;
     u64 lockstep_every = 0;   ///< not 0: every n-th block is compared with the interpreter; nothing is linked
     std::function<void(const std::string&)> lockstep_sink = {};  ///< gets the reports; null: stderr
     PerfMap* perf_map = nullptr;  ///< told of every block; outlives this
@@ -101,7 +103,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     frame_.bias_high = static_cast<u32>(bias >> 48);
     frame_.bias_negated = 0 - frame_.bias_high;
   }
-  static bool position_independent(u64 rip, TranslateMode mode);
+  bool position_independent(u64 rip, TranslateMode mode) const;
   /// The block at RIP; null: the interpreter is to run the instruction.
   static u8 key(TranslateMode mode, bool ungrouped) {
     return static_cast<u8>(mode.bits() | (ungrouped ? CodeCache::kUngrouped : 0));
