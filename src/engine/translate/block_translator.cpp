@@ -370,6 +370,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     consumed_ = 1;
     // These change something before their last access, or are in no hurry.
     by_tlb_ = family == Family::String || family == Family::Rare || family == Family::System || family == Family::X87 ||
+              family == Family::Mmx ||  // the host's x87 tags and TOP may be set before its store faults
               (i.op == Op::HostVec && i.has(kVex) && i.opcode == 0x1d);  // VCVTPS2PH: its flags may be set before its store faults
     before(i);
     if (request_->edge != 0) check_edge();
