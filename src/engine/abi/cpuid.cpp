@@ -51,15 +51,18 @@ constexpr u32 kLeaf1EcxAvx = bits(12 /*FMA*/, 28 /*AVX*/, 29 /*F16C*/);
 // Not the TSC deadline timer: the documentation wants it asked for by its capability, as it comes with the LAPICs.
 constexpr u32 kLeaf1EcxOwn = bits(17 /*PCID*/, 21 /*x2APIC*/, 26 /*XSAVE*/, 31 /*hypervisor*/);
 
-constexpr u32 kLeaf7EbxHost = bits(3 /*BMI1*/, 6 /*FDP_EXCPTN_ONLY*/, 8 /*BMI2*/, 13 /*no FCS/FDS*/, 18 /*RDSEED*/, 19 /*ADX*/,
+constexpr u32 kLeaf7EbxHost = bits(3 /*BMI1*/, 8 /*BMI2*/, 13 /*no FCS/FDS*/, 18 /*RDSEED*/, 19 /*ADX*/,
                                    23 /*CLFLUSHOPT*/, 24 /*CLWB*/, 29 /*SHA*/);
-constexpr u32 kLeaf7EbxOwn = bits(0 /*FSGSBASE*/, 1 /*TSC_ADJUST*/, 7 /*SMEP*/, 9 /*ERMS*/, 10 /*INVPCID*/, 20 /*SMAP*/);
+constexpr u32 kLeaf7EbxOwn = bits(0 /*FSGSBASE*/, 1 /*TSC_ADJUST*/, 6 /*FDP_EXCPTN_ONLY*/, 7 /*SMEP*/, 9 /*ERMS*/, 10 /*INVPCID*/,
+                                  20 /*SMAP*/);
 constexpr u32 kLeaf7EcxHost = bits(8 /*GFNI*/);
 constexpr u32 kLeaf7EcxAvx = bits(9 /*VAES*/, 10 /*VPCLMULQDQ*/);
 constexpr u32 kLeaf7EcxOwn = bits(2 /*UMIP*/, 22 /*RDPID*/);
 constexpr u32 kLeaf7EdxHost = bits(4 /*FSRM*/);
 constexpr u32 kLeaf7EdxOwn = bits(29 /*ARCH_CAPABILITIES*/);
 constexpr u32 kSpecCtrl = bit(26);  // leaf 7 EDX, Intel: SPEC_CTRL and PRED_CMD
+// Leaf 7.2 EDX, Intel. Without BHI_CTRL Linux clears the branch history in software at every system call, BHI_NO or not.
+constexpr u32 kLeaf72Edx = bits(4 /*BHI_CTRL*/, 5 /*MCDT_NO*/);
 
 constexpr u32 kExt1EcxHost = bits(5 /*ABM*/, 6 /*SSE4a*/, 8 /*PREFETCHW*/);
 constexpr u32 kExt1EcxOwn = bits(0 /*LAHF in 64-bit mode*/);
@@ -128,7 +131,11 @@ std::vector<kvm_cpuid_entry2> supported_cpuid() {
   const u32 leaf7_ebx = (h7.ebx & (kLeaf7EbxHost | (bit(5) /*AVX2*/ & avx_mask))) | kLeaf7EbxOwn;
   const u32 leaf7_ecx = (h7.ecx & (kLeaf7EcxHost | (kLeaf7EcxAvx & avx_mask))) | kLeaf7EcxOwn;
   const u32 leaf7_edx = (h7.edx & kLeaf7EdxHost) | kLeaf7EdxOwn | (amd ? 0u : kSpecCtrl);
-  out.push_back(entry(7, 0, Regs{0, leaf7_ebx, leaf7_ecx, leaf7_edx}));
+  out.push_back(entry(7, 0, Regs{amd ? 0u : 2u, leaf7_ebx, leaf7_ecx, leaf7_edx}));
+  if (!amd) {
+    out.push_back(entry(7, 1, Regs{}));
+    out.push_back(entry(7, 2, Regs{0, 0, 0, kLeaf72Edx}));
+  }
 
   out.push_back(entry(0xb, 0, Regs{}));  // no topology: the VMM describes its own
 

@@ -284,8 +284,8 @@ MsrAccess write_msr(VcpuState& s, const GuestFeatures& f, u32 index, u64 v, bool
       return MsrAccess::Ok;
     case msr::XSS: return allow((host || f[Feature::Xsaves]) && v == 0);  // no supervisor state is offered
     case msr::SPEC_CTRL:
-      // IBRS, STIBP, SSBD: nothing is speculated across guests here, so the bits are storage.
-      if ((!host && !f.spec_ctrl) || (v & ~7ull)) return MsrAccess::Fault;
+      // IBRS, STIBP, SSBD, Intel's BHI_DIS_S: nothing is speculated across guests here, so the bits are storage.
+      if ((!host && !f.spec_ctrl) || (v & ~(f.amd ? 7ull : 0x407ull))) return MsrAccess::Fault;
       m.spec_ctrl = v;
       return MsrAccess::Ok;
     case msr::PRED_CMD: return allow((host || f.ibpb) && !(v & ~1ull));

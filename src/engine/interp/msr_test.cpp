@@ -141,6 +141,10 @@ TEST(Msr, FeatureGates) {
   m.f.spec_ctrl = m.f.ibpb = true;
   EXPECT_EQ(m.wr(msr::SPEC_CTRL, 7), MsrAccess::Ok);
   EXPECT_EQ(m.wr(msr::SPEC_CTRL, 8), MsrAccess::Fault);
+  EXPECT_EQ(m.wr(msr::SPEC_CTRL, 0x401), MsrAccess::Ok);
+  m.f.amd = true;
+  EXPECT_EQ(m.wr(msr::SPEC_CTRL, 0x401), MsrAccess::Fault);
+  m.f.amd = false;
   EXPECT_EQ(m.wr(msr::PRED_CMD, 2), MsrAccess::Fault);
   EXPECT_EQ(m.rd(msr::PRED_CMD, &v), MsrAccess::Fault);  // write-only
   m.f.has.set();

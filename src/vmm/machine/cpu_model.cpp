@@ -8,7 +8,7 @@
 namespace ring3::vmm {
 namespace {
 
-enum Word : u8 { k1Ecx, k1Edx, k7Ebx, k7Ecx, k7Edx, kExtEcx, kExtEdx, kWords };
+enum Word : u8 { k1Ecx, k1Edx, k7Ebx, k7Ecx, k7Edx, k72Edx /* subleaf 2 */, kExtEcx, kExtEdx, kWords };
 enum Level : u8 { kBase, kV2, kV3, kExtra };  // kExtra: only with host or by name
 
 struct Feature {
@@ -48,6 +48,8 @@ constexpr Feature kFeatures[] = {
     {"stibp", k7Edx, 27, kBase}, {"flush-l1d", k7Edx, 28, kBase}, {"arch-capabilities", k7Edx, 29, kBase},
     {"ssbd", k7Edx, 31, kBase},
 
+    {"bhi-ctrl", k72Edx, 4, kBase}, {"mcdt-no", k72Edx, 5, kBase},
+
     {"lahf-lm", kExtEcx, 0, kV2}, {"cmp-legacy", kExtEcx, 1, kBase}, {"cr8-legacy", kExtEcx, 4, kBase},
     {"abm", kExtEcx, 5, kV3}, {"lzcnt", kExtEcx, 5, kV3}, {"sse4a", kExtEcx, 6, kBase}, {"misalignsse", kExtEcx, 7, kBase},
     {"3dnowprefetch", kExtEcx, 8, kBase}, {"osvw", kExtEcx, 9, kBase}, {"xop", kExtEcx, 11, kExtra},
@@ -67,6 +69,7 @@ u32* word_of(std::vector<kvm_cpuid_entry2>& entries, Word word) {
     if (e.function == 7 && e.index == 0 && word == k7Ebx) return &e.ebx;
     if (e.function == 7 && e.index == 0 && word == k7Ecx) return &e.ecx;
     if (e.function == 7 && e.index == 0 && word == k7Edx) return &e.edx;
+    if (e.function == 7 && e.index == 2 && word == k72Edx) return &e.edx;
     if (e.function == 0x80000001 && word == kExtEcx) return &e.ecx;
     if (e.function == 0x80000001 && word == kExtEdx) return &e.edx;
   }
@@ -164,10 +167,14 @@ Result<std::vector<kvm_cpuid_entry2>> cpu_model(const std::string& specification
     const bool avx512 = keep[k7Ebx] >> 16 & 1;
     const bool pku = keep[k7Ecx] >> 3 & 1;
     if (!avx512 && !pku) trim_xsave(entries, xsave, keep[k1Ecx] >> 28 & 1);
+    // Performance counters and what newer sub-leaves add, but for the features above, are not part of a stable model.
+    const u32* const newer = word_of(entries, k72Edx);
+    const bool subleaf2 = newer != nullptr && *newer != 0;
     for (auto& e : entries) {
-      // Performance counters and what newer sub-leaves add are not part of a stable model.
+      const u32 kept = e.function == 7 && e.index == 2 ? e.edx : 0;
       if (e.function == 0xa || (e.function == 7 && e.index > 0)) e.eax = e.ebx = e.ecx = e.edx = 0;
-      if (e.function == 7 && e.index == 0) e.eax = 0;
+      if (e.function == 7 && e.index == 0) e.eax = subleaf2 ? 2 : 0;
+      e.edx |= kept;
     }
   }
   return entries;
