@@ -149,6 +149,7 @@ u64 BlockGuest::device_log() const { return device_->log; }
 BlockGuest::End BlockGuest::ended(Interpreter::Result result) {
   if (has_event_) return End::Event;
   if (result == Interpreter::Result::Attention) return End::Attention;
+  if (result == Interpreter::Result::Halted) return End::Halted;
   return result == Interpreter::Result::Budget ? End::Budget : End::Other;
 }
 

@@ -31,8 +31,8 @@ class BlockGuest {
   BlockGuest(BlockMode mode, Translation translation);
   ~BlockGuest();
 
-  enum class End : u8 { Event, Attention, Budget, Other };
-  /// Until an exception (not delivered), attention, or the budget.
+  enum class End : u8 { Event, Attention, Budget, Halted, Other };
+  /// Until an exception (not delivered), HLT, attention, or the budget.
   End run(u64 budget);
   /// One instruction, by the interpreter.
   End step();

@@ -176,9 +176,11 @@ class Comparison {
         if (e == BlockGuest::End::Event || subject_.state().rip != rip) break;
       }
     }
-    if (end != BlockGuest::End::Event && end != BlockGuest::End::Attention)
+    // A program in the kernel that wrote HLT into its own code halts.
+    const bool halted = end == BlockGuest::End::Halted && mode_ == BlockMode::Kernel64;
+    if (end != BlockGuest::End::Event && end != BlockGuest::End::Attention && !halted)
       return report("the translator ended in a way that no program can", before);
-    faulted_ = end == BlockGuest::End::Event;
+    faulted_ = end == BlockGuest::End::Event || halted;
     (faulted_ ? events_ : attentions_)++;
 
     reference_.context().attention().store(0);
@@ -201,8 +203,13 @@ class Comparison {
         if (faulted_ && n > 100000 && subject_.interpreted() - interpreted_before > kMaxSteps) break;
         continue;
       }
+      if (halted && e == BlockGuest::End::Halted) {
+        if (!same_registers(0, &why) || !same_memory(&why)) return report("halted: " + why, before);
+        copy_registers(reference_, subject_);
+        return true;
+      }
       if (e != BlockGuest::End::Event) return report("the interpreter ended in a way that no program can", before);
-      if (!faulted_) return report("the interpreter faults before it comes to this state: " + describe(reference_) + "; when it was there last: " + near_, before);
+      if (!faulted_ || halted) return report("the interpreter faults before it comes to this state: " + describe(reference_) + "; when it was there last: " + near_, before);
       break;
     }
     const Event &a = reference_.event(), &b = subject_.event();

@@ -198,8 +198,9 @@ class Comparison {
     if (a.kind != Outcome::Kind::Fault || b.kind != a.kind) return e;
     // A read that wraps behind the end of a segment of 4 GiB may or may not be #SS (SDM vol. 3A 5.3): Intel's processors do
     // not check what ENTER and LEAVE read through EBP, and come to its alignment and its page.
-    if ((c.insn.op == Op::Enter || c.insn.op == Op::Leave) && compat32_ && b.vector == vec::SS) {
-      const bool page = a.vector == vec::PF && !(a.error & 2) && a.cr2 > 0xffffffff - 3 && a.cr2 <= 0xffffffff;
+    // In 64-bit code a misaligned one is #AC to them before it is not canonical: no order is given (SDM vol. 3A 6.9).
+    if ((c.insn.op == Op::Enter || c.insn.op == Op::Leave) && b.vector == vec::SS) {
+      const bool page = compat32_ && a.vector == vec::PF && !(a.error & 2) && a.cr2 > 0xffffffff - 3 && a.cr2 <= 0xffffffff;
       if (page || (a.vector == vec::AC && (c.regs.rflags & engine::rflags::AC))) return b;
     }
     if (a.vector != vec::PF) return e;
