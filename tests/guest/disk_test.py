@@ -323,8 +323,9 @@ class Killed(Disk):
             rounds += last
             for i in range(1, last + 1):
                 expected[i * 37 % 1000] = ((b"%d-%d\n" % (i, n)) * 65536)[:65536]
-            # One more may have been under way: nothing is said of its block.
-            expected.pop((last + 1) * 37 % 1000, None)
+            # One more may have been under way, and some whose lines ended with the VMM: nothing is said of their blocks.
+            for i in range(last + 1, last + 5):
+                expected.pop(i * 37 % 1000, None)
             if n % 5 == 4 or n == KILLS - 1:
                 # Clusters that nobody refers to may be left, and nothing else: before anything is repaired.
                 self.assertIn(self.image("check", qcow2).returncode, (0, 3))

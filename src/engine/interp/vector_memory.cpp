@@ -137,6 +137,7 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
   indices.load(c.s, index);
   for (unsigned i = 0; i < count; ++i) std::memset(mask.bytes + i * element, mask.sign(i, element) ? 0xff : 0, element);
 
+  bool done = false;
   const Seg seg = segment_of(insn);
   u64 base = static_cast<u64>(insn.disp);
   if (insn.mem.base < 16) base += c.s.gpr[insn.mem.base];
@@ -154,12 +155,16 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
     if (!c.linear(seg, (base + (offset << insn.mem.scale_log2)) & address_mask(insn), element, false, &linear) ||
         !read_element(c, linear, data.bytes + element * i, element, seg)) {
       if (c.stop().kind == Stop::Kind::Fault) {  // an exit to the VMM is replayed from the first element instead
+        // Of Intel's processors the mask is written before, and the destination with the first element, whole registers both.
+        if (!c.features.amd) std::memset(mask.bytes + total, 0, sizeof mask.bytes - total);
+        if (!c.features.amd && done) std::memset(data.bytes + total, 0, sizeof data.bytes - total);
         data.store(c.s, dest);
         mask.store(c.s, mask_reg);
       }
       return Exec::Stop;
     }
     std::memset(mask.bytes + element * i, 0, element);
+    done = true;
   }
   // Above the elements: zero, in both.
   std::memset(mask.bytes, 0, sizeof mask.bytes);
