@@ -210,7 +210,8 @@ class BlockBuilder {
   void emit_rorx(u8 to, u8 from, u8 count);
   // ---- windows.cpp ----
   bool windowed() const { return request_->mode.windowed && !by_tlb_ && !loop_.on; }
-  bool window_access(const Address& a, Access* out);
+  bool by_window(const Address& a) const;
+  void window_access(const Address& a, Access* out);
   void window_point();  ///< what comes now may fault in the window, on this instruction's account
   void emit_window_check(u8 reg, u64 region, const Address& a, bool page);
   u64 expected_region(const Address& a) const;
@@ -237,6 +238,7 @@ class BlockBuilder {
   const Group* group_of(const Address& a, u8 size, Kind kind) const;
   Group* open_group(const Address& a, u8 size, Kind kind);
   void start_groups(bool on);
+  Group* free_group();  ///< cleared but for its slot; null: all are active
   void before(const DecodedInsn& i);  ///< ends groups that the instruction must not use
   void finish_groups();
   void emit_group_check(const Address& first, u32 size, bool write, Label& miss);

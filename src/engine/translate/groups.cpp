@@ -236,12 +236,7 @@ const BlockBuilder::Group* BlockBuilder::group_of(const Address& a, u8 size, Kin
 BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind kind) {
   // What follows STI is left to the interpreter with its shadow, which the way to the other block does not have.
   if (!groupable(a) || interpret_.back().sti_shadow) return nullptr;
-  Group* slot = nullptr;
-  for (unsigned n = 0; n < kGroups; n++) {
-    if (groups_[n].active) continue;
-    slot = &groups_[n];
-    slot->slot = frame::kGroups + 8 * n;
-  }
+  Group* const slot = free_group();
   if (slot == nullptr) return nullptr;
   Group g;
   g.active = true;
@@ -324,14 +319,20 @@ bool BlockBuilder::page_again(const Address& a, Kind kind) const {
 /// For the page of the access at insn index_. Null: it stands alone, or no slot is free.
 const BlockBuilder::Group* BlockBuilder::open_page_group(const Address& a, Kind kind) {
   if (!grouping_ || !page_again(a, kind)) return nullptr;
+  Group* const g = free_group();
+  if (g == nullptr) return nullptr;
+  g->active = true;
+  g->write = kind == Kind::Write;
+  g->base = kRipBase;
+  g->low = static_cast<i64>(a.value & kPageMask);
+  return g;
+}
+
+BlockBuilder::Group* BlockBuilder::free_group() {
   for (unsigned n = 0; n < kGroups; n++) {
     Group& g = groups_[n];
     if (g.active) continue;
     g = Group{};
-    g.active = true;
-    g.write = kind == Kind::Write;
-    g.base = kRipBase;
-    g.low = static_cast<i64>(a.value & kPageMask);
     g.slot = frame::kGroups + 8 * n;
     return &g;
   }

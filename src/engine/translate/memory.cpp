@@ -133,7 +133,10 @@ Label& BlockBuilder::interpret_label() {
 
 bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Access* out) {
   if (size == 0 || size > 64) return false;
-  if (windowed()) return window_access(a, out);
+  if (windowed() && by_window(a)) {
+    window_access(a, out);
+    return true;
+  }
   const u32 tag = kind == Kind::Write ? frame::kTlbWriteTag : frame::kTlbReadTag;
   // Through a group's addend; the flags stay.
   const auto through = [&](u32 slot) {

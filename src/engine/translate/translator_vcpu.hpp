@@ -45,7 +45,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   };
   struct Stats {
     u64 entries = 0, interpreted = 0, translated = 0, fills = 0, faults = 0;
-    u64 windows = 0, window_faults = 0, windows_closed = 0;
+    u64 window_faults = 0;  ///< accesses through a window that were not mapped
     u64 transitions = 0;  ///< SYSCALL, SYSRET and IRET that did not leave translated code
   };
 

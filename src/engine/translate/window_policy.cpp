@@ -96,7 +96,6 @@ void TranslatorVcpu::close_window() {
   mmu_.close_window();
   window_.open = 0;
   window_.samples = 0;
-  stats_.windows_closed++;
 }
 
 void TranslatorVcpu::sample_window() {
@@ -131,7 +130,6 @@ void TranslatorVcpu::open_window() {
   window_.since = __builtin_ia32_rdtsc();
   window_.cost = 0;
   (void)mmu_.take_window_calls();
-  stats_.windows++;
 }
 
 }  // namespace ring3::engine

@@ -45,7 +45,7 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
     e_.load(kScratch1, HostMem{kHostR9, kScratch1, 3, false, static_cast<i32>(frame::kWindowDeltas) - RING3_FRAME_CENTRE});
     return;
   }
-  clobber_flags();
+  clobber_flags();  // emits nothing: r14 may hold the address
   window_misses_.emplace_back();
   WindowMiss& m = window_misses_.back();
   m.address = a;
@@ -59,45 +59,45 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
   e_.bind(m.resume);
 }
 
-bool BlockBuilder::window_access(const Address& a, Access* out) {
+/// The others, rare ones, go through the TLB.
+bool BlockBuilder::by_window(const Address& a) const {
   if (interpret_.back().sti_shadow) return false;
+  if (a.segment != 0) return true;
+  if (a.constant) return a.value >> 31 == 0 && a.bit == kNoReg;
+  const i64 offset = static_cast<i64>(a.value);
+  return !a.rip || a.bit != kNoReg || (offset < kWindowDisp && offset > -kWindowDisp);
+}
+
+void BlockBuilder::window_access(const Address& a, Access* out) {
   if (a.constant && a.segment == 0) {
-    if (a.value >> 31 != 0 || a.bit != kNoReg) return false;
     e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas));
     *out = {HostMem::at(kScratch1, static_cast<i32>(a.value)), true, false};
     window_point();
-    return true;
+    return;
   }
   if (a.rip && a.segment == 0 && a.bit == kNoReg) {
     const i64 offset = static_cast<i64>(a.value);
-    if (offset >= kWindowDisp || offset <= -kWindowDisp) return false;
-    Group* free = nullptr;
-    for (Group& g : groups_) {
-      if (g.active && g.base == kRipBase) {
-        e_.load_r15(g.slot);
-        *out = {HostMem::at(kScratch1, static_cast<i32>(offset)), true, false};
-        window_point();
-        return true;
-      }
-      if (!g.active) free = &g;
+    for (const Group& g : groups_) {
+      if (!g.active || g.base != kRipBase) continue;
+      e_.load_r15(g.slot);
+      *out = {HostMem::at(kScratch1, static_cast<i32>(offset)), true, false};
+      window_point();
+      return;
     }
     e_.load(kScratch0, HostMem::frame(frame::kPage));
     emit_window_check(kScratch0, request_->rip >> frame::kRegionShift, a, true);
-    if (free != nullptr) {
-      const u32 slot = frame::kGroups + 8 * static_cast<u32>(free - groups_.data());
-      *free = Group{};
-      free->active = free->window = true;
-      free->base = kRipBase;
-      free->slot = slot;
+    if (Group* const g = free_group()) {
+      g->active = g->window = true;
+      g->base = kRipBase;
       e_.lea(kScratch1, HostMem{kScratch0, kScratch1, 0, false, 0});
-      e_.store(HostMem::frame(slot), kScratch1);
-      e_.holds(slot);
+      e_.store(HostMem::frame(g->slot), kScratch1);
+      e_.holds(g->slot);
       *out = {HostMem::at(kScratch1, static_cast<i32>(offset)), true, false};
     } else {
       *out = {HostMem{kScratch0, kScratch1, 0, false, static_cast<i32>(offset)}, false, false};
     }
     window_point();
-    return true;
+    return;
   }
 
   const bool near = groupable(a);  // and small displacements
@@ -107,7 +107,7 @@ bool BlockBuilder::window_access(const Address& a, Access* out) {
       e_.load_r15(g.slot);
       operand_of(a, out);
       window_point();
-      return true;
+      return;
     }
   }
   const bool off_base = near && a.index == kNoReg;
@@ -122,23 +122,15 @@ bool BlockBuilder::window_access(const Address& a, Access* out) {
     emit_address(kScratch0, a);
   }
   emit_window_check(reg, expected_region(a), a, false);
-  if (near) {
-    for (unsigned n = 0; n < kGroups; n++) {
-      Group& g = groups_[n];
-      if (g.active) continue;
-      g = Group{};
-      g.active = g.window = true;
-      g.base = a.base;
-      g.index = a.index;
-      g.scale_log2 = a.scale_log2;
-      g.slot = frame::kGroups + 8 * n;
-      if (!used_again(g)) {
-        g.active = false;
-        break;
-      }
-      e_.store(HostMem::frame(g.slot), kScratch1);
-      e_.holds(g.slot);
-      break;
+  if (Group* const g = near ? free_group() : nullptr) {
+    g->active = g->window = true;
+    g->base = a.base;
+    g->index = a.index;
+    g->scale_log2 = a.scale_log2;
+    g->active = used_again(*g);
+    if (g->active) {
+      e_.store(HostMem::frame(g->slot), kScratch1);
+      e_.holds(g->slot);
     }
   }
   if (a.constant || a.segment != 0 || a.narrow) {
@@ -147,7 +139,6 @@ bool BlockBuilder::window_access(const Address& a, Access* out) {
     operand_of(a, out);
   }
   window_point();
-  return true;
 }
 
 /// Whether an instruction behind index_ would take the group's constant.
