@@ -226,20 +226,21 @@ Exec run_vector(Context& c, const DecodedInsn& insn) {
   StubFrame& frame = unit->frame;
   u64 linear = 0;
   u32 mxcsr = 0;
+  // A store that converts: its memory faults, of segments and of pages, come before its SIMD exception on AMD's processors
+  // (Zen 3), and behind it, with MXCSR's flags set, on Intel's (Sapphire Rapids).
+  const bool converts = (stub->flags & kStubMemWrite) && (stub->flags & kStubMxcsr), late = converts && !c.features.amd;
   if (insn.has(kHasMem)) {
-    if (!locate(c, insn, *stub, &linear)) return Exec::Stop;
+    if (!late && !locate(c, insn, *stub, &linear)) return Exec::Stop;
     if ((stub->flags & kStubMemRead) && !read_operand(c, insn, linear, stub->mem_size, frame.buffer)) return Exec::Stop;
   }
   if (stub->flags & kStubMxcsr) {
     prepare_mxcsr(c.s);
     mxcsr = c.s.xsave.mxcsr();
-    // A store that converts: its page fault comes before its SIMD exception on AMD's processors (Zen 3), and behind it, with
-    // MXCSR's flags set, on Intel's (Sapphire Rapids).
-    if ((stub->flags & kStubMemWrite) && c.features.amd && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn)))
-      return Exec::Stop;
+    if (converts && !late && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
   }
   if (const u32 code = stub->run(&c.s.xsave, &frame, c.s.gpr)) [[unlikely]] return stub_fault(c, code);
   if (stub->flags & kStubMemWrite) {
+    if (late && !locate(c, insn, *stub, &linear)) return Exec::Stop;
     // Stores write no register; what remains to take back is MXCSR.
     if (!write_operand(c, insn, linear, stub->mem_size, frame.buffer)) {
       const bool keeps = !c.features.amd && c.stop().kind == Stop::Kind::Fault;

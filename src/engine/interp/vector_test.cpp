@@ -218,6 +218,12 @@ TEST_F(VectorTest, ConvertingStoreMeetsItsExceptionsInTheVendorsOrder) {
     EXPECT_EQ(s.xsave.mxcsr(), amd ? 0x1f80u : 0x1f81u);
     s.xsave.mxcsr() = 0x1f00;
     EXPECT_EQ(fault(store), amd ? vec::PF : vec::XM);
+    // The same with an address that is none.
+    s.gpr[RBX] = u64{1} << 62;
+    s.xsave.mxcsr() = 0x1f80;
+    EXPECT_EQ(fault(store), vec::GP);
+    EXPECT_EQ(s.xsave.mxcsr(), amd ? 0x1f80u : 0x1f81u);
+    s.gpr[RBX] = kData + 0x1000;
   }
 }
 
