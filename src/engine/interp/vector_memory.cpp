@@ -183,7 +183,9 @@ bool read_unaligned(Context& c, u64 linear, u8* buffer, unsigned size, Seg seg) 
 }
 
 bool check_write_unaligned(Context& c, u64 linear, unsigned size, Seg seg) {
-  return c.mmu.check_write(linear, 1, seg) && c.mmu.check_write(linear + size - 1, 1, seg);
+  // CR2 is the first byte that cannot be written.
+  const u64 last = linear + size - 1, second = last & kPageMask;
+  return c.mmu.check_write(linear, 1, seg) && c.mmu.check_write(second > linear ? second : last, 1, seg);
 }
 
 bool write_unaligned(Context& c, u64 linear, const u8* buffer, unsigned size, Seg seg) {
