@@ -293,7 +293,13 @@ class Writer {
           targets_.push_back({at_, 4, static_cast<unsigned>(rng_.next()), true});
           at_ += 4;
         }
-        put({0xff, rng_.below(2) ? 0xe0u : 0xd0u});  // jmp rax, call rax
+        if (rng_.below(2)) {
+          put({0xff, rng_.below(2) ? 0xe0u : 0xd0u});  // jmp rax, call rax
+          return;
+        }
+        if (long64_) put({0x48});
+        put({0x89, 0x44, 0x24, 0xf8});                            // mov [rsp-8], rax
+        put({0xff, rng_.below(2) ? 0x64u : 0x54u, 0x24, 0xf8});  // jmp [rsp-8], call [rsp-8]
         return;
       }
       case 8: return;  // falls through

@@ -225,6 +225,7 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   } else {
     return false;
   }
+  flags_away(kScratch1);  // the check of a window leaves them in the host
   check_canonical(kScratch0, kScratch1);
   exit_indirect();
   return true;
@@ -317,6 +318,7 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   if (o.kind == OperandKind::Mem) {
     if (!access_of(i, &a)) return false;
     load_word(kScratch0, a.mem);
+    flags_away(kScratch1);  // the check of a window leaves them in the host
   } else if (o.kind == OperandKind::Gpr) {
     clobber_flags();
     if (special(o.reg)) {
