@@ -61,6 +61,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fs::Server::Options options;
   options.read_only = (data[0] & 1) != 0;
   options.privileged = false;
+  if ((data[0] & 2) != 0) options.most_nodes = 2;  // so that most are opened again
   auto server = fs::Server::create(UniqueFd(open((base + "/share").c_str(), O_RDONLY | O_DIRECTORY)),
                                    UniqueFd(open("/proc/self/fd", O_PATH | O_DIRECTORY)), options);
   check(static_cast<bool>(server), "no server");

@@ -3,9 +3,12 @@
 usage: share_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
 """
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cli"))
@@ -31,20 +34,37 @@ class Share(unittest.TestCase):
         with open(os.path.join(self.root, name), "rb") as f:
             return f.read()
 
-    def boot(self, script, *options):
-        """Runs a script, which is itself in the share, in the guest; returns what it wrote."""
+    def boot(self, script, *options, descriptors=None):
+        """Runs a script, which is itself in the share, in the guest; returns what it wrote. ring3 may have that many descriptors."""
         self.put("script", script.encode())
         command = "mkdir -p /mnt; mount -t virtiofs share /mnt && cd /mnt && sh ./script"
         result = subprocess.run([support.RING3, "run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-cloud"),
                                  "--initrd", os.path.join(FILES, "initramfs.gz"), "-m", "512M", "--append",
                                  'console=ttyS0 quiet ring3.test="%s"' % command, *options],
-                                stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+                                stdin=subprocess.DEVNULL, capture_output=True, timeout=300, preexec_fn=descriptors and (
+                                    lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))))
         text = result.stdout.decode(errors="replace").replace("\r", "")
         self.assertEqual(result.returncode, 0, (text[-2000:], result.stderr))
         return text
 
-    def shared(self, script, *options):
-        return self.boot(script, "--share", self.root, *options)
+    def shared(self, script, *options, **more):
+        return self.boot(script, "--share", self.root, *options, **more)
+
+    def test_more_files_than_descriptors(self):
+        for d in range(8):
+            os.makedirs(os.path.join(self.root, "host/%d/deep" % d))
+            for f in range(60):
+                self.put("host/%d/deep/%d" % (d, f), b"%d %d" % (d, f))
+        out = self.shared("""set -e
+            ls -lR host | grep -c '^-'; cp -a host copy; mv copy/3/deep copy/moved; mv copy/4 copy/four
+            cat copy/*/deep/* copy/moved/* | md5sum | cut -c 1-32; cat host/*/deep/* | wc -c
+            exec 3< copy/5/deep/7; rm -r copy/5; ls -lR host > /dev/null; cat <&3; echo; rm -r copy; ls""", descriptors=200)
+        self.assertIn("\n480\n", out)
+        order = [4 if d == "four" else d for d in (0, 1, 2, 5, 6, 7, "four")] + [3]
+        names = sorted(str(f) for f in range(60))
+        import hashlib
+        text = b"".join(b"%d %s" % (d, f.encode()) for d in order for f in names)
+        self.assertIn("\n%s\n%d\n5 7\nhost    script\n" % (hashlib.md5(text).hexdigest(), len(text)), out, out[-2000:])
 
     def test_both_sides_see_what_the_other_does(self):
         data = os.urandom(3 << 20)
@@ -112,6 +132,38 @@ class Share(unittest.TestCase):
             """, "--share", self.root + ":share,ro")
         self.assertEqual(self.get("file"), b"before")
         self.assertEqual(sorted(os.listdir(self.root)), ["file", "script"])
+
+    def test_what_the_host_changes_is_seen_when_the_cache_says(self):
+        second = os.path.join(self.base, "second")
+        long = os.path.join(self.base, "long")
+        for d in (second, long):
+            os.mkdir(d)
+            with open(os.path.join(d, "file"), "w") as f:
+                f.write("old")
+
+        def change():
+            # When the guest has looked at all of it.
+            deadline = time.monotonic() + 250
+            while not os.path.exists(os.path.join(self.root, "looked")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for d in (second, long):
+                with open(os.path.join(d, "file"), "w") as f:
+                    f.write("newer")
+                with open(os.path.join(d, "made"), "w") as f:
+                    f.write("x")
+            self.put("changed", b"")
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        out = self.shared("""
+            mkdir /second /long; mount -t virtiofs second /second; mount -t virtiofs long /long
+            for d in /second /long; do cat $d/file; stat $d/made 2> /dev/null; done > /dev/null
+            touch looked; while ! ls | grep -q changed; do sleep 0.1; done; sleep 1.5
+            for d in /second /long; do echo $d: $(cat $d/file) $(stat -c %s $d/made 2> /dev/null || echo none); done
+            echo mine > /long/made; echo own: $(cat /long/made)
+            """, "--share", second + ":second", "--share", long + ":long,cache=86400")
+        thread.join()
+        self.assertIn("\n/second: newer 1\n/long: old none\nown: mine\n", out, out[-2000:])
 
     def test_two_vcpus_at_once(self):
         out = self.shared("""

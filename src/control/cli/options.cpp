@@ -339,7 +339,7 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->delimiter('\0');
-  run->add_option("--share", text.shares, "a host directory in the guest (virtio-fs): DIR[:TAG][,ro][,owner=ID]; repeatable")
+  run->add_option("--share", text.shares, "a host directory in the guest (virtio-fs): DIR[:TAG][,ro][,owner=ID][,cache=SECONDS]; repeatable")
       ->type_name("DIR")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)

@@ -130,6 +130,22 @@ TEST(Options, Disks) {
   EXPECT_TRUE(disks[1].read_only && disks[1].direct);
 }
 
+TEST(Options, Shares) {
+  const RunOptions run = run_of({"--share", "src", "--share", "/a:b/c:work,ro,owner=7,cache=60"});
+  ASSERT_EQ(run.shares.size(), 2u);
+  EXPECT_EQ(run.shares[0].directory, "src");
+  EXPECT_EQ(run.shares[0].cache_ms, 1000u);
+  EXPECT_FALSE(run.shares[0].read_only);
+  EXPECT_EQ(run.shares[1].directory, "/a:b/c");
+  EXPECT_EQ(run.shares[1].tag, "work");
+  EXPECT_EQ(run.shares[1].own_id, 7u);
+  EXPECT_EQ(run.shares[1].cache_ms, 60'000u);
+  EXPECT_TRUE(run.shares[1].read_only);
+  for (const char* bad : {"d,cache=", "d,cache=-1", "d,cache=1.5", "d,cache=86401", "d,cache"}) {
+    EXPECT_NE(error_of({"run", "--kernel", "k", "--share", bad}).find("cache"), std::string::npos) << bad;
+  }
+}
+
 TEST(Options, Networks) {
   auto command = parse_command_line({"run", "--kernel", "k", "--net", "user,hostfwd=tcp::2222-:22", "--net", "tap,ifname=t0",
                                      "--vsock", "socket=a.sock,cid=7"});

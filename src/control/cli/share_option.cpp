@@ -31,9 +31,13 @@ Result<ShareOption> parse_share_option(const std::string& text) {
       auto id = parse_count(w.substr(6), "--share " + printable(share.directory) + ": owner", 0, 0xfffffffe);
       if (!id) return id.error();
       share.own_id = static_cast<u32>(*id);
+    } else if (w.rfind("cache=", 0) == 0) {
+      auto seconds = parse_count(w.substr(6), "--share " + printable(share.directory) + ": cache", 0, 86400);
+      if (!seconds) return seconds.error();
+      share.cache_ms = static_cast<u32>(*seconds * 1000);
     } else {
       return Error::of(EINVAL, "--share " + printable(share.directory) + ": '" + printable(w) +
-                                   "' is none of ro and owner= (write ,, for a comma in the path)");
+                                   "' is none of ro, owner= and cache= (write ,, for a comma in the path)");
     }
   }
   return share;

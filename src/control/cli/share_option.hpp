@@ -8,7 +8,7 @@
 
 namespace ring3::control {
 
-/// --share DIR[:TAG][,ro][,owner=ID]
+/// --share DIR[:TAG][,ro][,owner=ID][,cache=SECONDS]
 struct ShareOption {
   std::string directory;
   std::string tag;         ///< what the guest mounts; empty: share, share1, ... by its place

@@ -47,6 +47,7 @@ Result<std::unique_ptr<Server>> Server::create(UniqueFd root, UniqueFd proc_fds,
   node.inode = info.st_ino;
   node.type = S_IFDIR;
   server->inodes_.set_root(std::move(node));
+  if (options.most_nodes != 0) server->inodes_.set_limit(options.most_nodes);
   return server;
 }
 
@@ -166,13 +167,14 @@ int Server::find(const Node& parent, const char* name, NodePtr& node, struct sta
   if (parent.opaque) return -ENOENT;
   Node found;
   found.fd = open_beneath(parent.fd.get(), name, O_PATH | O_NOFOLLOW);
+  if (!found.fd && errno == EMFILE && inodes_.close_some(16)) found.fd = open_beneath(parent.fd.get(), name, O_PATH | O_NOFOLLOW);
   if (!found.fd) return -errno;
   if (fstatat(found.fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return -errno;
   found.device = info.st_dev;
   found.inode = info.st_ino;
   found.type = info.st_mode & S_IFMT;
   found.opaque = found.device != parent.device && is_kernel_interface(found.fd.get());
-  node = inodes_.add(std::move(found));
+  node = inodes_.add(std::move(found), parent.id, name);
   return 0;
 }
 
@@ -424,7 +426,14 @@ int Server::rename(const fuse_in_header& h, Arguments& in, bool two) {
   const char* new_name = in.name();
   if (name == nullptr || new_name == nullptr) return -EINVAL;
   if (from->opaque || to->opaque) return -EACCES;
-  return ::renameat2(from->fd.get(), name, to->fd.get(), new_name, flags) == 0 ? 0 : -errno;
+  if (::renameat2(from->fd.get(), name, to->fd.get(), new_name, flags) != 0) return -errno;
+  const auto tell = [&](const Node& parent, const char* at) {
+    struct stat info {};
+    if (fstatat(parent.fd.get(), at, &info, AT_SYMLINK_NOFOLLOW) == 0) inodes_.renamed(info.st_dev, info.st_ino, parent.id, at);
+  };
+  tell(*to, new_name);
+  if ((flags & RENAME_EXCHANGE) != 0) tell(*from, name);
+  return 0;
 }
 
 int Server::link(const fuse_in_header& h, Arguments& in, Reply& out) {
@@ -447,7 +456,11 @@ int Server::link(const fuse_in_header& h, Arguments& in, Reply& out) {
 int Server::reopen(const Node& node, int flags, UniqueFd& fd) const {
   // Only these two kinds: to open a FIFO may wait for ever, to open a device may do anything.
   if (!S_ISREG(node.type) && !S_ISDIR(node.type)) return -ENXIO;
-  fd.reset(::openat(proc_fds_.get(), std::to_string(node.fd.get()).c_str(), flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK));
+  const auto open = [&] {
+    fd.reset(::openat(proc_fds_.get(), std::to_string(node.fd.get()).c_str(), flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK));
+  };
+  open();
+  if (!fd && errno == EMFILE && inodes_.close_some(16)) open();
   return fd ? 0 : -errno;
 }
 
@@ -461,10 +474,11 @@ int Server::drop_id_bits(int fd) const {
   return fchmodat(proc_fds_.get(), std::to_string(fd).c_str(), info.st_mode & 07777 & ~drop, 0) == 0 ? 0 : -errno;
 }
 
-int Server::add_open(UniqueFd fd, bool is_directory, u64& handle) {
+int Server::add_open(UniqueFd fd, NodePtr node, u64& handle) {
   auto file = std::make_shared<Open>();
+  file->directory = S_ISDIR(node->type);
+  file->node = std::move(node);
   file->fd = std::move(fd);
-  file->directory = is_directory;
   const std::lock_guard lock(open_mutex_);
   if (open_.size() >= kMostOpen) return -ENFILE;
   handle = next_handle_++;
@@ -497,7 +511,7 @@ int Server::open(const fuse_in_header& h, Arguments& in, Reply& out, bool is_dir
     if (const int error = drop_id_bits(fd.get()); error != 0) return error;
   }
   fuse_open_out answer{};
-  if (const int error = add_open(std::move(fd), is_directory, answer.fh); error != 0) return error;
+  if (const int error = add_open(std::move(fd), node, answer.fh); error != 0) return error;
   // AUTO_INVAL_DATA drops the pages of a file that has changed; those of others may stay.
   if (!is_directory) answer.open_flags = FOPEN_KEEP_CACHE;
   return out.put(answer) ? 0 : -EINVAL;
@@ -512,7 +526,11 @@ int Server::create_file(const fuse_in_header& h, Arguments& in, Reply& out) {
   if (parent->opaque) return -EACCES;
   const int flags = host_flags(want.flags);
   // Always O_EXCL first: what exists may be a FIFO or a device, and is looked at before it is opened.
-  UniqueFd fd = open_beneath(parent->fd.get(), name, (flags & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_NONBLOCK, want.mode & 07777);
+  const auto make = [&] {
+    return open_beneath(parent->fd.get(), name, (flags & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_NONBLOCK, want.mode & 07777);
+  };
+  UniqueFd fd = make();
+  if (!fd && errno == EMFILE && inodes_.close_some(16)) fd = make();
   const bool is_new = static_cast<bool>(fd);
   if (!is_new && (errno != EEXIST || (want.flags & O_EXCL) != 0)) return -errno;
   NodePtr node;
@@ -532,8 +550,8 @@ int Server::create_file(const fuse_in_header& h, Arguments& in, Reply& out) {
     error = S_ISDIR(node->type) ? -EISDIR : reopen(*node, flags, fd);
     if (error == 0 && (want.open_flags & FUSE_OPEN_KILL_SUIDGID) != 0 && options_.privileged) error = drop_id_bits(fd.get());
   }
-  if (error == 0 && fstatat(node->fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) error = -errno;
-  if (error == 0) error = add_open(std::move(fd), false, handle);
+  if (error == 0 && !is_new && fstatat(node->fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) error = -errno;
+  if (error == 0) error = add_open(std::move(fd), node, handle);
   if (error != 0) {
     inodes_.forget(node->id, 1);
     return error;

@@ -53,6 +53,7 @@ class Server {
     bool privileged = false;        ///< may set owners
     std::optional<u32> own_id;      ///< the guest's uid and gid of files of this process's user; nothing: 1:1
     u32 cache_ms = 1000;
+    std::size_t most_nodes = 0;     ///< descriptors kept for inodes the guest knows; 0: no limit but the process's own
   };
   static constexpr u32 kMostData = 1 << 20;                  ///< of one READ or WRITE
   static constexpr std::size_t kMostMessage = kMostData + 4096;
@@ -67,12 +68,15 @@ class Server {
 
   /// For tests: inodes the guest knows, the root included; open files and directories.
   std::size_t inodes() const { return inodes_.size(); }
+  std::size_t descriptors() const { return inodes_.kept(); }
+  void close_descriptors() { inodes_.close_some(~std::size_t{0}); }
   std::size_t open_files() const;
 
  private:
   struct Open {
     UniqueFd fd;
     bool directory = false;
+    std::shared_ptr<const Node> node;  ///< kept, though the guest looks at other inodes meanwhile
     std::mutex mutex;  ///< the directory position
   };
   using NodePtr = std::shared_ptr<const Node>;
@@ -115,7 +119,7 @@ class Server {
   int adopt(const fuse_in_header& h, const Node& parent, int fd, u32 mode);
   int reopen(const Node& node, int flags, UniqueFd& fd) const;
   int drop_id_bits(int fd) const;
-  int add_open(UniqueFd fd, bool directory, u64& handle);
+  int add_open(UniqueFd fd, NodePtr node, u64& handle);
   OpenPtr opened(u64 handle) const;
   NodePtr directory(u64 nodeid) const;
   void to_attr(const struct stat& info, const Node& node, fuse_attr& attr) const;

@@ -55,7 +55,7 @@ sandbox::JailPolicy policy() {
   sandbox::JailPolicy p;
   p.role = "share";
   for (const int nr :
-       {SYS_openat2, SYS_openat, SYS_close, SYS_newfstatat, SYS_fstat, SYS_fstatfs, SYS_readlinkat, SYS_symlinkat, SYS_mknodat, SYS_mkdirat,
+       {SYS_openat2, SYS_openat, SYS_close, SYS_newfstatat, SYS_statx, SYS_fstat, SYS_fstatfs, SYS_readlinkat, SYS_symlinkat, SYS_mknodat, SYS_mkdirat,
         SYS_unlinkat, SYS_renameat, SYS_renameat2, SYS_linkat, SYS_pread64, SYS_pwrite64, SYS_fsync, SYS_fdatasync, SYS_syncfs, SYS_fallocate, SYS_lseek,
         SYS_copy_file_range, SYS_getdents64, SYS_fchownat, SYS_fchmodat, SYS_utimensat, SYS_ftruncate,
         // The socket, the locks and the memory of the C library.

@@ -30,8 +30,9 @@ struct NearChannel {
     kIdle = 0,
     kAsked = 1,     ///< VMM: a request; the answer is waited for here
     kUnwatched = 2, ///< VMM: no longer; it is to come by the socket
-    kAnswered = 3,  ///< server, after kAsked
+    kAnswered = 3,  ///< server, after kAsked or kAwaited
     kSent = 4,      ///< server, after kUnwatched: the socket has it
+    kAwaited = 5,   ///< VMM, after kAsked: its thread sleeps and is to be woken
   };
   std::atomic<u32> state;
   SlotRequest request;

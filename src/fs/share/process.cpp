@@ -99,15 +99,17 @@ void wake(std::atomic<u32>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, 1, nul
   NearChannel& near = near_channel(arena);
   for (;;) {
     u32 state = near.state.load(std::memory_order_acquire);
-    if (state != NearChannel::kAsked && state != NearChannel::kUnwatched) {
+    if (state != NearChannel::kAsked && state != NearChannel::kAwaited && state != NearChannel::kUnwatched) {
       wait_while(near.state, state, nullptr);
       continue;
     }
     if (near.request.slot >= ShareProcess::kSlots) _exit(0);
     const SlotAnswer answer = serve_slot(near.request, arena, server);
     near.answer.store(u64{answer.slot} << 32 | answer.length, std::memory_order_relaxed);
+    // Mostly this thread has taken the CPU from the one that asks before that could go to sleep: then there is nobody to wake.
     state = NearChannel::kAsked;
-    if (near.state.compare_exchange_strong(state, NearChannel::kAnswered, std::memory_order_acq_rel)) {
+    if (near.state.compare_exchange_strong(state, NearChannel::kAnswered, std::memory_order_acq_rel)) continue;
+    if (state == NearChannel::kAwaited && near.state.compare_exchange_strong(state, NearChannel::kAnswered, std::memory_order_acq_rel)) {
       wake(near.state);
     } else {
       near.state.store(NearChannel::kSent, std::memory_order_release);
@@ -132,9 +134,9 @@ bool stay_on(int cpu, pid_t thread) {
     _exit(1);
   };
   rlimit files{};
-  if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
-    files.rlim_cur = files.rlim_max;  // a descriptor for each inode that the guest knows
-    setrlimit(RLIMIT_NOFILE, &files);
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur != files.rlim_max) {
+    files.rlim_cur = files.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &files) != 0) getrlimit(RLIMIT_NOFILE, &files);
   }
   umask(0);  // the guest has applied its own
   UniqueFd proc(open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC));
@@ -145,6 +147,9 @@ bool stay_on(int cpu, pid_t thread) {
   options.privileged = privileged;
   options.own_id = config.own_id;
   options.cache_ms = config.cache_ms;
+  // A descriptor for each inode that the guest knows, as far as they go: open files want some too.
+  const u64 most = files.rlim_cur;
+  options.most_nodes = static_cast<std::size_t>(most > 4 * Server::kMostOpen ? most - Server::kMostOpen - 64 : std::max<u64>(most / 2, 8));
   const int directory = root.get();
   UniqueFd for_jail(fcntl(directory, F_DUPFD_CLOEXEC, 3));
   auto server = Server::create(std::move(root), std::move(proc), options);
@@ -278,14 +283,15 @@ bool ShareProcess::submit_near(u32 slot, std::size_t length, std::size_t room) {
 
 bool ShareProcess::await(std::chrono::nanoseconds most) {
   std::atomic<u32>& state = near().state;
-  if (state.load(std::memory_order_acquire) != NearChannel::kAsked) return true;
+  u32 asked = NearChannel::kAsked;
+  if (!state.compare_exchange_strong(asked, NearChannel::kAwaited, std::memory_order_acq_rel)) return true;
   // This thread sleeps, and the other gets its CPU. It must wake there too, and not on one that is idle: that would cost as much again.
   cpu_set_t before;
   const bool held = sched_getaffinity(0, sizeof before, &before) == 0 && stay_on(sched_getcpu(), 0);
   const timespec time{0, static_cast<long>(std::min<std::chrono::nanoseconds>(most, std::chrono::milliseconds(100)).count())};
-  wait_while(state, NearChannel::kAsked, &time);
+  wait_while(state, NearChannel::kAwaited, &time);
   if (held) sched_setaffinity(0, sizeof before, &before);
-  u32 asked = NearChannel::kAsked;
+  asked = NearChannel::kAwaited;
   return !state.compare_exchange_strong(asked, NearChannel::kUnwatched, std::memory_order_acq_rel);
 }
 
@@ -323,6 +329,10 @@ ShareProcess::Received ShareProcess::receive(Answer& answer) {
   }
 }
 
+bool ShareProcess::expects_more() const {
+  return std::any_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.state == State::kSubmitted || s.state == State::kAbandoned; });
+}
+
 ShareProcess::Received ShareProcess::receive_near(Answer& answer) {
   if (!near_slot_ || near().state.load(std::memory_order_acquire) != NearChannel::kAnswered) return Received::kNone;
   const u64 answered = near().answer.load(std::memory_order_relaxed);
@@ -347,9 +357,11 @@ ShareProcess::Received ShareProcess::finish(u32 index, u32 length, Answer& answe
 
 void ShareProcess::abandon() {
   // What nobody waits for any more comes by the socket, or is there.
-  u32 asked = NearChannel::kAsked;
-  near().state.compare_exchange_strong(asked, NearChannel::kUnwatched, std::memory_order_acq_rel);
-  if (near_slot_ && asked == NearChannel::kAnswered) {
+  u32 state = near().state.load(std::memory_order_acquire);
+  while ((state == NearChannel::kAsked || state == NearChannel::kAwaited) &&
+         !near().state.compare_exchange_weak(state, NearChannel::kUnwatched, std::memory_order_acq_rel)) {
+  }
+  if (near_slot_ && state == NearChannel::kAnswered) {
     slots_[*near_slot_].state = State::kHeld;
     near_slot_.reset();
   }

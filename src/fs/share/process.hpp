@@ -76,6 +76,8 @@ class ShareProcess {
   /// What await() has seen come: once for each time that it was true, unless abandon() came between. Until then the near thread
   /// counts as busy: nobody else waits for it meanwhile.
   Received receive_near(Answer& answer);
+  /// Whether answers are under way that come by fd().
+  bool expects_more() const;
   /// Forgets what is under way: its answers are thrown away when they come.
   void abandon();
 

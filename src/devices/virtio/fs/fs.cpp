@@ -179,8 +179,10 @@ void Fs::tell() {
 void Fs::take_answers(bool near) {
   fs::ShareProcess::Answer answer;
   Queue* queue = nullptr;
-  while (!gone_) {
-    const auto received = std::exchange(near, false) ? process_->receive_near(answer) : process_->receive(answer);
+  for (bool first = near; !gone_; first = false) {
+    // A system call less for most requests: nothing else is under way. That the process is gone, the device's thread sees.
+    if (near && !first && !process_->expects_more()) break;
+    const auto received = first ? process_->receive_near(answer) : process_->receive(answer);
     if (received == fs::ShareProcess::Received::kGone) return give_up("its process has ended");
     if (received == fs::ShareProcess::Received::kNone) break;
     InFlight& request = in_flight_[answer.slot];
