@@ -1,6 +1,7 @@
 """ring3 image beside qemu-img: qemu_test.py RING3 [unittest arguments]. Skipped where qemu-img is absent."""
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -90,6 +91,40 @@ class Qemu(unittest.TestCase):
         image("resize", "--shrink", "o.qcow2", "5M")
         run("qemu-img", "check", "-q", "o.qcow2")
         self.assertEqual(json.loads(image("info", "--json", "o.qcow2").stdout)["virtual-size"], 5 << 20)
+
+    def test_resize_in_pieces_with_a_bar(self):
+        def on_a_terminal(*words):
+            outer, inner = pty.openpty()
+            done = subprocess.Popen([RING3, "image", *words], stderr=inner, stdout=subprocess.DEVNULL)
+            os.close(inner)
+            seen = b""
+            try:
+                while data := os.read(outer, 4096):
+                    seen += data
+            except OSError:
+                pass  # EIO: the other end is closed
+            os.close(outer)
+            self.assertEqual(done.wait(), 0, seen)
+            return seen
+        with open("large.raw", "wb") as f:  # what must not appear
+            for gib in (0, 1, 2):
+                f.seek((gib << 30) + (300 << 20))
+                f.write(b"old" * 30000)
+            f.truncate((3 << 30) + 512)
+        image("create", "-b", "large.raw", "-F", "raw", "o.qcow2")
+        for at in ("100M", "1G", "2500M"):
+            run("qemu-io", "-f", "qcow2", "-c", "write -P 7 %s 1M" % at, "o.qcow2")
+        self.assertRegex(on_a_terminal("resize", "--shrink", "o.qcow2", "150M"), rb"resizing \[#.* [0-9]+% of 2\.85 GiB")
+        bar = on_a_terminal("resize", "o.qcow2", "4G")
+        self.assertRegex(bar, rb"resizing \[#{40}\] 100% of 2\.85 GiB")
+        self.assertTrue(bar.endswith(b"\x1b[K"), bar[-100:])
+        run("qemu-img", "check", "-q", "o.qcow2")
+        with open("want.raw", "wb") as f:
+            f.seek(100 << 20)
+            f.write(b"\7" * (1 << 20))
+            f.truncate(4 << 30)
+        run("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "want.raw", "o.qcow2")
+        self.assertEqual(image("resize", "--shrink", "o.qcow2", "1M").stderr, "")  # no terminal, no bar
 
     def test_what_was_made_is_told_to_programs(self):
         def told(*words):

@@ -445,7 +445,12 @@ int resize(const Wanted& w) {
   if (size % 512 != 0) return say_error("a disk's size is a multiple of 512 bytes");
   if (size < now && !w.shrink) return say_error("this makes the disk smaller and loses what stands at its end; add --shrink if that is meant");
   if (auto* q = dynamic_cast<Qcow2Image*>(image->get())) {
-    if (auto r = q->resize(size); !r) return say_error(r.error().message);
+    std::optional<Progress> bar;
+    const auto progress = [&](u64 finished, u64 total) {
+      if (!bar) bar.emplace("resizing", total);
+      bar->at(finished);
+    };
+    if (auto r = q->resize(size, progress); !r) return say_error(r.error().message);
   } else if (auto* raw = dynamic_cast<RawImage*>(image->get())) {
     if (const int r = raw->file().truncate(size); r < 0) return say_error("'" + w.path + "': " + std::strerror(-r));
   }

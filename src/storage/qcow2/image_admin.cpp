@@ -163,7 +163,16 @@ int Qcow2Image::drop_clusters(u64 offset, u64 bytes) {
   return 0;
 }
 
-Status Qcow2Image::resize(u64 size) {
+Status Qcow2Image::resize(u64 size, const std::function<void(u64 done, u64 total)>& progress) {
+  // A piece at a time, so that there is something to tell; whole clusters.
+  const auto by_pieces = [&](u64 from, u64 to, const auto& change) {
+    constexpr u64 kPiece = u64{1} << 30;
+    for (u64 at = from; at < to; at = std::min(to, at + kPiece)) {
+      if (const int r = change(at, std::min(to - at, kPiece)); r < 0) return r;
+      if (progress) progress(std::min(to, at + kPiece) - from, to - from);
+    }
+    return 0;
+  };
   const std::string what = "resizing " + name_;
   if (size > u64{1} << 62 || header_.l1_needed(size) * 8 > kMaxL1Bytes) {
     return Error::of(EFBIG, name_ + ": a disk of this size wants larger clusters");
@@ -174,7 +183,7 @@ Status Qcow2Image::resize(u64 size) {
   const u64 old_size = header_.size;
   if (size < old_size) {
     const u64 from = header_.round_up(size);
-    if (const int r = from < header_.round_up(old_size) ? discard(from, old_size - std::min(from, old_size)) : 0; r < 0) return failed(what, r);
+    if (const int r = by_pieces(from, old_size, [&](u64 at, u64 n) { return discard(at, n); }); r < 0) return failed(what, r);
     // A discard leaves "zeroes" over a backing file: nothing of the disk may stand past its end when it grows again.
     if (size % header_.cluster_size() != 0) {
       if (const int r = zero_bytes(size, std::min(from, old_size) - size); r < 0) return failed(what, r);
@@ -207,7 +216,9 @@ Status Qcow2Image::resize(u64 size) {
   if (r < 0) return failed(what, r);
   // What a backing file has past the old end must not appear.
   if (size > old_size && backing_ && backing_->size() > old_size) {
-    r = write_zeroes(old_size, std::min(size, backing_->size()) - old_size, true);
+    const u64 start = std::min(header_.round_up(old_size), std::min(size, backing_->size()));
+    r = write_zeroes(old_size, start - old_size, true);
+    if (r == 0) r = by_pieces(start, std::min(size, backing_->size()), [&](u64 at, u64 n) { return write_zeroes(at, n, true); });
     if (r == 0) r = commit();
     if (r < 0) return failed(what, r);
   }

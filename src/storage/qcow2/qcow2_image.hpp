@@ -96,7 +96,8 @@ class Qcow2Image final : public Image {
 
   enum class Preallocation { kOff, kMetadata, kFalloc, kFull };
   int preallocate(Preallocation mode, u64 from, u64 to, const std::function<void(u64)>& progress);
-  Status resize(u64 size);
+  /// `progress` is told of bytes of the disk that were dealt with, and of how many there are: those cut off, or those that a backing file would show.
+  Status resize(u64 size, const std::function<void(u64 done, u64 total)>& progress = {});
 
   Result<std::vector<SnapshotInfo>> snapshots();
   Status create_snapshot(const std::string& name, u64 seconds, u32 nanoseconds);
