@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 
@@ -144,6 +145,23 @@ class WrittenAndRead(Disk):
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
         self.assertEqual(result.returncode, 0, result.stdout[-1000:] + result.stderr)
         self.assertIn(b"through hvc0", result.stdout)
+
+
+    def test_a_guest_without_the_consoles_driver_is_not_waited_for_without_a_word(self):
+        # Its driver would be a module, and there is no initrd: it panics, and nobody sees it.
+        command = [support.RING3, "run", "--engine", ENGINE, "--kernel", os.path.join(FILES, "vmlinuz-cloud"), "-m", "512M", "--console", "virtio",
+                   "--append", "console=hvc0"]
+        vm = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        watchdog = threading.Timer(PATIENCE, vm.kill)
+        watchdog.start()
+        line = vm.stderr.readline()
+        vm.terminate()
+        vm.terminate()
+        out, rest = vm.communicate()
+        watchdog.cancel()
+        self.assertRegex(line, "nothing on the console yet: .*virtio_console")
+        self.assertEqual(out, "")
+        self.assertNotIn("nothing on the console", rest)
 
 
 class Refused(Disk):

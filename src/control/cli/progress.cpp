@@ -2,6 +2,9 @@
 
 #include <unistd.h>
 
+#include <utility>
+
+#include "base/log.hpp"
 #include "vmm/machine/threads.hpp"
 
 namespace ring3::control {
@@ -21,6 +24,22 @@ void BootProgress::finish() {
   }
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
+  if (watch_.joinable()) watch_.join();
+}
+
+void BootProgress::when_silent(std::chrono::milliseconds silence, std::function<std::string()> look) {
+  watch_ = vmm::start_thread("silence", [this, silence, look = std::move(look)] { watch(silence, look); });
+}
+
+void BootProgress::watch(std::chrono::milliseconds silence, const std::function<std::string()>& look) {
+  std::unique_lock lock(mutex_);
+  if (changed_.wait_for(lock, silence, [this] { return end_ || wrote_; })) return;
+  lock.unlock();  // look() may wait for one who writes
+  const std::string warning = look();
+  lock.lock();
+  if (end_ || wrote_ || warning.empty()) return;
+  erase();
+  log::warn("{}", warning);
 }
 
 void BootProgress::erase() {
@@ -35,6 +54,7 @@ bool BootProgress::write(std::span<const u8> bytes) {
     const std::lock_guard lock(mutex_);
     if (!end_) {
       stage_.observe(bytes);
+      if (!bytes.empty() && !std::exchange(wrote_, true)) changed_.notify_all();
       last_output_ = Clock::now();
       if (!bytes.empty()) at_line_start_ = bytes.back() == '\n' || bytes.back() == '\r';
       if (same_terminal_) erase();

@@ -1,6 +1,7 @@
 #pragma once
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -26,13 +27,17 @@ class BootProgress final : public vmm::Console {
   vmm::ConsoleInput read(std::span<u8> into) override { return inner_.read(into); }
   void cancel() override { inner_.cancel(); }
 
-  /// No line any more.
+  /// Asks `look` once, when the guest has written nothing for `silence` since the start, and logs the warning that it gives, if any.
+  /// `look` is called on a thread of this object's, until finish().
+  void when_silent(std::chrono::milliseconds silence, std::function<std::string()> look);
+  /// No line any more, and no warning.
   void finish();
 
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr auto kQuiet = std::chrono::milliseconds(1500);
   void run();
+  void watch(std::chrono::milliseconds silence, const std::function<std::string()>& look);
   void erase();
 
   vmm::Console& inner_;
@@ -45,8 +50,9 @@ class BootProgress final : public vmm::Console {
   Clock::time_point last_output_ = began_;
   bool at_line_start_ = true;  ///< of the guest's output
   bool shown_ = false;
+  bool wrote_ = false;         ///< the guest wrote something
   bool end_ = false;
-  std::thread thread_;
+  std::thread thread_, watch_;
 };
 
 }  // namespace ring3::control

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
@@ -173,6 +174,9 @@ Result<std::unique_ptr<kvm::Endpoint>> make_engine(const RunOptions& options, En
   return system;
 }
 
+/// A guest that writes nothing for so long, and has no driver to do so, is not waited for without a word.
+constexpr std::chrono::seconds kSilent{20};
+
 vmm::MachineConfig machine_config(const RunOptions& options) {
   vmm::MachineConfig config;
   config.name = options.name;
@@ -323,7 +327,6 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
   }
   auto machine = vmm::Machine::create(std::move(config), std::move(*system), progress);
   if (!machine) return fail(machine.error().message);
-
   if (background != nullptr) {
     vms::VmInfo info;
     info.started = static_cast<u64>(time(nullptr));
@@ -341,6 +344,13 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
     if (!terminal) return fail(terminal.error().message);
     ending.set_machine(machine->get());
     if (on_this_terminal) ending.resize_console();
+    if (options.virtio_console) {
+      progress.when_silent(kSilent, [&m = **machine]() -> std::string {
+        if (m.console_has_driver()) return "";
+        return "nothing on the console yet: the guest has no driver for a virtio console. Linux wants virtio_pci and virtio_console in its kernel or "
+               "initrd; without --console virtio it has a serial port (console=ttyS0)";
+      });
+    }
     outcome = (*machine)->run();
     ending.set_machine(nullptr);
     progress.finish();

@@ -57,6 +57,8 @@ class Board {
   std::size_t input_room() const { return console_ ? console_->room(0) : uart_->room(); }
   void input(std::span<const u8> bytes);
   void resize_console(u16 columns, u16 rows);
+  /// False: the guest has no driver for the virtio console that this machine has.
+  bool console_has_driver() const { return !console_ || console_->started(); }
   devices::Rtc& rtc() { return *rtc_; }
   devices::AcpiPm& pm() { return *pm_; }
 

@@ -403,6 +403,11 @@ void Machine::resize_console(u16 columns, u16 rows) {
   if (impl_->board) impl_->board->resize_console(columns, rows);
 }
 
+bool Machine::console_has_driver() const {
+  const std::lock_guard lock(impl_->mutex);
+  return !impl_->board || impl_->board->console_has_driver();
+}
+
 bool Machine::press_power_button() {
   std::lock_guard lock(impl_->mutex);
   return impl_->board && impl_->board->pm().press_power_button();

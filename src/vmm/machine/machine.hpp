@@ -94,6 +94,8 @@ class Machine {
   void resume();
   /// The terminal's size; a virtio console tells the guest. Before run() too. Any thread.
   void resize_console(u16 columns, u16 rows);
+  /// False: the console is a virtio-console, and the guest has no driver for it, or not yet. Any thread.
+  bool console_has_driver() const;
   /// The ACPI power button: a guest that listens shuts down. False: it does not listen, or has not come so far.
   bool press_power_button();
 

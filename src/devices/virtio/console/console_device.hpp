@@ -48,6 +48,11 @@ class ConsoleDevice final : public Device {
   /// Input for the guest: what room() allows is kept, the rest dropped.
   void receive(std::size_t port, std::span<const u8> bytes);
   void resize(u16 columns, u16 rows);
+  /// A driver has the device. Threading: any.
+  bool started() const {
+    const std::lock_guard lock(mutex_);
+    return running_;
+  }
 
  private:
   struct Control {
