@@ -140,6 +140,9 @@ class Share(unittest.TestCase):
             os.mkdir(d)
             with open(os.path.join(d, "file"), "w") as f:
                 f.write("old")
+            with open(os.path.join(d, "gone"), "w") as f:
+                f.write("x")
+            os.utime(d, (1e9, 1e9))  # so that its listing is kept
 
         def change():
             # When the guest has looked at all of it.
@@ -151,19 +154,20 @@ class Share(unittest.TestCase):
                     f.write("newer")
                 with open(os.path.join(d, "made"), "w") as f:
                     f.write("x")
+                os.unlink(os.path.join(d, "gone"))
             self.put("changed", b"")
 
         thread = threading.Thread(target=change)
         thread.start()
         out = self.shared("""
             mkdir /second /long; mount -t virtiofs second /second; mount -t virtiofs long /long
-            for d in /second /long; do cat $d/file; stat $d/made 2> /dev/null; done > /dev/null
+            for d in /second /long; do cat $d/file; stat $d/made 2> /dev/null; ls $d; ls $d; done > /dev/null
             touch looked; while ! ls | grep -q changed; do sleep 0.1; done; sleep 1.5
-            for d in /second /long; do echo $d: $(cat $d/file) $(stat -c %s $d/made 2> /dev/null || echo none); done
-            echo mine > /long/made; echo own: $(cat /long/made)
+            for d in /second /long; do echo $d: $(cat $d/file) $(stat -c %s $d/made 2> /dev/null || echo none); done; echo $(ls /second)
+            echo mine > /long/made; echo own: $(cat /long/made) $(ls /long)
             """, "--share", second + ":second", "--share", long + ":long,cache=86400")
         thread.join()
-        self.assertIn("\n/second: newer 1\n/long: old none\nown: mine\n", out, out[-2000:])
+        self.assertIn("\n/second: newer 1\n/long: old none\nfile made\nown: mine file made\n", out, out[-2000:])
 
     def test_two_vcpus_at_once(self):
         out = self.shared("""

@@ -270,6 +270,32 @@ TEST_F(Fuse, DirectoriesAreListedWhole) {
   EXPECT_EQ(client.server->open_files(), 0u);
 }
 
+TEST_F(Fuse, ListingsAreKeptByTheGuestOnceTheDirectoryHasSettled) {
+  ASSERT_EQ(client.mkdir(kRoot, "d"), 0);
+  const u64 d = client.get<fuse_entry_out>().nodeid;
+  const auto flags = [&](Client& of) {
+    u64 handle = 0;
+    EXPECT_EQ(of.open_node(d, O_RDONLY, handle, true), 0);
+    return of.get<fuse_open_out>().open_flags;
+  };
+  // What changes now, and once more in the same tick of the clock, has one time stamp.
+  EXPECT_EQ(flags(client), 0u);
+  const std::string path = tree.root + "/d";
+  const auto age = [&](long seconds) {
+    timespec times[2] = {{0, UTIME_OMIT}, {time(nullptr) + seconds, 0}};
+    ASSERT_EQ(utimensat(AT_FDCWD, path.c_str(), times, 0), 0);
+  };
+  age(-10);
+  EXPECT_EQ(flags(client), static_cast<u32>(FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE));
+  age(+10);
+  EXPECT_EQ(flags(client), 0u);
+  age(-10);
+  Client never{tree.root, {false, geteuid() == 0, std::nullopt, 0}};
+  ASSERT_EQ(never.init(), 0);
+  ASSERT_EQ(never.lookup(kRoot, "d"), d);
+  EXPECT_EQ(flags(never), 0u);
+}
+
 TEST_F(Fuse, HolesSpaceAndCopies) {
   u64 fh = 0, to = 0;
   ASSERT_EQ(client.create(kRoot, "sparse", O_RDWR, 0600, fh), 0);

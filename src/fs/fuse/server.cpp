@@ -6,6 +6,7 @@
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -486,6 +487,16 @@ int Server::add_open(UniqueFd fd, NodePtr node, u64& handle) {
   return 0;
 }
 
+/// The guest keeps a listing until it sees another modification time. Time stamps are as coarse as the host's clock tick: of a directory that
+/// has changed just now, a further change might show the same one, and would never be seen.
+bool Server::listing_may_be_kept(const Open& directory) const {
+  constexpr i64 kSettled = 2;  // seconds
+  struct stat info {};
+  timespec now{};
+  if (options_.cache_ms == 0 || fstat(directory.fd.get(), &info) != 0 || clock_gettime(CLOCK_REALTIME, &now) != 0) return false;
+  return info.st_mtim.tv_sec < now.tv_sec - kSettled;
+}
+
 Server::OpenPtr Server::opened(u64 handle) const {
   const std::lock_guard lock(open_mutex_);
   const auto it = open_.find(handle);
@@ -514,6 +525,7 @@ int Server::open(const fuse_in_header& h, Arguments& in, Reply& out, bool is_dir
   if (const int error = add_open(std::move(fd), node, answer.fh); error != 0) return error;
   // AUTO_INVAL_DATA drops the pages of a file that has changed; those of others may stay.
   if (!is_directory) answer.open_flags = FOPEN_KEEP_CACHE;
+  else if (listing_may_be_kept(*opened(answer.fh))) answer.open_flags = FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR;
   return out.put(answer) ? 0 : -EINVAL;
 }
 

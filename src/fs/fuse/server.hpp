@@ -43,7 +43,7 @@ class Reply;
 ///            it (HANDLE_KILLPRIV_V2; else it would ask for attributes before each chown).
 /// Caching:   names and attributes may be kept by the guest for Options::cache_ms, but attributes of files with such bits not at
 ///            all, since it is not told when they go; file data until the size or
-///            modification time changes. Writes go through to the host's page cache.
+///            modification time changes, a directory's listing until its modification time does. Writes go through to the host's page cache.
 /// Threading: handle() on any number of threads at once.
 /// Trust:     requests are hostile. A handler checks what it is given; an answer never is longer than `reply`.
 class Server {
@@ -121,6 +121,7 @@ class Server {
   int drop_id_bits(int fd) const;
   int add_open(UniqueFd fd, NodePtr node, u64& handle);
   OpenPtr opened(u64 handle) const;
+  bool listing_may_be_kept(const Open& directory) const;
   NodePtr directory(u64 nodeid) const;
   void to_attr(const struct stat& info, const Node& node, fuse_attr& attr) const;
   /// For fuse_entry_out and fuse_attr_out.
