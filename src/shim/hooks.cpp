@@ -19,6 +19,7 @@
 #include "shim/exec.hpp"
 #include "shim/heap.hpp"
 #include "shim/kvm.hpp"
+#include "shim/reach.hpp"
 #include "shim/real.hpp"
 #include "shim/signals.hpp"
 
@@ -344,20 +345,25 @@ HOOK long syscall(long number, ...) {
 }
 
 // ---- exec: the preload goes along ----
+// A name without a slash that the path is searched for is not looked at.
 
 HOOK int execve(const char* path, char* const* argv, char* const* env) {
+  warn_if_out_of_reach(path);
   RING3_CARRY(carried, env);
   return real::execve(path, argv, carried);
 }
 HOOK int execv(const char* path, char* const* argv) {
+  warn_if_out_of_reach(path);
   RING3_CARRY(carried, environ);
   return real::execve(path, argv, carried);
 }
 HOOK int execvpe(const char* file, char* const* argv, char* const* env) {
+  warn_if_out_of_reach(file);
   RING3_CARRY(carried, env);
   return real::execvpe(file, argv, carried);
 }
 HOOK int execvp(const char* file, char* const* argv) {
+  warn_if_out_of_reach(file);
   RING3_CARRY(carried, environ);
   return real::execvpe(file, argv, carried);
 }
@@ -367,11 +373,13 @@ HOOK int fexecve(int fd, char* const* argv, char* const* env) {
 }
 HOOK int posix_spawn(pid_t* pid, const char* path, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
                      char* const* argv, char* const* env) {
+  warn_if_out_of_reach(path);
   RING3_CARRY(carried, env);
   return real::posix_spawn(pid, path, actions, attr, argv, carried);
 }
 HOOK int posix_spawnp(pid_t* pid, const char* file, const posix_spawn_file_actions_t* actions,
                       const posix_spawnattr_t* attr, char* const* argv, char* const* env) {
+  warn_if_out_of_reach(file);
   RING3_CARRY(carried, env);
   return real::posix_spawnp(pid, file, actions, attr, argv, carried);
 }

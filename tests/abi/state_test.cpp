@@ -595,6 +595,24 @@ TEST_P(State, Translate) {
   EXPECT_EQ(t.valid, 0);
 }
 
+// Without paging an address is its own translation, but for the one that stands for "none".
+TEST_P(State, TranslateWithoutPaging) {
+  SOFT_ONLY("a paravirtual /dev/kvm answers for its shadow");
+  TestVm m(system());
+  kvm_translation t{};
+  t.linear_address = 0x10000;
+  ASSERT_EQ(call(m, KVM_TRANSLATE, t), 0);
+  EXPECT_EQ(t.valid, 1);
+  EXPECT_EQ(t.physical_address, 0x10000u);
+  t.linear_address = 0x123456789000;
+  ASSERT_EQ(call(m, KVM_TRANSLATE, t), 0);
+  EXPECT_EQ(t.physical_address, 0x123456789000u);
+  t.linear_address = ~0ull;
+  ASSERT_EQ(call(m, KVM_TRANSLATE, t), 0);
+  EXPECT_EQ(t.valid, 0);
+  EXPECT_EQ(t.physical_address, ~0ull);
+}
+
 TEST_P(State, Errors) {
   SOFT_ONLY("the kernel's are the model");
   TestVm m(system());

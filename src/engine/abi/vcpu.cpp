@@ -367,11 +367,14 @@ long Vcpu::interrupt(u64 arg) {
 long Vcpu::translate(u64 arg) {
   kvm_translation t;
   if (!copy_in(arg, &t)) return -EFAULT;
+  constexpr u64 kNone = ~0ull;
+  // Without paging every address is its own translation, all 64 bits of it, as with the kernel; but for the one that stands for "none".
+  const bool paging = (state_.cr0 & cr0::PG) != 0;
   const Mmu::Translation r = mmu_.translate(t.linear_address);
-  t.physical_address = r.valid ? r.gpa.value : ~0ull;
-  t.valid = r.valid;
-  t.writeable = r.valid && r.writable;
-  t.usermode = r.valid && r.user;
+  t.physical_address = !paging ? t.linear_address : r.valid ? r.gpa.value : kNone;
+  t.valid = t.physical_address != kNone;
+  t.writeable = t.valid && r.writable;
+  t.usermode = t.valid && r.user;
   return copy_out(arg, t) ? 0 : -EFAULT;
 }
 
