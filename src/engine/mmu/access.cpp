@@ -82,11 +82,17 @@ void Mmu::Impl::executable(u64 linear, Bank& bank, unsigned page_shift, bool glo
   bank.entries[i].exec_tag = linear & kPageMask;
   bank.executable.set(i);
   bank.exec_walked.clear(i);
-  space->executed.add(linear, page_shift);
-  if (user_mode) return;
+  if (user_mode) {
+    space->executed.add(linear, page_shift);
+    note_fetched(*space, linear, Gpa(bank.gpa[i]));
+    return;
+  }
   supervisor_executed.add(linear, page_shift);
-  if (!global && !supervisor_local) {
+  if (supervisor_local) {
+    space->executed.add(linear, page_shift);
+  } else if (!global) {
     supervisor_local = true;
+    for (auto& sp : spaces) renew(*sp);
     name_fetches();
   }
 }

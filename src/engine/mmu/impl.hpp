@@ -41,6 +41,12 @@ struct Mmu::Impl {
     unsigned count = 0;
   };
 
+  /// A page that was translated for execution.
+  struct Fetched {
+    u64 linear;
+    Gpa gpa;
+  };
+
   /// The TLB of one address space.
   struct Space {
     Bank bank[kBanks];
@@ -51,8 +57,12 @@ struct Mmu::Impl {
     bool low_global = false;  ///< a global page of the lower half was filled
     u64 generation = 0;  ///< Mmu::fetch_generation() of user mode while this space is the current one
     PageFilter executed;  ///< pages that generation may stand for
+    std::vector<Fetched> fetched;  ///< those of user mode themselves, some more than once; up to kMostFetched
+    u64 checks = 0;  ///< how many of them may be looked at again: flushes that come all the time cost what is in use then
   };
   static constexpr unsigned kSpaces = 8;
+  static constexpr std::size_t kMostFetched = 4096;  ///< so many are not looked at again
+  static constexpr u64 kChecks = 16;  ///< that each page brings when it is fetched
 
   enum class Paging : u8 { None, Legacy, Pae, Long };
 
@@ -99,12 +109,16 @@ struct Mmu::Impl {
   void update_breakpoints();
   void flush_everything();
   /// An execute translation of sp was dropped: what was looked up through it is looked up again.
-  void renew(Space& sp) {
-    sp.generation = ++last_generation;
-    sp.executed.clear();
-    for (Bank& b : sp.bank) note_executable(b, &sp.executed);
-    if (&sp == space) name_fetches();
+  void renew(Space& sp);
+  void note_fetched(Space& sp, u64 linear, Gpa gpa) {
+    if (sp.fetched.size() == kMostFetched) return;
+    sp.fetched.push_back({linear & kPageMask, gpa});
+    sp.checks += kChecks;
   }
+  /// The same for the current space after a flush; but its generation holds on when the page tables have all that was fetched
+  /// under it as it was, as if it had been fetched again at once. Most flushes are for other pages.
+  void renew_unless_same();
+  bool fetched_are_same();
   void renew_supervisor();
   /// Supervisor code of global pages has a generation of its own, which no CR3 changes.
   void name_fetches() {

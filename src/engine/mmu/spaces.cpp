@@ -43,6 +43,51 @@ void Mmu::Impl::activate(u16 pcid) {
   name_fetches();
 }
 
+void Mmu::Impl::renew(Space& sp) {
+  sp.generation = ++last_generation;
+  sp.executed.clear();
+  sp.fetched.clear();
+  sp.checks = 0;
+  // What is in the TLB is fetched under the new generation without another word.
+  const Bank& user = sp.bank[kUser];
+  user.executable.for_each([&](unsigned i) {
+    sp.executed.add(user.entries[i].exec_tag, user.shift[i]);
+    note_fetched(sp, user.entries[i].exec_tag, Gpa(user.gpa[i]));
+  });
+  for (unsigned b = kUser + 1; supervisor_local && b < kBanks; b++) note_executable(sp.bank[b], &sp.executed);
+  if (&sp == space) name_fetches();
+}
+
+bool Mmu::Impl::fetched_are_same() {
+  const std::size_t count = space->fetched.size();
+  if (supervisor_local || paging == Paging::None || count == kMostFetched || count > space->checks) return false;
+  space->checks -= count;
+  refresh_table();
+  WalkFor why;
+  why.user = why.fetch = true;
+  for (const Fetched& page : space->fetched) {
+    Walk w;
+    if (!walk(page.linear, why, false, &w) || !w.settled || w.gpa.page() != page.gpa) return false;
+    const memory::Slot* slot = find(page.gpa);
+    if (slot == nullptr) return false;
+    space->executed.add(page.linear, w.shift);
+    if (mmu.observer_ != nullptr) mmu.observer_->validate_page(page.gpa, slot->host(page.gpa));
+  }
+  return true;
+}
+
+void Mmu::Impl::renew_unless_same() {
+  // Page tables that have vanished may cut this off: the new generation is in force by then.
+  const u64 before = std::exchange(space->generation, ++last_generation);
+  name_fetches();
+  if (!fetched_are_same()) {
+    renew(*space);
+  } else {
+    space->generation = before;
+    name_fetches();
+  }
+}
+
 void Mmu::Impl::renew_supervisor() {
   supervisor_generation = ++last_generation;
   supervisor_executed.clear();
@@ -215,7 +260,7 @@ void Mmu::flush_all() { impl_->flush_everything(); }
 void Mmu::flush_non_global() {
   for (Impl::Bank& b : impl_->space->bank) b.flush(true);
   impl_->stale_window(*impl_->space);
-  impl_->renew(*impl_->space);
+  impl_->renew_unless_same();
 }
 
 void Mmu::flush_page(u64 linear) {
@@ -238,7 +283,11 @@ void Mmu::flush_pcid(u16 pcid) {
     if (sp->pcid != pcid) continue;
     for (Impl::Bank& b : sp->bank) b.flush(true);
     impl_->stale_window(*sp);
-    impl_->renew(*sp);
+    if (sp.get() == impl_->space) {
+      impl_->renew_unless_same();
+    } else {
+      impl_->renew(*sp);
+    }
   }
 }
 
@@ -246,8 +295,8 @@ void Mmu::set_cr3(u64 value, bool no_flush) {
   const bool pcide = impl_->has_pcid && (state_.cr4 & cr4::PCIDE);
   state_.cr3 = impl_->seen_cr3 = value & ~(1ull << 63);
   impl_->activate(pcide ? value & 0xfff : 0);
+  impl_->select_bank();  // first: page tables that have vanished may cut off the flush
   if (!(pcide && no_flush)) flush_non_global();
-  impl_->select_bank();
 }
 
 void Mmu::expire_fetches() {

@@ -35,6 +35,26 @@ struct IndexSet {
       }
     }
   }
+  /// What is in this set and not in the other.
+  template <class F>
+  void for_each_but(const IndexSet& other, F f) const {
+    for (unsigned s = 0; s < sizeof summary / sizeof summary[0]; s++) {
+      for (u64 left = summary[s]; left != 0; left &= left - 1) {
+        const unsigned w = s * 64 + static_cast<unsigned>(__builtin_ctzll(left));
+        for (u64 bits = words[w] & ~other.words[w]; bits != 0; bits &= bits - 1) {
+          f(w * 64 + static_cast<unsigned>(__builtin_ctzll(bits)));
+        }
+      }
+    }
+  }
+  bool empty() const {
+    for (unsigned s = 0; s < sizeof summary / sizeof summary[0]; s++) {
+      for (u64 left = summary[s]; left != 0; left &= left - 1) {
+        if (words[s * 64 + static_cast<unsigned>(__builtin_ctzll(left))] != 0) return false;
+      }
+    }
+    return true;
+  }
 };
 
 /// The pages that were fetched from, as far as a flush of one page must know: may say yes to others of the same half of
@@ -89,9 +109,10 @@ struct TlbBankWithSets : BankBase {
   /// The exec tag was dropped, and has the bit of kNoTag, but the translation still holds: no other walk.
   IndexSet<kSize> exec_walked;
   IndexSet<kSize> write_walked;  ///< a walk for writing succeeded: a dropped write tag needs no other walk
-  /// Which large pages there may be, by address bits: of 2 MiB by 21 to 26, of 1 GiB by 30 to 35. Set when
-  /// one is filled, cleared when all are flushed.
-  u64 large_2m = 0, large_1g = 0;
+  /// Which large pages there may be, by half of the address space and address bits: of 2 MiB by 21 to 26, of 1 GiB by 30 to
+  /// 35. Set when one is filled, cleared when all are flushed. A system's own memory, in the upper half, is large pages
+  /// everywhere; what it flushes all the time lies in the lower one.
+  u64 large_2m[2] = {}, large_1g[2] = {};
 
   void reset(unsigned i) {
     this->entries[i] = Mmu::no_entry(i);
@@ -109,15 +130,12 @@ struct TlbBankWithSets : BankBase {
     return !is_none(e.read_tag) ? e.read_tag : !is_none(e.write_tag) ? e.write_tag : e.exec_tag & ~Mmu::kNoTag;
   }
   void flush(bool keep_global) {
-    bool kept = false;
-    filled.for_each([&](unsigned i) {
-      if (keep_global && global.test(i)) {
-        kept = true;
-      } else {
-        reset(i);
-      }
-    });
-    if (!kept) large_2m = large_1g = 0;
+    if (keep_global) {
+      filled.for_each_but(global, [&](unsigned i) { reset(i); });
+    } else {
+      filled.for_each([&](unsigned i) { reset(i); });
+    }
+    if (large.empty()) large_2m[0] = large_2m[1] = large_1g[0] = large_1g[1] = 0;
   }
   void flush_page(u64 linear) {
     const u64 page = linear & kPageMask;
@@ -136,12 +154,14 @@ struct TlbBankWithSets : BankBase {
     });
   }
   void note_large(u64 linear, unsigned s) {
-    if (s == 21) large_2m |= 1ull << ((linear >> 21) & 63);
-    if (s == 30) large_1g |= 1ull << ((linear >> 30) & 63);
-    if (s != 21 && s != 30) large_2m = ~0ull;
+    const unsigned half = linear >> 63;
+    if (s == 21) large_2m[half] |= 1ull << ((linear >> 21) & 63);
+    if (s == 30) large_1g[half] |= 1ull << ((linear >> 30) & 63);
+    if (s != 21 && s != 30) large_2m[half] = ~0ull;
   }
   bool may_be_large(u64 linear) const {
-    return ((large_2m >> ((linear >> 21) & 63)) & 1) != 0 || ((large_1g >> ((linear >> 30) & 63)) & 1) != 0;
+    const unsigned half = linear >> 63;
+    return ((large_2m[half] >> ((linear >> 21) & 63)) & 1) != 0 || ((large_1g[half] >> ((linear >> 30) & 63)) & 1) != 0;
   }
   void flush_large(u64 linear, unsigned s) {
     large.for_each([&](unsigned i) {

@@ -280,6 +280,103 @@ TEST_F(TlbTest, FetchGenerations) {
   EXPECT_EQ(m.mmu->fetch_generation(), first);
 }
 
+/// User code that a flush finds where it was keeps its name: most flushes are for data.
+TEST_F(TlbTest, FetchGenerationsHoldOverFlushesForOthers) {
+  FakeObserver observer;
+  m.mmu->set_code_observer(&observer);
+  constexpr u64 kCode = 0x400000, kSameSlot = kCode + (u64{Mmu::kTlbSize} << kPageShift), kUser = kRW | pte::U;
+  Gpa gpa;
+  const u8* host;
+  u64 held = 0;
+  // Two pages that cannot be in the TLB at once, and one beside them.
+  const auto begin = [&] {
+    t.map(kCode, page(1), kUser);
+    t.map(kSameSlot, page(2), kUser);
+    t.map(kCode + kPageSize, page(3), kUser);
+    m.mmu->flush_all();
+    m.set_cpl(3);
+    for (u64 at : {kCode, kCode + kPageSize, kSameSlot}) ASSERT_TRUE(m.mmu->fetch(at, &gpa, &host));
+    held = m.mmu->fetch_generation();
+  };
+  const auto flushed = [&] {
+    m.set_cpl(0);
+    m.mmu->set_cr3(m.state.cr3, false);
+    m.set_cpl(3);
+    return m.mmu->fetch_generation();
+  };
+  begin();
+  observer.validated.clear();
+  t.map(0x800000, page(4), kUser);
+  EXPECT_EQ(flushed(), held);
+  EXPECT_EQ(observer.validated, (std::vector<u64>{page(1), page(3), page(2)})) << "they count as fetched again";
+  m.mmu->flush_pcid(0);
+  EXPECT_EQ(m.mmu->fetch_generation(), held);
+  m.mmu->flush_page(kCode);
+  EXPECT_NE(m.mmu->fetch_generation(), held) << "what was kept can still be flushed by itself";
+
+  const std::pair<const char*, std::function<void()>> changes[] = {
+      {"another page", [&] { t.map(kCode, page(5), kUser | pte::A); }},
+      {"one that has left the TLB", [&] { t.map(kCode, page(5), kUser | pte::A); t.map(kSameSlot, page(2), kUser | pte::A); }},
+      {"not there", [&] { t.unmap(kCode + kPageSize); }},
+      {"not executable", [&] { t.map(kSameSlot, page(2), kUser | pte::A | pte::NX); }},
+      {"not the user's", [&] { t.map(kSameSlot, page(2), kRW | pte::A); }},
+      {"not accessed", [&] { t.map(kSameSlot, page(2), kUser); }},
+  };
+  for (const auto& [what, change] : changes) {
+    begin();
+    change();
+    EXPECT_NE(flushed(), held) << what;
+  }
+  // Other tables under the same PCID: the same code at the same place, and other code.
+  PageTables other(m, Mode::Long, t.end_of_tables() + 0x100000);
+  for (unsigned n = 0; n < 2; n++) {
+    begin();
+    other.map(kCode, page(1), kUser | pte::A);
+    other.map(kCode + kPageSize, page(3), kUser | pte::A);
+    other.map(kSameSlot, page(n == 0 ? 2 : 6), kUser | pte::A);
+    // The upper levels' flags are a walk's to set.
+    const u64 root = m.state.cr3;
+    m.set_cpl(0);
+    m.mmu->set_cr3(other.root() | 7, false);
+    m.set_cpl(3);
+    for (u64 at : {kCode, kSameSlot}) ASSERT_TRUE(m.mmu->fetch(at, &gpa, &host));
+    m.set_cpl(0);
+    m.mmu->set_cr3(root, true);
+    m.mmu->set_cr3(other.root(), false);
+    m.set_cpl(3);
+    EXPECT_EQ(m.mmu->fetch_generation() == held, n == 0);
+    m.set_cpl(0);
+    m.mmu->set_cr3(root, false);
+  }
+  // Flushes that come all the time do not look at all of it each time.
+  begin();
+  unsigned changed = 0;
+  for (unsigned n = 0; n < 100; n++) changed += std::exchange(held, flushed()) != held;
+  EXPECT_GE(changed, 1u);
+  m.mmu->set_code_observer(nullptr);
+}
+
+/// INVLPG of one address drops all of a large page's in the upper half too, whatever was flushed before.
+TEST_F(TlbTest, LargePagesOfBothHalves) {
+  for (const u64 base : {0xffff888000000000ull, 0x40000000ull}) {
+    for (const u64 flags : {kRW, kRW | pte::G}) {
+      m.mmu->flush_all();
+      m.poke<u32>(0x1000000 + 0x123000, 55);
+      m.poke<u32>(0x1400000 + 0x123000, 66);
+      t.map(base, 0x1000000, flags, 2 << 20);
+      t.map(0x60000000, 0x1200000, kRW, 2 << 20);
+      EXPECT_EQ(value_at(m, base + 0x123000), 55u);
+      EXPECT_EQ(value_at(m, 0x60000000), 101u);
+      m.mmu->set_cr3(m.state.cr3, false);
+      EXPECT_EQ(value_at(m, base + 0x123000), 55u);
+      t.map(base, 0x1400000, flags, 2 << 20);
+      EXPECT_EQ(value_at(m, base + 0x123000), 55u);
+      m.mmu->flush_page(base + 0x156000);
+      EXPECT_EQ(value_at(m, base + 0x123000), 66u);
+    }
+  }
+}
+
 /// However many pages a kernel and its programs run in, flushes of the lower half's leave the kernel's translations alone.
 TEST_F(TlbTest, HalvesAreFlushedApart) {
   constexpr u64 kKernel = 0xffffffff80000000, kUser = 0x400000;
