@@ -57,9 +57,19 @@ u64 CodeCache::hash(Gpa gpa, u64 rip, u8 mode) {
   return SplitMix64::mix(gpa.value ^ rip << 17 ^ u64{mode} << 56);
 }
 
-CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode) const {
-  return index_.find(hash(gpa, rip, mode),
-                     [&](const CodeBlock& b) { return b.rip == rip && b.gpa == gpa && b.mode == mode; });
+CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode, CodeBlock* guess) const {
+  const auto is = [&](const CodeBlock& b) { return b.rip == rip && b.gpa == gpa && b.mode == mode; };
+  if (guess != nullptr && is(*guess) && !guess->dead) return guess;
+  return index_.find(hash(gpa, rip, mode), is);
+}
+
+void CodeCache::remember(const CodeBlock& block, u64 rip, u64 bias) {
+  const u64 at = jump_index(rip);
+  JumpEntry& e = space_->jumps[at];
+  const u64 other = 0 - e.negated - bias;
+  const bool holds = e.code != 0 && static_cast<u64>(static_cast<i64>(other << 16) >> 16) == other;
+  if (holds && other != rip && jump_index(other) == at) space_->jumps[jump_neighbour(at)] = e;
+  e = {0 - (rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
 }
 
 CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest) {
@@ -155,7 +165,7 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   if (x.bias == nullptr) {
     if (x.to != nullptr || from->gpa.page() != to->gpa.page()) return;
   } else {
-    unlink(tag);
+    if (x.to != to) unlink(tag);
     guard = x.wide ? (rip & kPageMask) + bias : bias >> 48;
     // Several address spaces take turns here: from now on the jump table is asked before.
     if (x.frame_flags && (x.wide || !to->user) && x.changes < kChanges && ++x.changes == kChanges) {
@@ -165,10 +175,12 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
       arena_->patch(x.slot, bytes);
     }
   }
-  x.to = to;
-  x.next_incoming = to->incoming;
-  if (to->incoming != kNone) exits_[to->incoming].previous_incoming = tag;
-  to->incoming = tag;
+  if (x.to != to) {
+    x.to = to;
+    x.next_incoming = to->incoming;
+    if (to->incoming != kNone) exits_[to->incoming].previous_incoming = tag;
+    to->incoming = tag;
+  }
   point(x, to->code + (x.frame_flags ? to->frame_entry : to->entry), guard);
   stats_.linked++;
 }

@@ -103,16 +103,24 @@ class CodeCache {
     return space_->bias[mode % kModes];
   }
   const u8* recall(u64 rip, u64 bias) const {
-    const JumpEntry& e = space_->jumps[jump_index(rip)];
-    return e.negated == 0 - (rip + bias) ? reinterpret_cast<const u8*>(e.code) : nullptr;
+    const u64 at = jump_index(rip), negated = 0 - (rip + bias);
+    const JumpEntry& e = space_->jumps[at];
+    if (e.negated == negated) return reinterpret_cast<const u8*>(e.code);
+    const JumpEntry& next = space_->jumps[jump_neighbour(at)];
+    return next.negated == negated ? reinterpret_cast<const u8*>(next.code) : nullptr;
   }
-  void remember(const CodeBlock& block, u64 rip, u64 bias) {
-    space_->jumps[jump_index(rip)] = {0 - (rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
+  /// What stood in its place goes to the neighbour's, if it holds under this bias too.
+  void remember(const CodeBlock& block, u64 rip, u64 bias);
+  void forget(u64 rip) {
+    const u64 at = jump_index(rip);
+    space_->jumps[at] = space_->jumps[jump_neighbour(at)] = JumpEntry{};
   }
-  void forget(u64 rip) { space_->jumps[jump_index(rip)] = JumpEntry{}; }
 
   /// rip: 0 for position-independent code.
-  CodeBlock* find(Gpa gpa, u64 rip, u8 mode) const;
+  /// guess: looked at first; null: none.
+  CodeBlock* find(Gpa gpa, u64 rip, u8 mode, CodeBlock* guess = nullptr) const;
+  /// Where the exit that left with this tag led when it was linked last, or null: as a guess.
+  CodeBlock* led_to(u32 tag) { return tag < exits_.size() ? exits_[tag].to : nullptr; }
   u32 next_tag() const { return static_cast<u32>(exits_.size()); }
   /// Null when it does not fit: flush() first. guest: the bytes that it was made from.
   CodeBlock* add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest);

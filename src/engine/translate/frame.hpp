@@ -259,12 +259,13 @@ inline constexpr u32 kTlbAddend = offsetof(Mmu::TlbEntry, addend);
 static_assert(sizeof(Mmu::TlbEntry) == 32);
 }  // namespace frame
 
-/// A direct-mapped table in front of the code cache, indexed by jump_index(RIP).
+/// A table in front of the code cache: at jump_index(RIP), or, when two take turns there, at jump_neighbour() of it.
 struct JumpEntry {
   u64 negated = 0;  ///< -(rip + jump_bias); 0 never matches
   u64 code = 0;     ///< host address; entered with the status flags in JitFrame::flags
 };
 inline constexpr unsigned kJumpEntries = 1u << 16;
 inline constexpr u64 jump_index(u64 rip) { return (rip >> 2) & (kJumpEntries - 1); }
+inline constexpr u64 jump_neighbour(u64 index) { return index ^ 1; }  ///< in the same cache line
 
 }  // namespace ring3::engine

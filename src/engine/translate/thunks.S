@@ -153,8 +153,27 @@ thunk ring3_jit_exit_next_frame
     flags_from_frame
     jmp ring3_jit_exit_next
 
-/* The lookup was made where this comes from. */
+/* r14 + bias and an entry of the jump table, the one that exits of blocks look up (jump_index()) or its neighbour; the flags
+   are in the frame. Not equal: not there. */
+.macro look_up_at neighbour
+    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
+    rorx $30, %r14d, %r15d
+    and $0xffff0, %r15d
+    .if \neighbour
+    xor $16, %r15d
+    .endif
+    add SLOT(RING3_FRAME_JUMP_TABLE), %r15
+    add SLOT(RING3_FRAME_JUMP_BIAS), %r14
+    add (%r15), %r14
+.endm
+
+/* Where this comes from the first entry was looked at. */
 thunk ring3_jit_exit_indirect_frame
+    look_up_at 1
+    jne 1f
+    jmp *8(%r15)
+1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+leave_indirect:
     flags_from_frame
     movl $RING3_REASON_INDIRECT, SLOT(RING3_FRAME_EXIT_REASON)
     jmp leave
@@ -258,22 +277,15 @@ put_x87_away:
     mov %rdx, %rcx
     jmp 1b
 
-/* r14 + bias and the jump table's entry, as exits of blocks look it up (jump_index()); the flags are in the frame.
-   Not equal: not there. */
-.macro look_up
-    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
-    rorx $30, %r14d, %r15d
-    and $0xffff0, %r15d
-    add SLOT(RING3_FRAME_JUMP_TABLE), %r15
-    add SLOT(RING3_FRAME_JUMP_BIAS), %r14
-    add (%r15), %r14
-.endm
-
 thunk ring3_jit_exit_cross_frame
     mov %r15d, SLOT(RING3_FRAME_EXIT_TAG)
     decl SLOT(RING3_FRAME_CROSS_LEFT)
     js 2f                         /* now and then the exit is linked anew: those that are taken most stay linked */
-    look_up
+    look_up_at 0
+    jne 3f
+    jmp *8(%r15)
+3:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    look_up_at 1
     jne 1f
     jmp *8(%r15)
 2:  movl $RING3_CROSS_EXITS, SLOT(RING3_FRAME_CROSS_LEFT)
@@ -290,7 +302,7 @@ thunk ring3_jit_exit_return
     mov %r14, %r15
     and $-4096, %r15
     mov %r15, SLOT(RING3_FRAME_PAGE)
-    look_up
+    look_up_at 0
     jne 1f
     jmp *8(%r15)
 1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
@@ -499,8 +511,8 @@ thunk ring3_jit_exit_transit
     je 3f
     flags_from_frame
     jmp ring3_jit_exit_left
-3:
+3:                                /* the bias in the frame may be another mode's */
     mov SLOT(RING3_FRAME_EXIT_RIP), %r14
-    jmp ring3_jit_exit_indirect_frame
+    jmp leave_indirect
 
     .section .note.GNU-stack, "", @progbits

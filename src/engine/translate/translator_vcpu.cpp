@@ -426,7 +426,7 @@ bool TranslatorVcpu::make(const BlockRequest& request, TranslatedBlock* out) {
   return false;
 }
 
-CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode, bool ungrouped) {
+CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode, bool ungrouped, CodeBlock* guess) {
   if (!canonical(rip)) return nullptr;
   Gpa gpa;
   const u8* host;
@@ -435,7 +435,7 @@ CodeBlock* TranslatorVcpu::lookup(u64 rip, TranslateMode mode, bool ungrouped) {
     mmu_.stop() = kept;
     return nullptr;  // the interpreter finds the same, and delivers it
   }
-  CodeBlock* b = cache_->find(gpa, position_independent(rip, mode) ? 0 : rip, key(mode, ungrouped));
+  CodeBlock* b = cache_->find(gpa, position_independent(rip, mode) ? 0 : rip, key(mode, ungrouped), guess);
   if (b == nullptr) b = translate(gpa, rip, host, mode, ungrouped);
   return b;
 }
@@ -493,7 +493,8 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       unsigned count = 0;  // of the block, for the divergence checker
       const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip, bias) : nullptr;
       if (code == nullptr) {
-        CodeBlock* b = lookup(s_.rip, m, ungrouped);
+        CodeBlock* const guess = tag != frame::kNoTag && tag_epoch == cache_->epoch() ? cache_->led_to(tag) : nullptr;
+        CodeBlock* b = lookup(s_.rip, m, ungrouped, guess);
         if (b != nullptr) {
           bias = cache_->bias(m.bits(), mmu_.fetch_generation());
           if (lockstep_ == nullptr && !ungrouped) cache_->remember(*b, s_.rip, bias);

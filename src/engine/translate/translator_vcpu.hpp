@@ -108,7 +108,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   static u8 key(TranslateMode mode, bool ungrouped) {
     return static_cast<u8>(mode.bits() | (ungrouped ? CodeCache::kUngrouped : 0));
   }
-  CodeBlock* lookup(u64 rip, TranslateMode mode, bool ungrouped);
+  CodeBlock* lookup(u64 rip, TranslateMode mode, bool ungrouped, CodeBlock* guess);
   CodeBlock* translate(Gpa gpa, u64 rip, const u8* host, TranslateMode mode, bool ungrouped);
   void enter(const u8* code);
   u64 kept_context() const;

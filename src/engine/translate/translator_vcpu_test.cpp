@@ -205,6 +205,47 @@ TEST(TranslatorVcpu, OtherPagesGoThroughTheJumpTable) {
   EXPECT_LT(m.vcpu->stats().entries, 20u + 2000 / RING3_CROSS_EXITS);  // two exits a turn, of which one in so many is offered to be linked
 }
 
+/// Two targets that take turns at one place of the jump table both stay; of three it is only correct.
+TEST(TranslatorVcpu, TargetsWithOneIndexBothStayInTheJumpTable) {
+  constexpr u64 kApart = u64{kJumpEntries} << 2, kFirst = TestMachine::kCode;
+  static_assert(jump_index(kFirst) == jump_index(kFirst + kApart) && kApart == 0x40000);
+  for (const unsigned targets : {2u, 3u}) {
+    Machine m;
+    m.s.gpr[RCX] = 1000;
+    m.load_code(hex("48 ff c9 e9 f8 ff 03 00"), kFirst);  // dec rcx; jmp the second
+    if (targets == 2) {
+      m.load_code(hex("90 0f 85 f9 ff fb ff f4"), kFirst + kApart);  // nop; jnz the first; hlt
+    } else {
+      m.load_code(hex("90 e9 fa ff 03 00"), kFirst + kApart);            // nop; jmp the third
+      m.load_code(hex("90 0f 85 f9 ff f7 ff f4"), kFirst + 2 * kApart);  // nop; jnz the first; hlt
+    }
+    m.s.rip = kFirst;
+    EXPECT_TRUE(m.resume().halted());
+    EXPECT_EQ(m.s.gpr[RCX], 0u);
+    if (targets == 2) {
+      EXPECT_LT(m.vcpu->stats().entries, 20u + 2000 / RING3_CROSS_EXITS);
+    }
+  }
+  // The same by the exits of translated indirect jumps.
+  TestMachine m(TestMode::Long64);
+  auto v = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
+  ASSERT_TRUE(v.ok());
+  m.runner = [&](u64 budget) { return (*v)->run(budget); };
+  m.s.gpr[RCX] = 1000;
+  m.s.gpr[RAX] = kFirst + kApart;
+  m.s.gpr[RDX] = kFirst + 2 * kApart;
+  m.s.gpr[RBX] = kFirst + 0x10;
+  // l: dec rcx; jz end; xchg rax, rdx; jmp rax; end: hlt. Both: jmp rbx, to l
+  m.load_code(hex("48 ff c9 74 04 48 92 ff e0 f4"), kFirst + 0x10);
+  m.load_code(hex("ff e3"), kFirst + kApart);
+  m.load_code(hex("ff e3"), kFirst + 2 * kApart);
+  m.s.rip = kFirst + 0x10;
+  EXPECT_TRUE(m.resume().halted());
+  EXPECT_EQ(m.s.gpr[RCX], 0u);
+  EXPECT_LT((*v)->stats().entries, 20u);
+  v->reset();
+}
+
 TEST(TranslatorVcpu, AttentionEndsALoop) {
   Machine m;
   m.load_code(hex("48 ff c0 eb fb"));
