@@ -84,7 +84,7 @@ void Mmu::Impl::executable(u64 linear, Bank& bank, unsigned page_shift, bool glo
   bank.exec_walked.clear(i);
   if (user_mode) {
     space->executed.add(linear, page_shift);
-    note_fetched(*space, linear, Gpa(bank.gpa[i]));
+    note_fetched(*space, linear, Gpa(bank.gpa[i]), bank.shift[i]);
     return;
   }
   supervisor_executed.add(linear, page_shift);

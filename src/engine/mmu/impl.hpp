@@ -45,6 +45,7 @@ struct Mmu::Impl {
   struct Fetched {
     u64 linear;
     Gpa gpa;
+    u8 shift;  ///< of the guest's mapping
   };
 
   /// The TLB of one address space.
@@ -110,15 +111,15 @@ struct Mmu::Impl {
   void flush_everything();
   /// An execute translation of sp was dropped: what was looked up through it is looked up again.
   void renew(Space& sp);
-  void note_fetched(Space& sp, u64 linear, Gpa gpa) {
+  void note_fetched(Space& sp, u64 linear, Gpa gpa, u8 shift) {
     if (sp.fetched.size() == kMostFetched) return;
-    sp.fetched.push_back({linear & kPageMask, gpa});
+    sp.fetched.push_back({linear & kPageMask, gpa, shift});
     sp.checks += kChecks;
   }
   /// The same for the current space after a flush; but its generation holds on when the page tables have all that was fetched
   /// under it as it was, as if it had been fetched again at once. Most flushes are for other pages.
-  void renew_unless_same();
-  bool fetched_are_same();
+  void renew_unless_same(const u64* of_page = nullptr);  ///< of_page: only the page of this address was flushed
+  bool fetched_are_same(const u64* of_page);
   void renew_supervisor();
   /// Supervisor code of global pages has a generation of its own, which no CR3 changes.
   void name_fetches() {

@@ -52,20 +52,24 @@ void Mmu::Impl::renew(Space& sp) {
   const Bank& user = sp.bank[kUser];
   user.executable.for_each([&](unsigned i) {
     sp.executed.add(user.entries[i].exec_tag, user.shift[i]);
-    note_fetched(sp, user.entries[i].exec_tag, Gpa(user.gpa[i]));
+    note_fetched(sp, user.entries[i].exec_tag, Gpa(user.gpa[i]), user.shift[i]);
   });
   for (unsigned b = kUser + 1; supervisor_local && b < kBanks; b++) note_executable(sp.bank[b], &sp.executed);
   if (&sp == space) name_fetches();
 }
 
-bool Mmu::Impl::fetched_are_same() {
+bool Mmu::Impl::fetched_are_same(const u64* of_page) {
   const std::size_t count = space->fetched.size();
-  if (supervisor_local || paging == Paging::None || count == kMostFetched || count > space->checks) return false;
-  space->checks -= count;
+  if (supervisor_local || paging == Paging::None || count == kMostFetched) return false;
+  if (of_page == nullptr) {
+    if (count > space->checks) return false;
+    space->checks -= count;
+  }
   refresh_table();
   WalkFor why;
   why.user = why.fetch = true;
   for (const Fetched& page : space->fetched) {
+    if (of_page != nullptr && ((page.linear ^ *of_page) >> page.shift) != 0) continue;
     Walk w;
     if (!walk(page.linear, why, false, &w) || !w.settled || w.gpa.page() != page.gpa) return false;
     const memory::Slot* slot = find(page.gpa);
@@ -76,11 +80,11 @@ bool Mmu::Impl::fetched_are_same() {
   return true;
 }
 
-void Mmu::Impl::renew_unless_same() {
+void Mmu::Impl::renew_unless_same(const u64* of_page) {
   // Page tables that have vanished may cut this off: the new generation is in force by then.
   const u64 before = std::exchange(space->generation, ++last_generation);
   name_fetches();
-  if (!fetched_are_same()) {
+  if (!fetched_are_same(of_page)) {
     renew(*space);
   } else {
     space->generation = before;
@@ -99,7 +103,12 @@ void Mmu::Impl::renew_supervisor() {
 void Mmu::Impl::flush_page_of(Space& sp, u64 linear) {
   for (Bank& b : sp.bank) b.flush_page(linear);
   if (has_window(sp)) window.unmap(linear & kPageMask);
-  if (sp.executed.may_hold(linear)) renew(sp);
+  if (!sp.executed.may_hold(linear)) return;
+  if (&sp == space) {
+    renew_unless_same(&linear);
+  } else {
+    renew(sp);
+  }
 }
 
 void Mmu::Impl::flush_everything() {

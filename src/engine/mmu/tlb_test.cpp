@@ -311,8 +311,24 @@ TEST_F(TlbTest, FetchGenerationsHoldOverFlushesForOthers) {
   EXPECT_EQ(observer.validated, (std::vector<u64>{page(1), page(3), page(2)})) << "they count as fetched again";
   m.mmu->flush_pcid(0);
   EXPECT_EQ(m.mmu->fetch_generation(), held);
+  m.mmu->flush_page(kCode + 0x123);
+  EXPECT_EQ(m.mmu->fetch_generation(), held) << "by itself";
+  m.mmu->flush_page(kCode, 0);
+  EXPECT_EQ(m.mmu->fetch_generation(), held);
+  t.map(kCode + kPageSize, page(7), kUser | pte::A);
   m.mmu->flush_page(kCode);
-  EXPECT_NE(m.mmu->fetch_generation(), held) << "what was kept can still be flushed by itself";
+  EXPECT_EQ(m.mmu->fetch_generation(), held) << "another page's change is not seen before its flush";
+  m.mmu->flush_page(kCode + kPageSize);
+  EXPECT_NE(m.mmu->fetch_generation(), held);
+  // All of a large page goes by any of its addresses.
+  t.map(0x40000000, 0x1000000, kUser, 2 << 20);
+  ASSERT_TRUE(m.mmu->fetch(0x40001000, &gpa, &host));
+  held = m.mmu->fetch_generation();
+  m.mmu->flush_page(0x40123000);
+  EXPECT_EQ(m.mmu->fetch_generation(), held);
+  t.map(0x40000000, 0x1200000, kUser | pte::A, 2 << 20);
+  m.mmu->flush_page(0x40123000);
+  EXPECT_NE(m.mmu->fetch_generation(), held);
 
   const std::pair<const char*, std::function<void()>> changes[] = {
       {"another page", [&] { t.map(kCode, page(5), kUser | pte::A); }},
@@ -326,6 +342,10 @@ TEST_F(TlbTest, FetchGenerationsHoldOverFlushesForOthers) {
     begin();
     change();
     EXPECT_NE(flushed(), held) << what;
+    begin();
+    change();
+    for (u64 at : {kCode, kCode + kPageSize, kSameSlot}) m.mmu->flush_page(at);
+    EXPECT_NE(m.mmu->fetch_generation(), held) << what << ", by pages";
   }
   // Other tables under the same PCID: the same code at the same place, and other code.
   PageTables other(m, Mode::Long, t.end_of_tables() + 0x100000);
