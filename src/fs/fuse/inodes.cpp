@@ -93,10 +93,7 @@ Inodes::NodePtr Inodes::find(u64 id, unsigned depth) const {
   const NodePtr above = find(parent, depth + 1);
   if (!above || !S_ISDIR(above->type)) return nullptr;
   Node again;
-  for (int attempt = 0; !again.fd && attempt < 2; attempt++) {
-    again.fd = open_beneath(above->fd.get(), name.c_str(), O_PATH | O_NOFOLLOW);
-    if (!again.fd && (errno != EMFILE || !close_some(16))) return nullptr;
-  }
+  again.fd = open_with_room([&] { return open_beneath(above->fd.get(), name.c_str(), O_PATH | O_NOFOLLOW); });
   struct stat info {};
   if (!again.fd || fstatat(again.fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return nullptr;
   const Birth born = birth(again.fd.get());

@@ -1,6 +1,7 @@
 #pragma once
 #include <sys/stat.h>
 
+#include <cerrno>
 #include <list>
 #include <map>
 #include <memory>
@@ -49,6 +50,13 @@ class Inodes {
   void forget(u64 id, u64 count);
   /// Closes up to that many descriptors; whether there was one to close.
   bool close_some(std::size_t most) const;
+  /// What `open` gives; when the process has no descriptor left, once more, with some that are kept here closed. errno is that of the last try.
+  template <class F>
+  UniqueFd open_with_room(const F& open) const {
+    UniqueFd fd = open();
+    if (!fd && errno == EMFILE && close_some(16)) fd = open();
+    return fd;
+  }
   /// All but the root.
   void clear();
   std::size_t size() const;

@@ -167,8 +167,7 @@ Server::NodePtr Server::directory(u64 nodeid) const {
 int Server::find(const Node& parent, const char* name, NodePtr& node, struct stat& info) {
   if (parent.opaque) return -ENOENT;
   Node found;
-  found.fd = open_beneath(parent.fd.get(), name, O_PATH | O_NOFOLLOW);
-  if (!found.fd && errno == EMFILE && inodes_.close_some(16)) found.fd = open_beneath(parent.fd.get(), name, O_PATH | O_NOFOLLOW);
+  found.fd = inodes_.open_with_room([&] { return open_beneath(parent.fd.get(), name, O_PATH | O_NOFOLLOW); });
   if (!found.fd) return -errno;
   if (fstatat(found.fd.get(), "", &info, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) != 0) return -errno;
   found.device = info.st_dev;
@@ -457,11 +456,9 @@ int Server::link(const fuse_in_header& h, Arguments& in, Reply& out) {
 int Server::reopen(const Node& node, int flags, UniqueFd& fd) const {
   // Only these two kinds: to open a FIFO may wait for ever, to open a device may do anything.
   if (!S_ISREG(node.type) && !S_ISDIR(node.type)) return -ENXIO;
-  const auto open = [&] {
-    fd.reset(::openat(proc_fds_.get(), std::to_string(node.fd.get()).c_str(), flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK));
-  };
-  open();
-  if (!fd && errno == EMFILE && inodes_.close_some(16)) open();
+  fd = inodes_.open_with_room([&] {
+    return UniqueFd(::openat(proc_fds_.get(), std::to_string(node.fd.get()).c_str(), flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK));
+  });
   return fd ? 0 : -errno;
 }
 
@@ -538,11 +535,9 @@ int Server::create_file(const fuse_in_header& h, Arguments& in, Reply& out) {
   if (parent->opaque) return -EACCES;
   const int flags = host_flags(want.flags);
   // Always O_EXCL first: what exists may be a FIFO or a device, and is looked at before it is opened.
-  const auto make = [&] {
+  UniqueFd fd = inodes_.open_with_room([&] {
     return open_beneath(parent->fd.get(), name, (flags & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_NONBLOCK, want.mode & 07777);
-  };
-  UniqueFd fd = make();
-  if (!fd && errno == EMFILE && inodes_.close_some(16)) fd = make();
+  });
   const bool is_new = static_cast<bool>(fd);
   if (!is_new && (errno != EEXIST || (want.flags & O_EXCL) != 0)) return -errno;
   NodePtr node;
