@@ -30,8 +30,16 @@ class BlockGuest::Device final : public Environment {
     note(gpa.value + 1);
     return true;
   }
-  Answer port_in(u16, unsigned, u32*) override { return Answer::Exit; }
-  Answer port_out(u16, unsigned, u32) override { return Answer::Exit; }
+  // A program of the kernel's that returned into its data executes what it finds, IN and OUT among it.
+  Answer port_in(u16 port, unsigned size, u32* value) override {
+    *value = static_cast<u32>((port * 0x9e3779b1u + log) & ((u64{1} << 8 * size) - 1));
+    note(port);
+    return Answer::Done;
+  }
+  Answer port_out(u16 port, unsigned size, u32 value) override {
+    note(port + (u64{value} << 16) + size);
+    return Answer::Done;
+  }
   Answer rdmsr(u32, u64*) override { return Answer::Fault; }
   Answer wrmsr(u32, u64) override { return Answer::Fault; }
   void cpuid(u32 leaf, u32 subleaf, u32 out[4]) override {

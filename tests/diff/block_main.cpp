@@ -287,8 +287,10 @@ class Comparison {
                 static_cast<unsigned long long>(a.rip), static_cast<unsigned long long>(a.rflags),
                 static_cast<unsigned long long>(b.rip), static_cast<unsigned long long>(b.rflags));
     if (faulted_) std::printf("  event: %s\n", describe(subject_).c_str());
-    if (const std::span<const u8> bytes = reference_.fetched(a.rip); !bytes.empty()) {
-      std::printf("  there:");
+    for (BlockGuest* g : {&reference_, &subject_}) {
+      const std::span<const u8> bytes = g->fetched(g->state().rip);
+      if (bytes.empty() || (g == &subject_ && a.rip == b.rip)) continue;
+      std::printf("  at %llx:", static_cast<unsigned long long>(g->state().rip));
       for (std::size_t n = 0; n < 32 && n < bytes.size(); n++) std::printf(" %02x", bytes[n]);
       std::printf("\n");
     }
