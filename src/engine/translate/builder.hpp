@@ -65,7 +65,8 @@ class BlockBuilder {
     u8 base = kNoReg, index = kNoReg, scale_log2 = 0;
     i64 low = 0, high = 0;  ///< displacements checked, off the base as it was at the check
     i64 moved = 0;          ///< how far the base went since
-    u32 slot = 0;           ///< frame slot of the addend
+    u32 slot = 0;           ///< frame slot of the addend, or
+    bool whole = false;     ///< of the host address of base + index * scale as they were at the check
     unsigned others = 0;
     bool window = false;  ///< the slot holds what is added in the host window (windows.cpp)
   };
@@ -236,6 +237,8 @@ class BlockBuilder {
   static bool same_registers(const Group& g, const Address& a);
   static void follow(const DecodedInsn& i, Group* g);  ///< past this instruction
   const Group* group_of(const Address& a, u8 size, Kind kind) const;
+  void keep(Group* g, const i32* near);
+  void through(const Group& g, const Address& a, Access* out);
   Group* open_group(const Address& a, u8 size, Kind kind);
   void start_groups(bool on);
   Group* free_group();  ///< cleared but for its slot; null: all are active

@@ -223,6 +223,34 @@ bool BlockBuilder::same_registers(const Group& g, const Address& a) {
          (a.index == kNoReg || g.scale_log2 == a.scale_log2);
 }
 
+/// r15, the addend, becomes what the group keeps. near: base + index * scale + disp, or null, is in r14, which is clobbered. The
+/// flags stay.
+void BlockBuilder::keep(Group* g, const i32* near) {
+  g->whole = special(g->base) || g->index != kNoReg;
+  if (g->whole) {
+    if (near == nullptr) {
+      Address registers;
+      registers.base = g->base;
+      registers.index = g->index;
+      registers.scale_log2 = g->scale_log2;
+      emit_address(kScratch0, registers);
+    }
+    e_.lea(kScratch1, HostMem{kScratch0, kScratch1, 0, false, near == nullptr ? 0 : -*near});
+  }
+  e_.store(HostMem::frame(g->slot), kScratch1);
+  e_.holds(g->slot);
+}
+
+/// An access by way of what a group keeps.
+void BlockBuilder::through(const Group& g, const Address& a, Access* out) {
+  e_.load_r15(g.slot);
+  if (g.whole) {
+    *out = {HostMem::at(kScratch1, static_cast<i32>(g.moved + a.disp)), true, false};
+  } else {
+    operand_of(a, out);
+  }
+}
+
 const BlockBuilder::Group* BlockBuilder::group_of(const Address& a, u8 size, Kind kind) const {
   for (const Group& g : groups_) {
     if (!g.active || !same_registers(g, a) || (kind == Kind::Write && !g.write)) continue;

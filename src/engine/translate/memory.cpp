@@ -138,14 +138,8 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     return true;
   }
   const u32 tag = kind == Kind::Write ? frame::kTlbWriteTag : frame::kTlbReadTag;
-  // Through a group's addend; the flags stay.
-  const auto through = [&](u32 slot) {
-    e_.load_r15(slot);
-    operand_of(a, out);
-    return true;
-  };
   if (in_second_body_ && (!aligned || loop_.hoisted[index_])) {
-    if (const Group* g = group_of(a, size, kind)) return through(g->slot);
+    if (const Group* g = group_of(a, size, kind)) return through(*g, a, out), true;
   }
   if (grouping_ && in_known_page(a, size) && (!aligned || (a.value & (size - 1u)) == 0)) {
     if (const Group* g = page_group(a, kind)) {
@@ -155,8 +149,8 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     }
   }
   if (grouping_ && !aligned) {
-    if (const Group* g = group_of(a, size, kind)) return through(g->slot);
-    if (const Group* g = open_group(a, size, kind)) {
+    if (const Group* g = group_of(a, size, kind)) return through(*g, a, out), true;
+    if (Group* const g = open_group(a, size, kind)) {
       clobber_flags();
       group_misses_.emplace_back();
       GroupMiss& m = group_misses_.back();
@@ -176,13 +170,12 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
         e_.cmp(kScratch0, HostMem::frame(frame::kStackLimit));
         e_.jcc(3, m.stack);
         e_.bind(m.resume);
-        return through(g->slot);
+        return through(*g, a, out), true;
       }
       emit_group_check(m.address, m.size, g->write, m.entry);
       e_.bind(m.resume);
-      e_.store(HostMem::frame(g->slot), kScratch1);
-      e_.holds(g->slot);
-      operand_of(a, out);
+      keep(g, nullptr);
+      through(*g, a, out);
       return true;
     }
   }

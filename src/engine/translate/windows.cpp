@@ -104,8 +104,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
   if (near) {
     for (const Group& g : groups_) {
       if (!g.active || !g.window || !same_registers(g, a)) continue;
-      e_.load_r15(g.slot);
-      operand_of(a, out);
+      through(g, a, out);
       window_point();
       return;
     }
@@ -122,6 +121,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     emit_address(kScratch0, a);
   }
   emit_window_check(reg, expected_region(a), a, false);
+  constexpr i32 kNone = 0;
   if (Group* const g = near ? free_group() : nullptr) {
     g->active = g->window = true;
     g->base = a.base;
@@ -129,8 +129,10 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     g->scale_log2 = a.scale_log2;
     g->active = used_again(*g);
     if (g->active) {
-      e_.store(HostMem::frame(g->slot), kScratch1);
-      e_.holds(g->slot);
+      keep(g, off_base ? &kNone : &a.disp);
+      through(*g, a, out);
+      window_point();
+      return;
     }
   }
   if (a.constant || a.segment != 0 || a.narrow) {
