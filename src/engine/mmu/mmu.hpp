@@ -228,6 +228,8 @@ class Mmu {
   /// The page of a host address in the window is mapped for a read or a write, as warm() would have it in the TLB, and those
   /// near it that are in the TLB. False: the access faults, or is not one of RAM, or room is short.
   bool warm_window(u64 host, bool write);
+  /// The same for an access that may yet not happen: false as well where an accessed or dirty flag would have to be set for it.
+  bool foresee_window(u64 host, bool write);
 
   // ---- instruction fetch ----
 

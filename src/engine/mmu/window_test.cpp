@@ -189,6 +189,22 @@ TEST_F(MmuWindowTest, FollowsThePageTablesAsTheTlbDoes) {
   EXPECT_FALSE(readable(at(kLow)));
 }
 
+TEST_F(MmuWindowTest, WhatIsForeseenSetsNoFlag) {
+  t.map(kLow, 0x800000, kUW);
+  ASSERT_TRUE(m.mmu->open_window(deltas));
+  EXPECT_FALSE(m.mmu->foresee_window(at(kLow), true));
+  EXPECT_FALSE(m.mmu->foresee_window(at(kLow), false));
+  EXPECT_FALSE(readable(at(kLow)));
+  EXPECT_EQ(t.load(t.entry(kLow, 1)) & (pte::A | pte::D), 0u);
+  t.map(kLow, 0x800000, kUW | pte::A);
+  (void)m.mmu->warm_window(at(kLow), false);  // the flags of the tables above it
+  EXPECT_FALSE(m.mmu->foresee_window(at(kLow), true));
+  EXPECT_FALSE(dirty(kLow));
+  t.map(kLow, 0x800000, kUW | pte::A | pte::D);
+  EXPECT_TRUE(m.mmu->foresee_window(at(kLow), true));
+  EXPECT_TRUE(writable(at(kLow)));
+}
+
 TEST_F(MmuWindowTest, FlushesAreMadeGoodBeforeItIsUsedAgain) {
   for (u64 n = 0; n < 4; n++) {
     t.map(kLow + n * kPageSize, 0x800000 + n * kPageSize, kUW);

@@ -85,6 +85,18 @@ void Mmu::Impl::map_large(u64 linear, u64 host, bool write) {
   }
 }
 
+bool Mmu::foresee_window(u64 host, bool write) {
+  Impl& i = *impl_;
+  u64 linear = 0;
+  if (window() != WindowState::Ready || !i.window.linear_of(host, &linear)) return false;
+  Impl::Walk w;
+  Impl::WalkFor why;
+  why.user = true;
+  why.write = write;
+  i.refresh_table();
+  return i.walk(linear, why, false, &w) && w.settled && warm_window(host, write);
+}
+
 bool Mmu::warm_window(u64 host, bool write) {
   Impl& i = *impl_;
   u64 linear = 0;

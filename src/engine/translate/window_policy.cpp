@@ -77,7 +77,7 @@ bool TranslatorVcpu::use_window() {
   if (mmu_.window() != Mmu::WindowState::Ready) return false;
   if (fault != 0 && ~fault != 0 && window_.fault_rip == s_.rip) {
     window_.cost += kFault / 2;
-    (void)mmu_.warm_window(fault & ~u64{1}, (fault & 1) != 0);
+    (void)mmu_.foresee_window(fault & ~u64{1}, (fault & 1) != 0);  // attention may come before the instruction
   }
   if (!mmu_.window_full()) return true;
   refuse_window(kMostPatience);
