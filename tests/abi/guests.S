@@ -607,6 +607,73 @@ guest xen_hypercalls
     hlt
 end_guest xen_hypercalls
 
+# Ready, port 0x90; then waiting. The handler 256 bytes in takes note of Xen's events (vcpu_info at 0x22000), counts at 0x504, port 0x91.
+    .macro xen_handler name
+    .org guest_\name + 256
+    movb $0, 0x22000
+    movq $0, 0x22008
+    incl 0x504
+    .endm
+guest xen_upcalls
+    sti
+    nop
+    xorl %eax, %eax
+    outb %al, $0x90
+1:  hlt
+    jmp 1b
+    xen_handler xen_upcalls
+    outb %al, $0x91
+    iretq
+end_guest xen_upcalls
+
+# Says itself that it has an event, then asks for Xen's version; how many upcalls came by the next instruction goes to 0x508.
+guest xen_forced_upcall
+    sti
+    movb $1, 0x22000
+    movl $17, %eax
+    xorl %edi, %edi
+    vmcall
+    movl 0x504, %ebx
+    movl %ebx, 0x508
+    movq %rax, 0x21000
+    outb %al, $0xf4
+    hlt
+    xen_handler xen_forced_upcall
+    iretq
+end_guest xen_forced_upcall
+
+# EVTCHNOP_send of what stands at 0x24000, port 0x90, SCHEDOP_poll of what stands at 0x24010.
+guest xen_send_and_poll
+    movl $32, %eax
+    movl $4, %edi
+    movl $0x24000, %esi
+    vmcall
+    movq %rax, 0x21000
+    xorl %eax, %eax
+    outb %al, $0x90
+    movl $29, %eax
+    movl $3, %edi
+    movl $0x24010, %esi
+    vmcall
+    movq %rax, 0x21008
+    outb %al, $0xf4
+    hlt
+    xen_handler xen_send_and_poll
+    iretq
+end_guest xen_send_and_poll
+
+    .code32
+guest xen_send32
+    movl $32, %eax
+    movl $4, %ebx
+    movl $0x24000, %ecx
+    vmcall
+    movl %eax, 0x21000
+    outb %al, $0xf4
+    hlt
+end_guest xen_send32
+    .code64
+
 # PostMessage by the page at 0x36000; the SynIC on, its source 2 unmasked with vector 0x30, port 0x90; then waiting. The handler 256 bytes in
 # counts at 0x504 and tells by port 0x91.
 guest hyperv_sint

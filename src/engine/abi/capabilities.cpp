@@ -122,7 +122,7 @@ int check_extension(u64 capability) {
     case KVM_CAP_X2APIC_API:
       return KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     case KVM_CAP_XEN_HVM:
-      return static_cast<int>(Xen::kOffered);
+      return static_cast<int>(xen::Domain::kOffered);
     case KVM_CAP_XSAVE2:
       return static_cast<int>(sizeof(kvm_xsave));
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:

@@ -430,6 +430,13 @@ VcpuEnvironment::Answer VcpuEnvironment::xen_hypercall(u64 number, const u64 arg
     return Answer::Done;
   }
   vcpu_.stats_.add(vcpu_stat::Hypercalls);
+  if (cpl == 0) {  // of a guest's processes all are the VMM's
+    if (const auto own = vcpu_.xen_->hypercall({number, args, long_mode})) {
+      *result = *own;
+      vcpu_.raise(kAttendXen);  // a guest makes one to be interrupted: it may have written itself that it has an event
+      return Answer::Done;
+    }
+  }
   asked_ = Access{Kind::XenCall, 8, number, 0};
   exit_pending_ = true;
   replaying = true;

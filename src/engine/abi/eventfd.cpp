@@ -15,6 +15,7 @@
 #include <set>
 
 #include "base/event_fd.hpp"
+#include "base/signal_set.hpp"
 
 namespace ring3::engine::abi {
 
@@ -154,9 +155,9 @@ int Irqfds::start_locked() {
   event.events = EPOLLIN;
   event.data.u64 = kStopKey;
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, stop_.get(), &event) < 0) return -errno;
-  sigset_t all, old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &old);
+  const sigset_t theirs = signals_but_faults();  // an event channel's bits stand in guest memory
+  sigset_t old;
+  pthread_sigmask(SIG_SETMASK, &theirs, &old);
   thread_ = std::thread([this] { thread_main(); });
   pthread_sigmask(SIG_SETMASK, &old, nullptr);
   return 0;

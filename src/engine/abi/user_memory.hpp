@@ -16,9 +16,11 @@ std::shared_ptr<const void> guard_user_copies();
 inline bool user_pointer(u64 address, u64 size = 1) {
   return address >= kPageSize && address < (1ull << 47) && size <= (1ull << 47) - address;
 }
-/// False: a byte could not be read or written; what comes before it may have been copied.
+/// False: a byte could not be read or written; what comes before it may have been copied. 1, 4 and 8 bytes are one access.
 bool copy_bytes_in(u64 address, void* to, u64 size);
 bool copy_bytes_out(u64 address, const void* from, u64 size);
+/// Sets bits of a byte by an atomic access: the byte before, or -1 when it is not there.
+int set_bits(u64 address, u8 bits);
 
 template <class T>
 bool copy_in(u64 address, T* out) {

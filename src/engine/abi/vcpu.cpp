@@ -67,6 +67,8 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   }
   hv::Processor& processor = *v;
   v->hv_ = std::make_unique<hv::Vp>(vm.hv(), vm, processor, vm.timers(), v->tsc_, v->lapic_.get(), id, index);
+  xen::Processor& xen_processor = *v;
+  v->xen_ = std::make_unique<xen::Vcpu>(vm.xen(), xen_processor, vm.timers(), v->tsc_, vm.tsc_sync(), v->lapic_.get(), id, index);
   v->state_.reset();
   Msrs& m = v->state_.msr;
   m.mcg_cap = mce_cap_supported() & ~u64{0xff};
@@ -106,6 +108,7 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
 
 Vcpu::~Vcpu() {
   hv_.reset();
+  xen_.reset();
   lapic_.reset();  // first: its timer raises attention in what the members below hold
   if (registered_) vm_.tracker().unregister_vcpu(index_);
 }
@@ -175,6 +178,7 @@ void Vcpu::unhalt() {
 }
 void Vcpu::request_clock_update() {
   pvclock_.request_update();
+  xen_->request_time_update();
   vm_.hv().clock_changed();
   raise(kAttendClock);
 }
@@ -219,6 +223,7 @@ void Vcpu::reset(bool init) {
   pv_eoi_.reset();
   async_pf_.reset();
   env_.drop();
+  if (xen_->polling()) xen_->end_poll();
   mmu_.flush_all();
   state_changed();
 }
@@ -554,6 +559,8 @@ long Vcpu::ioctl_locked(unsigned long request, u64 arg) {
     case KVM_HAS_DEVICE_ATTR:
     case KVM_GET_DEVICE_ATTR:
     case KVM_SET_DEVICE_ATTR: return device_attr(request, arg);
+    case KVM_XEN_VCPU_SET_ATTR:
+    case KVM_XEN_VCPU_GET_ATTR: return xen_ioctl(request, arg);
     case KVM_GET_STATS_FD: return stats_.open();
     case KVM_GET_NESTED_STATE:
     case KVM_SET_NESTED_STATE: return -EINVAL;  // as the kernel without nesting

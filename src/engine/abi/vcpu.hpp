@@ -27,6 +27,7 @@
 #include "engine/mmu/mmu.hpp"
 #include "engine/timer/pvclock.hpp"
 #include "engine/timer/tsc.hpp"
+#include "engine/xen/vcpu.hpp"
 
 namespace ring3::engine::abi {
 
@@ -42,6 +43,7 @@ enum AttentionBit : u32 {
   kAttendInit = 1u << 5,   ///< INIT or SIPI
   kAttendClock = 1u << 6,  ///< the kvmclock page is out of date
   kAttendHyperv = 1u << 8,  ///< SynIC timers; TLBs to drop
+  kAttendXen = 1u << 9,    ///< event channels, Xen's timer
   kAttendExit = 1u << 7,   ///< leave after the current instruction: EOI exits, immediate_exit during a replay
 };
 
@@ -50,7 +52,7 @@ enum AttentionBit : u32 {
 /// Spec:      virt/kvm/api, "vcpu ioctl" entries.
 /// Threading: ioctl() from any thread, serialised by mutex_; KVM_RUN holds it, and the guest runs on its caller's thread.
 ///            raise() and what stands beside it: any thread, at any time.
-class Vcpu final : private DirtySink, private hv::Processor {
+class Vcpu final : private DirtySink, private hv::Processor, private xen::Processor {
  public:
   static constexpr std::size_t kRunSize = 3 * kPageSize;
 
@@ -98,6 +100,7 @@ class Vcpu final : private DirtySink, private hv::Processor {
   }
   void note_ioapic_eoi(u8 vector);
   hv::Vp& hv() { return *hv_; }
+  xen::Vcpu& xen() { return *xen_; }
   enum class Msr { Ok, Fault, Unknown };
   /// MSRs that are not the core's; Unknown for those that nobody knows. (vcpu_msrs.cpp)
   Msr read_msr(u32 index, bool host, u64* value);
@@ -120,6 +123,13 @@ class Vcpu final : private DirtySink, private hv::Processor {
   /// Before guest code: TLBs that a hypercall wants dropped, this vCPU's and, until they are, the others'.
   void serve_flushes();
   void fill_hyperv_exit();
+
+  // xen::Processor, with the two of hv::Processor's that it has too (xen.cpp)
+  int set_bits(Gpa at, u8 bits) override;
+  void attend_events() override;
+  void attend_time() override;
+  bool translate(u64 linear, Gpa* at) override;
+  long xen_ioctl(unsigned long request, u64 arg);
 
   // vcpu.cpp
   long ioctl_locked(unsigned long request, u64 arg);
@@ -150,6 +160,7 @@ class Vcpu final : private DirtySink, private hv::Processor {
   long run_uninitialised();
   enum class Step { Again, Exit, Run };
   Step prepare(long* result);
+  Step halt(long* result);
   bool inject_events(bool* want_window);
   bool deliver(const Event& event);
   bool interrupt_allowed() const;
@@ -211,6 +222,7 @@ class Vcpu final : private DirtySink, private hv::Processor {
   AsyncPf async_pf_;
   std::unique_ptr<Lapic> lapic_;
   std::unique_ptr<hv::Vp> hv_;
+  std::unique_ptr<xen::Vcpu> xen_;
   std::unique_ptr<DirtyRing> ring_;
   VcpuEnvironment env_;
   Mmu mmu_;

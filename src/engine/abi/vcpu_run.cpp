@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "base/signal_set.hpp"
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
 
@@ -20,9 +21,7 @@ class SignalGuard {
  public:
   SignalGuard(sigset_t* thread_mask, bool announced) : thread_mask_(thread_mask), active_(!announced) {
     if (!active_) return;
-    sigset_t blocked;
-    sigfillset(&blocked);
-    for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, s);
+    const sigset_t blocked = signals_but_faults();
     pthread_sigmask(SIG_SETMASK, &blocked, thread_mask_);
     saved_ = *thread_mask_;
   }
@@ -85,6 +84,7 @@ bool Vcpu::nmi_allowed() const { return !state_.nmi_blocked && !state_.mov_ss_sh
 
 bool Vcpu::has_interrupt() const {
   if (!lapic_) return false;
+  if (xen_->upcall_pending()) return true;
   if (user_extint_ >= 0 && lapic_->accepts_extint()) return true;
   return vm_.irqchip()->has_interrupt(*lapic_);
 }
@@ -192,7 +192,9 @@ bool Vcpu::inject_events(bool* want_window) {
       return true;
     }
     int vector;
-    if (user_extint_ >= 0 && lapic_->accepts_extint()) {
+    if (xen_->upcall_pending()) {
+      vector = vm_.xen().upcall_vector();  // until the guest takes note: nothing else is acknowledged
+    } else if (user_extint_ >= 0 && lapic_->accepts_extint()) {
       vector = user_extint_;
       user_extint_ = -1;
     } else {
@@ -225,11 +227,13 @@ bool Vcpu::ready_for_injection() const {
 // ---- the loop ----
 
 void Vcpu::update_guest_time(bool after_wait) {
-  if (!(steal_.read_msr() & 1)) return;
+  const bool xen = vm_.xen().enabled();
+  if (!(steal_.read_msr() & 1) && !xen) return;
   const u64 now = vm_.config().clock->monotonic_ns();
   if (!after_wait && now - last_steal_ns_ < kStealPeriodNs) return;
   last_steal_ns_ = now;
   steal_.update();
+  if (xen) xen_->running();
 }
 
 long Vcpu::internal_error(u32 suberror) {
@@ -266,11 +270,23 @@ long Vcpu::run_uninitialised() {
     if (immediate_exit(*run_page()) || signalled_.load(std::memory_order_seq_cst)) return interrupted();
     accept_init_sipi();
     if (mp_state_ != KVM_MP_STATE_UNINITIALIZED) {
-      raise(kAttendInit | kAttendMmu);  // bits taken above belong to the loop that comes next
+      raise(kAttendInit | kAttendMmu | kAttendXen);  // bits taken above belong to the loop that comes next
       return -EAGAIN;
     }
     if (!wait()) return interrupted();
   }
+}
+
+/// A HLT, or what waits like one.
+Vcpu::Step Vcpu::halt(long* result) {
+  vm_.tracker().leave_guest(index_);
+  const bool no_signal = wait();
+  update_guest_time(true);
+  vm_.tracker().enter_guest(index_);
+  if (!vm_.stores_announced()) mmu_.expire_fetches();  // a device may have written while the vCPU slept
+  if (no_signal) return Step::Again;
+  *result = interrupted();
+  return Step::Exit;
 }
 
 /// Before guest code runs. Again: look at everything once more; Exit: KVM_RUN returns *result; Run: go.
@@ -283,6 +299,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
   if (bits & kAttendClock) {
     pvclock_.update();
     hv_->update_tsc_page();
+    xen_->update_time();
     update_guest_time(true);
   }
   serve_flushes();
@@ -292,6 +309,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
   }
 
   if (hv_->timers_pending()) hv_->process_timers();
+  if (bits & kAttendXen) xen_->attend();
   if (hv_->exit_pending()) {
     fill_hyperv_exit();
     *result = 0;
@@ -335,16 +353,11 @@ Vcpu::Step Vcpu::prepare(long* result) {
       mp_state_ = KVM_MP_STATE_RUNNABLE;
       return Step::Again;
     }
-    vm_.tracker().leave_guest(index_);
-    const bool no_signal = wait();
-    update_guest_time(true);
-    vm_.tracker().enter_guest(index_);
-    if (!vm_.stores_announced()) mmu_.expire_fetches();  // a device may have written while the vCPU slept
-    if (!no_signal) {
-      *result = interrupted();
-      return Step::Exit;
-    }
-    return Step::Again;
+    return halt(result);
+  }
+  if (xen_->polling()) {
+    if (!xen_->poll_over() && !runnable()) return halt(result);
+    xen_->end_poll();
   }
 
   bool window = false;
@@ -427,6 +440,7 @@ long Vcpu::run() {
   apply_quirks();
   run.flags = 0;
   const long result = mp_state_ == KVM_MP_STATE_UNINITIALIZED ? run_uninitialised() : run_guest();
+  if (xen_->polling()) xen_->end_poll();  // whatever ended KVM_RUN ended the wait
   fill_exit_state();
   signalled_.store(false, std::memory_order_relaxed);
   if (run.kvm_valid_regs & KVM_SYNC_X86_REGS) get_regs(&run.s.regs.regs);
@@ -481,6 +495,7 @@ long Vcpu::run_guest() {
     vm_.tracker().enter_guest(index_);
     if (!vm_.stores_announced()) mmu_.expire_fetches();
     if (steal_.read_msr() & 1) update_guest_time(vm_.config().clock->monotonic_ns() - last_steal_ns_ >= kStealEntryNs);
+    if (vm_.xen().enabled()) xen_->running();
     static_cast<void>(trap_.take_hit());
     result = 0;
     if (!trap_.run([&] { result = run_loop(); })) result = memory_gone();

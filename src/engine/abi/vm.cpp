@@ -14,7 +14,7 @@
 
 namespace ring3::engine::abi {
 
-Vm::Vm(const Config& config) : config_(config), timers_(*config.clock), clock_(*config.clock) {}
+Vm::Vm(const Config& config) : config_(config), timers_(*config.clock), clock_(*config.clock), xen_(*this, *config.clock, clock_) {}
 
 Vm::~Vm() {
   irqfds_.reset();
@@ -43,11 +43,28 @@ bool Vm::write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sin
     if (slot == nullptr || slot->readonly()) return false;
     // The VMM may have unmapped it.
     if (!copy_bytes_out(reinterpret_cast<u64>(slot->host(at)), static_cast<const u8*>(from) + done, n)) return false;
-    if (slot->mark_dirty(at) && sink != nullptr) sink->page_dirtied(slot->id, (at - slot->gpa) >> kPageShift);
+    note_dirty(*slot, at, sink);
     done += n;
   }
   tracker_.host_wrote(to, size);
   return true;
+}
+
+/// A page that counts as dirty already is put into no ring: where there are rings, it is left clean when it can be put into none.
+void Vm::note_dirty(const memory::Slot& slot, Gpa at, DirtySink* sink) {
+  if (sink == nullptr && dirty_ring_entries_ != 0) return;
+  if (slot.mark_dirty(at) && sink != nullptr) sink->page_dirtied(slot.id, (at - slot.gpa) >> kPageShift);
+}
+
+int Vm::set_memory_bits(Gpa at, u8 bits, DirtySink* sink) {
+  const auto table = memory_.table();
+  const memory::Slot* slot = table->find(at);
+  if (slot == nullptr || slot->readonly()) return -1;
+  const int before = abi::set_bits(reinterpret_cast<u64>(slot->host(at)), bits);
+  if (before < 0 || (before & bits) == bits) return before;
+  note_dirty(*slot, at, sink);
+  tracker_.host_wrote(at, 1);
+  return before;
 }
 
 bool Vm::read_memory(Gpa from, void* to, std::size_t size) const {
@@ -138,6 +155,7 @@ long Vm::set_memory_region(unsigned long request, u64 arg) {
   const int result = memory_.set_region(r.slot, r.flags, Gpa(r.guest_phys_addr), r.memory_size, Hva(r.userspace_addr));
   if (result == 0) {
     tracker_.memslots_changed();
+    xen_.memory_changed();
     stats_.add(vm_stat::MemslotChanges);
   }
   std::atomic_store(&retiring_, std::shared_ptr<const memory::SlotTable>());
@@ -403,11 +421,13 @@ long Vm::clock_ioctl(unsigned long request, u64 arg) {
   if (!copy_in(arg, &data)) return -EFAULT;
   if (data.flags & ~static_cast<u32>(KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC)) return -EINVAL;
   const int result = clock_.set(data);
-  if (result == 0) {
-    std::lock_guard lock(mutex_);
-    for (auto& v : vcpus_) v->request_clock_update();
-  }
+  if (result == 0) request_clock_updates();
   return result;
+}
+
+void Vm::request_clock_updates() {
+  std::lock_guard lock(mutex_);
+  for (auto& v : vcpus_) v->request_clock_update();
 }
 
 long Vm::ioctl(unsigned long request, u64 arg) {
@@ -440,13 +460,11 @@ long Vm::ioctl(unsigned long request, u64 arg) {
       return 0;
     case KVM_GET_NR_MMU_PAGES:
       return long{mmu_pages_.load(std::memory_order_relaxed)};
-    case KVM_XEN_HVM_CONFIG: {
-      kvm_xen_hvm_config config;
-      if (!copy_in(arg, &config)) return -EFAULT;
-      const long result = xen_.configure(config);
-      if (result == 0) hv_.set_beside_xen(xen_.intercepts());
-      return result;
-    }
+    case KVM_XEN_HVM_CONFIG:
+    case KVM_XEN_HVM_SET_ATTR:
+    case KVM_XEN_HVM_GET_ATTR:
+    case KVM_XEN_HVM_EVTCHN_SEND:
+      return xen_ioctl(request, arg);
     case KVM_X86_SET_MSR_FILTER:
       return msr_filter_.set(arg);
     case KVM_GET_STATS_FD:

@@ -14,7 +14,6 @@
 #include "engine/abi/eventfd.hpp"
 #include "engine/abi/msr_filter.hpp"
 #include "engine/abi/stats.hpp"
-#include "engine/abi/xen.hpp"
 #include "engine/hyperv/partition.hpp"
 #include "engine/irq/irq_chip.hpp"
 #include "engine/mmu/mmu.hpp"
@@ -23,6 +22,7 @@
 #include "engine/timer/timer_queue.hpp"
 #include "engine/timer/tsc.hpp"
 #include "kvm/endpoint.hpp"
+#include "engine/xen/domain.hpp"
 #include "memory/guest_memory.hpp"
 
 namespace ring3::engine::abi {
@@ -49,7 +49,7 @@ inline constexpr u64 kDisabledExits = KVM_X86_DISABLE_EXITS_PAUSE | KVM_X86_DISA
 /// Lifetime:  endpoints share it: it ends when the VM's and all its vCPUs' endpoints have gone.
 /// Threading: ioctls from any thread; mutex_ serialises those that change the set of things. vCPUs read
 ///            irqchip(), pit() and vcpu() without it.
-class Vm final : public VcpuSink, public hv::Host {
+class Vm final : public VcpuSink, public hv::Host, private xen::Host {
  public:
   static Result<std::shared_ptr<Vm>> create(const Config& config);
   ~Vm() override;
@@ -68,7 +68,7 @@ class Vm final : public VcpuSink, public hv::Host {
   KvmClock& clock() { return clock_; }
   hv::Partition& hv() { return hv_; }
   ApicBus& bus() { return bus_; }
-  Xen& xen() { return xen_; }
+  xen::Domain& xen() { return xen_; }
   IoEventfds& ioeventfds() { return ioeventfds_; }
   CoalescedRing& coalesced() { return coalesced_; }
   const MsrFilter& msr_filter() const { return msr_filter_; }
@@ -102,6 +102,8 @@ class Vm final : public VcpuSink, public hv::Host {
   /// A store by the engine itself. False when it is not writable memory. Any thread; a vCPU's thread is outside
   /// guest code meanwhile.
   bool write_memory(Gpa to, const void* from, std::size_t size, DirtySink* sink);
+  /// Sets bits of a byte by an atomic access: the byte before, or -1. Any thread; what another vCPU's ring would say is not noted.
+  int set_memory_bits(Gpa at, u8 bits, DirtySink* sink);
 
   /// The same for a load. False when a byte is not there.
   bool read_memory(Gpa from, void* to, std::size_t size) const;
@@ -113,6 +115,7 @@ class Vm final : public VcpuSink, public hv::Host {
 
   // VcpuSink
   int hv_sint(u32 vp_index, u32 sint) override;
+  int xen_event(u32 vcpu, u32 port) override { return xen_.deliver(vcpu, port); }
   void wake(unsigned vcpu, Attention why) override;
   void nmi(unsigned vcpu) override;
   void smi(unsigned vcpu) override;
@@ -122,6 +125,19 @@ class Vm final : public VcpuSink, public hv::Host {
 
  private:
   explicit Vm(const Config& config);
+
+  void note_dirty(const memory::Slot& slot, Gpa at, DirtySink* sink);
+
+  // xen::Host (xen.cpp)
+  bool read(Gpa from, void* to, std::size_t size) override;
+  bool write(Gpa to, const void* from, std::size_t size) override;
+  int set_bits(Gpa at, u8 bits) override;
+  bool read_vmm(u64 address, void* to, std::size_t size) override;
+  xen::Vcpu* find_vcpu(u32 id) override;
+  int copy_eventfd(int fd) override;
+  long xen_ioctl(unsigned long request, u64 arg);
+  /// Every vCPU's pages of time are out of date.
+  void request_clock_updates();
 
   long set_memory_region(unsigned long request, u64 arg);
   /// Words of the slot's dirty bitmap; 0: no such slot, or it has none. memory_mutex_ held.
@@ -146,6 +162,7 @@ class Vm final : public VcpuSink, public hv::Host {
   TscSync tsc_sync_;
   KvmClock clock_;
   hv::Partition hv_{clock_, tsc_sync_};
+  xen::Domain xen_;
   ApicBus bus_{*this};
   IoEventfds ioeventfds_;
   CoalescedRing coalesced_;
@@ -158,7 +175,6 @@ class Vm final : public VcpuSink, public hv::Host {
   unsigned split_pins_ = 0;
   u64 max_vcpu_id_ = 0;  // KVM_CAP_MAX_VCPU_ID; 0: not set
   u32 default_tsc_khz_ = 0;
-  Xen xen_;
   std::atomic<u32> mmu_pages_{0};  // KVM_SET_NR_MMU_PAGES
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, stores_announced_{false};

@@ -49,6 +49,8 @@ int IrqChip::set_irq(unsigned source, u32 gsi, bool level) {
       if (level) one = bus_.deliver_msi(r.address_lo, r.address_hi, r.data);
     } else if (r.hv_sint) {
       if (level) one = bus_.sink().hv_sint(r.chip, r.pin);
+    } else if (r.xen_event) {
+      if (level) one = bus_.sink().xen_event(r.chip, r.pin);
     } else if (r.chip == KVM_IRQCHIP_IOAPIC) {
       if (ioapic_) one = ioapic_->set_line(r.pin, source, level);
     } else if (pic_) {

@@ -15,7 +15,7 @@ std::shared_ptr<RoutingTable> empty_table() {
 void add(RoutingTable& t, u32 gsi, const RoutingTable::Route& route) {
   if (t.by_gsi.size() <= gsi) t.by_gsi.resize(gsi + 1);
   t.by_gsi[gsi].push_back(route);
-  if (route.msi) return;
+  if (route.msi || route.xen_event) return;
   if (route.hv_sint) {
     t.sint_gsis[{route.chip, route.pin}].push_back(gsi);
     return;
@@ -66,13 +66,20 @@ int IrqRouting::set(const kvm_irq_routing_entry* entries, u32 count, u32 flags, 
         r.chip = e.u.hv_sint.vcpu;
         r.pin = e.u.hv_sint.sint;
         break;
+      case KVM_IRQ_ROUTING_XEN_EVTCHN:
+        if (e.flags || e.u.xen_evtchn.priority != KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL) return -EINVAL;
+        r.xen_event = true;
+        r.chip = e.u.xen_evtchn.vcpu;  // which may come later, as may a layout that has the port
+        r.pin = e.u.xen_evtchn.port;
+        break;
       default:
         return -EINVAL;
     }
-    // One route per chip and GSI; an MSI or a SINT stands alone.
+    // One route per chip and GSI; an MSI, a SINT or an event stands alone.
     if (e.gsi < t->by_gsi.size()) {
       for (const RoutingTable::Route& other : t->by_gsi[e.gsi]) {
-        if (other.msi || r.msi || other.hv_sint || r.hv_sint || other.chip == r.chip) return -EINVAL;
+        const auto alone = [](const RoutingTable::Route& one) { return one.msi || one.hv_sint || one.xen_event; };
+        if (alone(other) || alone(r) || other.chip == r.chip) return -EINVAL;
       }
     }
     add(*t, e.gsi, r);

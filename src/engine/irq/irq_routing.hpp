@@ -10,7 +10,7 @@
 
 /// The GSI routing table.
 ///
-/// Spec:      virt/kvm/api KVM_SET_GSI_ROUTING; entry types IRQCHIP, MSI and HV_SINT.
+/// Spec:      virt/kvm/api KVM_SET_GSI_ROUTING; entry types IRQCHIP, MSI, HV_SINT and XEN_EVTCHN.
 /// Threading: table() from any thread: an immutable snapshot; set() replaces it.
 /// Trust:     entries come from the VMM.
 namespace ring3::engine {
@@ -22,6 +22,7 @@ struct RoutingTable {
   struct Route {
     bool msi = false;
     bool hv_sint = false;   ///< chip: a VP's index; pin: the SINT of its SynIC
+    bool xen_event = false;  ///< chip: a vCPU's id; pin: its port
     u32 chip = 0, pin = 0;  ///< KVM_IRQCHIP_*; pin within it (the slave's 0–7)
     u32 address_lo = 0, address_hi = 0, data = 0;
   };

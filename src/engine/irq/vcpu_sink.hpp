@@ -34,6 +34,11 @@ class VcpuSink {
     static_cast<void>(vp_index), static_cast<void>(sint);
     return -1;
   }
+  /// The same of a route to one of Xen's event channels.
+  virtual int xen_event(u32 vcpu, u32 port) {
+    static_cast<void>(vcpu), static_cast<void>(port);
+    return -1;
+  }
 };
 
 }  // namespace ring3::engine

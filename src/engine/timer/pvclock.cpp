@@ -189,8 +189,28 @@ void PvClock::reset() {
 
 // --- StealTime ---------------------------------------------------------------------------------
 
-StealTime::~StealTime() {
+RunDelay::~RunDelay() {
   if (fd_ >= 0) close(fd_);
+}
+
+bool RunDelay::read(u64* ns) {
+  *ns = 0;
+  const long tid = gettid();
+  const bool same = fd_ >= 0 && tid_ == tid;
+  if (!same) {
+    if (fd_ >= 0) close(fd_);
+    fd_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    tid_ = tid;
+  }
+  char text[128];
+  const ssize_t n = fd_ < 0 ? -1 : pread(fd_, text, sizeof text - 1, 0);
+  if (n > 0) {
+    text[n] = 0;
+    char* end = nullptr;
+    std::strtoull(text, &end, 10);  // time on the CPU
+    *ns = std::strtoull(end, nullptr, 10);
+  }
+  return same;
 }
 
 bool StealTime::write_msr(u64 value) {
@@ -206,22 +226,8 @@ bool StealTime::write_msr(u64 value) {
 
 void StealTime::update() {
   if (!(msr_ & 1)) return;
-  const long tid = gettid();
-  if (fd_ < 0 || fd_tid_ != tid) {
-    if (fd_ >= 0) close(fd_);
-    fd_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
-    fd_tid_ = tid;
-    have_last_ = false;
-  }
-  char text[128];
-  const ssize_t n = fd_ < 0 ? -1 : pread(fd_, text, sizeof text - 1, 0);
-  u64 delay = 0;
-  if (n > 0) {
-    text[n] = 0;
-    char* end = nullptr;
-    std::strtoull(text, &end, 10);  // time on the CPU
-    delay = std::strtoull(end, nullptr, 10);
-  }
+  u64 delay;
+  if (!delay_.read(&delay)) have_last_ = false;
   update_to(delay);
 }
 

@@ -112,20 +112,35 @@ class PvClock {
   std::atomic<bool> pending_{false};
 };
 
+/// How long the calling thread was runnable but not running. One thread at a time.
+class RunDelay {
+ public:
+  RunDelay() = default;
+  ~RunDelay();
+  RunDelay(const RunDelay&) = delete;
+  RunDelay& operator=(const RunDelay&) = delete;
+
+  /// In ns, since the thread began; 0 where the kernel does not tell. Reads /proc/thread-self/schedstat (one system call).
+  /// False: of another thread than the last time.
+  bool read(u64* ns);
+
+ private:
+  int fd_ = -1;
+  long tid_ = 0;  // thread that fd_ belongs to
+};
+
 /// MSR_KVM_STEAL_TIME: how long this vCPU's thread was runnable but not running. vCPU thread only.
 class StealTime {
  public:
   static constexpr u32 kMsr = 0x4b564d03;
   explicit StealTime(GuestWriter writer) : writer_(std::move(writer)) {}
-  ~StealTime();
   StealTime(const StealTime&) = delete;
   StealTime& operator=(const StealTime&) = delete;
 
   /// False: reserved bits are set, #GP.
   bool write_msr(u64 value);
   u64 read_msr() const { return msr_; }
-  /// Adds the thread's run delay since the last call to the record. Reads /proc/thread-self/schedstat
-  /// (one system call): call it rarely, e.g. after a HLT or every few ms.
+  /// Adds the thread's run delay since the last call to the record: call it rarely, e.g. after a HLT or every few ms.
   void update();
   /// update() with a given total run delay in ns (of one thread; it may restart at a lower value).
   void update_to(u64 run_delay_ns);
@@ -136,8 +151,7 @@ class StealTime {
   u64 msr_ = 0, steal_ = 0, last_delay_ = 0;
   u32 version_ = 0;
   bool have_last_ = false;
-  int fd_ = -1;
-  long fd_tid_ = 0;  // thread the fd belongs to
+  RunDelay delay_;
 };
 
 }  // namespace ring3::engine

@@ -6,6 +6,8 @@
 
 #include <chrono>
 
+#include "base/signal_set.hpp"
+
 namespace ring3::engine {
 
 TimerQueue::TimerQueue(const Clock& clock, Mode mode) : clock_(clock), mode_(mode) {}
@@ -44,9 +46,9 @@ void TimerQueue::arm(Timer& timer, u64 deadline_ns) {
     if (mode_ == Mode::kThread) {
       if (!thread_.joinable() && !stop_) {
         // The embedding VMM's signals are for its own threads.
-        sigset_t all, old;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &old);
+        const sigset_t theirs = signals_but_faults();
+        sigset_t old;
+        pthread_sigmask(SIG_SETMASK, &theirs, &old);
         thread_ = std::thread([this] { thread_main(); });
         pthread_sigmask(SIG_SETMASK, &old, nullptr);
       }

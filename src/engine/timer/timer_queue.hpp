@@ -14,7 +14,7 @@
 /// Threading: everything from any thread. Callbacks run on the queue's thread without its lock, one
 ///            at a time; they may arm and disarm any timer. Arming takes only the queue's own mutex,
 ///            which is innermost: it may be held under any other lock. The thread is started by the first
-///            arm(), blocks all signals, and is joined by the destructor.
+///            arm(), blocks all signals but those of faults, and is joined by the destructor.
 /// Lifetime:  every Timer must be destroyed before its queue.
 /// Cost:      arm() makes a host system call only when the new deadline is earlier than the one the
 ///            thread sleeps for.
