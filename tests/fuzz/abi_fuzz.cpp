@@ -108,6 +108,10 @@ const Call kCalls[] = {
     {On::Vm, KVM_SET_PMU_EVENT_FILTER, Arg::In},
     {On::Vm, KVM_HYPERV_EVENTFD, Arg::In},
     {On::Vm, KVM_XEN_HVM_CONFIG, Arg::In},
+    {On::Vm, KVM_XEN_HVM_SET_ATTR, Arg::In},
+    {On::Vm, KVM_XEN_HVM_SET_ATTR, Arg::In},
+    {On::Vm, KVM_XEN_HVM_GET_ATTR, Arg::InOut},
+    {On::Vm, KVM_XEN_HVM_EVTCHN_SEND, Arg::In},
     {On::Vm, KVM_GET_NR_MMU_PAGES, Arg::Integer},
 
     {On::Vcpu, KVM_RUN, Arg::Integer},
@@ -157,6 +161,9 @@ const Call kCalls[] = {
     {On::Vcpu, KVM_GET_DEVICE_ATTR, Arg::In},
     {On::Vcpu, KVM_SET_DEVICE_ATTR, Arg::In},
     {On::Vcpu, KVM_GET_STATS_FD, Arg::Integer},
+    {On::Vcpu, KVM_XEN_VCPU_SET_ATTR, Arg::In},
+    {On::Vcpu, KVM_XEN_VCPU_SET_ATTR, Arg::In},
+    {On::Vcpu, KVM_XEN_VCPU_GET_ATTR, Arg::InOut},
     {On::Vcpu, KVM_GET_NESTED_STATE, Arg::InOut},
     {On::Vcpu, KVM_SET_NESTED_STATE, Arg::In},
     {On::Vcpu, KVM_GET_SUPPORTED_HV_CPUID, Arg::InOut},
@@ -215,6 +222,7 @@ struct Shared {
   std::unique_ptr<Endpoint> system;
   Memory memory;
   std::atomic<u64> calls{0};
+  std::atomic<u64> hypercall{0};  // where VMCALL and VMMCALL stood last
   u64 limit = 0;
   std::chrono::steady_clock::time_point deadline;
   std::atomic<bool> stop{false};
@@ -251,6 +259,7 @@ class Worker {
   void run() {
     while (!s_.stop.load(std::memory_order_relaxed)) {
       const u64 n = s_.calls.fetch_add(1, std::memory_order_relaxed);
+      if (n != 0 && n % 1'000'000 == 0) std::fprintf(stderr, "abi_fuzz: %llu calls\n", static_cast<unsigned long long>(n));
       if (n >= s_.limit || ((n & 255) == 0 && std::chrono::steady_clock::now() >= s_.deadline)) break;
       one();
     }
@@ -296,6 +305,16 @@ class Worker {
       case 3: return 1000 + static_cast<int>(rng_.below(1000));
       default: return eventfds_[rng_.below(eventfds_.size())];
     }
+  }
+
+  /// Mostly in what is memory.
+  u64 guest_address() { return rng_.one_in(8) ? integer() : rng_.below(Memory::kRam + kPageSize) & (rng_.one_in(4) ? ~0ull : ~63ull); }
+  kvm_irq_routing_xen_evtchn event() {
+    kvm_irq_routing_xen_evtchn e;
+    e.port = static_cast<u32>(rng_.one_in(8) ? integer() : rng_.below(40));
+    e.vcpu = static_cast<u32>(rng_.below(5));
+    e.priority = rng_.one_in(16) ? static_cast<u32>(rng_.next()) : KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL;
+    return e;
   }
 
   template <class T>
@@ -426,10 +445,11 @@ class Worker {
         if (!rng_.one_in(8)) r->flags = 0;
         for (u32 i = 0; i < 24; i++) {
           r->entries[i].gsi = static_cast<u32>(rng_.below(30));
-          r->entries[i].type = static_cast<u32>(rng_.below(5));
+          r->entries[i].type = static_cast<u32>(rng_.below(6));
           if (!rng_.one_in(8)) r->entries[i].flags = 0;
           r->entries[i].u.irqchip.irqchip = static_cast<u32>(rng_.below(4));
           r->entries[i].u.irqchip.pin = static_cast<u32>(rng_.below(26));
+          if (r->entries[i].type == KVM_IRQ_ROUTING_XEN_EVTCHN) r->entries[i].u.xen_evtchn = event();
         }
         break;
       }
@@ -474,9 +494,91 @@ class Worker {
         std::memcpy(arg_ + sizeof(kvm_signal_mask), &mask, sizeof mask);  // nothing stays blocked for good
         break;
       }
-      case KVM_SET_REGS:
-        if (!rng_.one_in(4)) as<kvm_regs>()->rip = rng_.below(Memory::kRam);
+      case KVM_SET_REGS: {
+        auto* r = as<kvm_regs>();
+        if (!rng_.one_in(4)) r->rip = rng_.below(Memory::kRam);
+        if (rng_.one_in(8)) {  // a hypercall of Xen's
+          constexpr u64 kNumbers[] = {15, 17, 24, 29, 32};
+          r->rip = s_.hypercall.load(std::memory_order_relaxed);
+          r->rax = kNumbers[rng_.below(std::size(kNumbers))];
+          r->rdi = r->rbx = rng_.below(12);
+          r->rsi = r->rcx = rng_.one_in(2) ? rng_.below(4) : guest_address();
+          r->rdx = guest_address();
+        }
         break;
+      }
+      case KVM_XEN_HVM_CONFIG: {
+        auto* c = as<kvm_xen_hvm_config>();
+        if (rng_.one_in(8)) break;
+        *c = kvm_xen_hvm_config{};
+        c->flags = static_cast<u32>(rng_.below(4)) * KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL & ~4u;
+        if (rng_.one_in(2)) c->flags |= KVM_XEN_HVM_CONFIG_EVTCHN_SEND;
+        c->msr = rng_.one_in(4) ? 0 : 0x40000000;
+        if (rng_.one_in(4)) {
+          c->blob_size_32 = c->blob_size_64 = static_cast<u8>(rng_.below(3));
+          c->blob_addr_32 = pointer(kPageSize);
+          c->blob_addr_64 = pointer(kPageSize);
+        }
+        break;
+      }
+      case KVM_XEN_HVM_SET_ATTR:
+      case KVM_XEN_HVM_GET_ATTR: {
+        auto* a = as<kvm_xen_hvm_attr>();
+        a->type = static_cast<u16>(rng_.one_in(16) ? rng_.next() : rng_.below(5));
+        if (rng_.one_in(8)) break;
+        switch (a->type) {
+          case KVM_XEN_ATTR_TYPE_LONG_MODE: a->u.long_mode = !rng_.one_in(4); break;
+          case KVM_XEN_ATTR_TYPE_SHARED_INFO: a->u.shared_info.gfn = rng_.one_in(8) ? ~0ull : guest_address() >> 12; break;
+          case KVM_XEN_ATTR_TYPE_UPCALL_VECTOR: a->u.vector = static_cast<u8>(rng_.next()); break;
+          case KVM_XEN_ATTR_TYPE_EVTCHN: {
+            auto& e = a->u.evtchn;
+            e.send_port = event().port;
+            e.type = rng_.one_in(8) ? static_cast<u32>(rng_.below(7)) : 2 + 3 * static_cast<u32>(rng_.below(2));
+            e.flags = rng_.one_in(8) ? 1u << rng_.below(4) : 0;
+            const kvm_irq_routing_xen_evtchn to = event();
+            e.deliver.port.port = rng_.one_in(4) ? e.send_port : to.port;
+            e.deliver.port.vcpu = to.vcpu;
+            e.deliver.port.priority = to.priority;
+            if (rng_.one_in(2)) {
+              e.deliver.eventfd.port = 0;
+              e.deliver.eventfd.fd = descriptor();
+            }
+            break;
+          }
+          default: break;
+        }
+        break;
+      }
+      case KVM_XEN_HVM_EVTCHN_SEND: *as<kvm_irq_routing_xen_evtchn>() = event(); break;
+      case KVM_XEN_VCPU_SET_ATTR:
+      case KVM_XEN_VCPU_GET_ATTR: {
+        auto* a = as<kvm_xen_vcpu_attr>();
+        a->type = static_cast<u16>(rng_.one_in(16) ? rng_.next() : rng_.below(9));
+        if (rng_.one_in(8)) break;
+        switch (a->type) {
+          case KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO:
+          case KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO:
+          case KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR: a->u.gpa = rng_.one_in(8) ? ~0ull : guest_address(); break;
+          case KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT:
+          case KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA:
+          case KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST: {
+            auto& r = a->u.runstate;
+            r.state = rng_.below(6) - 1;
+            r.time_running = rng_.below(1000);
+            r.time_blocked = rng_.one_in(4) ? integer() : rng_.below(1000);
+            r.time_runnable = r.time_offline = 0;
+            r.state_entry_time = r.time_running + r.time_blocked;
+            break;
+          }
+          case KVM_XEN_VCPU_ATTR_TYPE_TIMER:
+            a->u.timer.port = event().port;
+            a->u.timer.priority = event().priority;
+            a->u.timer.expires_ns = rng_.one_in(2) ? integer() : rng_.below(20'000'000'000);
+            break;
+          default: break;
+        }
+        break;
+      }
       default:
         static_cast<void>(size);
         break;
@@ -539,6 +641,12 @@ class Worker {
       for (int i = 0; i < 8; i++, at += 8) {
         const u64 v = rng_.next();
         std::memcpy(s_.memory.ram + at, &v, 8);
+      }
+      if (rng_.one_in(4)) {
+        constexpr u8 kVmcall[] = {0x0f, 0x01, 0xc1, 0x0f, 0x01, 0xd9};
+        at = rng_.below(Memory::kRam / 2 - sizeof kVmcall);
+        std::memcpy(s_.memory.ram + at, kVmcall, sizeof kVmcall);
+        s_.hypercall.store(at, std::memory_order_relaxed);
       }
     }
     const Call& call = kCalls[rng_.below(std::size(kCalls))];
