@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -139,6 +140,60 @@ TEST(Vcpu, IoDataStaysInTheMapping) {
   run.io.data_offset = ~u64{0};
   run.io.count = 1;
   EXPECT_TRUE(vcpu.io_data(8192).empty());
+}
+
+// A statistics file with the header given and two descriptors; the second one's value is a histogram.
+int statistics_file(kvm_stats_header header) {
+  const int fd = ::memfd_create("statistics", MFD_CLOEXEC);
+  const auto put = [&](u64 at, const void* from, std::size_t size) {
+    EXPECT_EQ(::pwrite(fd, from, size, static_cast<off_t>(at)), static_cast<ssize_t>(size));
+  };
+  put(0, &header, sizeof header);
+  const u64 values[] = {7, 8, 9};
+  for (u32 n = 0; n < 2; n++) {
+    kvm_stats_desc d{};
+    d.size = static_cast<u16>(n + 1);
+    d.offset = 8 * n;
+    put(64 + n * (sizeof d + 16), &d, sizeof d);
+    put(64 + n * (sizeof d + 16) + sizeof d, n == 0 ? "exits\0\0\0\0\0\0\0\0\0\0" : "sixteen letters!", 16);
+  }
+  put(256, values, sizeof values);
+  return fd;
+}
+
+TEST(Vcpu, StatisticsAreReadAsTheFileHasThem) {
+  auto script = std::make_shared<Script>();
+  Vcpu vcpu(std::make_unique<FakeEndpoint>(script));
+  kvm_stats_header header{};
+  header.name_size = 16;
+  header.num_desc = 2;
+  header.desc_offset = 64;
+  header.data_offset = 256;
+  script->answers[KVM_GET_STATS_FD] = statistics_file(header);
+  auto all = vcpu.statistics();
+  ASSERT_TRUE(all.ok()) << all.error().message;
+  ASSERT_EQ(all->size(), 2u);
+  EXPECT_EQ((*all)[0].name, "exits");
+  EXPECT_EQ((*all)[0].value, 7u);
+  EXPECT_EQ((*all)[1].name, "sixteen letters!");
+  EXPECT_EQ((*all)[1].value, 8u);
+  for (kvm_stats_header bad : {header, header, header, header}) {
+    static int which = 0;
+    switch (which++) {
+      case 0: bad.num_desc = 0x7fffffff; break;
+      case 1: bad.name_size = 0x7fffffff; break;
+      case 2: bad.desc_offset = 1000; break;
+      default: bad.data_offset = 272; break;
+    }
+    script->answers[KVM_GET_STATS_FD] = statistics_file(bad);
+    all = vcpu.statistics();
+    ASSERT_FALSE(all.ok()) << which;
+    EXPECT_EQ(all.error().code, EPROTO);
+  }
+  script->answers[KVM_GET_STATS_FD] = -ENOTTY;
+  all = vcpu.statistics();
+  ASSERT_FALSE(all.ok());
+  EXPECT_EQ(all.error().code, ENOTTY);
 }
 
 TEST(Probe, ReportsAnEarlyExit) {

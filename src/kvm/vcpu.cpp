@@ -1,9 +1,13 @@
 #include "kvm/vcpu.hpp"
 
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 
 #include "base/checked.hpp"
+#include "base/unique_fd.hpp"
 
 namespace ring3::kvm {
 namespace {
@@ -102,6 +106,32 @@ Status Vcpu::get_msrs(std::span<kvm_msr_entry> entries) const {
   }
   std::memcpy(entries.data(), head->entries, entries.size_bytes());
   return Ok{};
+}
+
+Result<std::vector<Vcpu::Statistic>> Vcpu::statistics() const {
+  const long r = endpoint_->ioctl(KVM_GET_STATS_FD, 0);
+  if (r < 0) return Error::from_errno("KVM_GET_STATS_FD", static_cast<int>(-r));
+  const UniqueFd fd(static_cast<int>(r));
+  const auto read_at = [&](u64 at, void* to, std::size_t size) {
+    return ::pread(fd.get(), to, size, static_cast<off_t>(at)) == static_cast<ssize_t>(size);
+  };
+  constexpr u32 kMostNames = 4096, kLongestName = 256;
+  const Error odd = Error::of(EPROTO, "KVM_GET_STATS_FD: the file is not as the API has it");
+  kvm_stats_header header{};
+  if (!read_at(0, &header, sizeof header) || header.num_desc > kMostNames || header.name_size > kLongestName) return odd;
+  std::vector<u8> descriptor(sizeof(kvm_stats_desc) + header.name_size);
+  std::vector<Statistic> all;
+  for (u32 n = 0; n < header.num_desc; n++) {
+    kvm_stats_desc d{};
+    Statistic s;
+    if (!read_at(header.desc_offset + u64{n} * descriptor.size(), descriptor.data(), descriptor.size())) return odd;
+    std::memcpy(&d, descriptor.data(), sizeof d);
+    if (!read_at(u64{header.data_offset} + d.offset, &s.value, sizeof s.value)) return odd;
+    const char* name = reinterpret_cast<const char*>(descriptor.data() + sizeof d);
+    s.name.assign(name, ::strnlen(name, header.name_size));
+    all.push_back(std::move(s));
+  }
+  return all;
 }
 
 Result<u32> Vcpu::tsc_khz() const {

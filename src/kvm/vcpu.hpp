@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/result.hpp"
@@ -43,6 +44,12 @@ class Vcpu {
   /// Fills in the data of the entries, whose index is given.
   Status get_msrs(std::span<kvm_msr_entry> entries) const;
   Result<u32> tsc_khz() const;
+  struct Statistic {
+    std::string name;
+    u64 value = 0;  ///< the first one, of a histogram
+  };
+  /// What KVM_GET_STATS_FD shows. Errors: EPROTO for a file that is not as the API has it.
+  Result<std::vector<Statistic>> statistics() const;
 
   /// KVM_RUN. 0: the exit stands in run_page(); else -errno (-EINTR after a kick, -EAGAIN while an
   /// application processor wakes up: call it again).

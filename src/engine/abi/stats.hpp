@@ -29,6 +29,9 @@ class Stats {
   void add(unsigned entry, i64 n = 1) {
     if (data_ != nullptr) __atomic_fetch_add(&data_[entry], static_cast<u64>(n), __ATOMIC_RELAXED);
   }
+  void set(unsigned entry, u64 value) {
+    if (data_ != nullptr) __atomic_store_n(&data_[entry], value, __ATOMIC_RELAXED);
+  }
   /// A new read-only fd of the file with its own position, close-on-exec; -errno.
   int open() const;
 
@@ -40,12 +43,19 @@ class Stats {
 };
 
 namespace vcpu_stat {
-enum : unsigned { Exits, IoExits, MmioExits, HaltExits, SignalExits, IrqInjections, NmiInjections, Hypercalls, Count };
+enum : unsigned {
+  Exits, IoExits, MmioExits, HaltExits, SignalExits, IrqInjections, NmiInjections, Hypercalls,
+  // The translator's (TranslatorVcpu::Stats); 0 where code is interpreted.
+  TranslatedBlocks, TranslatedEntries, InterpretedInsns, TlbFills, WindowFaults, RingTransitions, Count
+};
 inline constexpr Stats::Entry kEntries[Count] = {
     {"exits", Stats::Kind::Cumulative},          {"io_exits", Stats::Kind::Cumulative},
     {"mmio_exits", Stats::Kind::Cumulative},     {"halt_exits", Stats::Kind::Cumulative},
     {"signal_exits", Stats::Kind::Cumulative},   {"irq_injections", Stats::Kind::Cumulative},
     {"nmi_injections", Stats::Kind::Cumulative}, {"hypercalls", Stats::Kind::Cumulative},
+    {"translated_blocks", Stats::Kind::Cumulative}, {"translated_entries", Stats::Kind::Cumulative},
+    {"interpreted_insns", Stats::Kind::Cumulative}, {"tlb_fills", Stats::Kind::Cumulative},
+    {"window_faults", Stats::Kind::Cumulative}, {"ring_transitions", Stats::Kind::Cumulative},
 };
 }  // namespace vcpu_stat
 namespace vm_stat {

@@ -156,6 +156,7 @@ class Vcpu final : private DirtySink, private hv::Processor, private xen::Proces
   long run_guest();
   long run_loop();
   long interrupted();
+  void count_translation();  // into stats_
   long memory_gone();
   long run_uninitialised();
   enum class Step { Again, Exit, Run };

@@ -398,6 +398,7 @@ long Vcpu::run_loop() {
         if (one) break;
         look_for_signals_ = true;
         update_guest_time(false);
+        count_translation();
         break;
       case Interpreter::Result::Exit:
         if (env_.exit_pending()) return 0;
@@ -504,7 +505,19 @@ long Vcpu::run_guest() {
     if (finish_only && result == -EINTR) run.exit_reason = reason;
   }
   stats_.add(vcpu_stat::Exits);
+  count_translation();
   return result;
+}
+
+void Vcpu::count_translation() {
+  if (!translator_) return;
+  const TranslatorVcpu::Stats& t = translator_->stats();
+  stats_.set(vcpu_stat::TranslatedBlocks, t.translated);
+  stats_.set(vcpu_stat::TranslatedEntries, t.entries);
+  stats_.set(vcpu_stat::InterpretedInsns, t.interpreted);
+  stats_.set(vcpu_stat::TlbFills, t.fills);
+  stats_.set(vcpu_stat::WindowFaults, t.window_faults);
+  stats_.set(vcpu_stat::RingTransitions, t.transitions);
 }
 
 }  // namespace ring3::engine::abi

@@ -84,6 +84,7 @@ struct Machine::Impl {
   void dump(u32 index, kvm::Vcpu& vcpu, bool error);
   void io_main();
   Outcome run_board();
+  void log_statistics();
 };
 
 Status Machine::Impl::make_board() {
@@ -244,6 +245,18 @@ void Machine::Impl::io_main() {
   }
 }
 
+/// A line for each vCPU, of what is not 0.
+void Machine::Impl::log_statistics() {
+  for (std::size_t n = 0; n < board->vcpus().size(); n++) {
+    auto all = board->vcpus()[n].statistics();
+    if (!all) return;  // not every kernel has them
+    std::string line;
+    for (const kvm::Vcpu::Statistic& s : *all)
+      if (s.value != 0) line += " " + s.name + " " + std::to_string(s.value);
+    log::info("{}: vCPU {}:{}", config.name, n, line);
+  }
+}
+
 Outcome Machine::Impl::run_board() {
   {
     std::lock_guard lock(mutex);
@@ -289,6 +302,7 @@ Outcome Machine::Impl::run_board() {
   io_end.store(true);
   signal_event(wake_fd.get());
   if (io.joinable()) io.join();
+  if (spdlog::should_log(spdlog::level::info)) log_statistics();
   std::lock_guard lock(mutex);
   return *ended;
 }
