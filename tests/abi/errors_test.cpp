@@ -54,6 +54,10 @@ const Row kRows[] = {
     {"a slot number out of range", On::Vm, KVM_SET_USER_MEMORY_REGION, With::Struct, 0xffff, -EINVAL},
     {"an unknown slot flag", On::Vm, KVM_SET_USER_MEMORY_REGION, With::Struct, 1ull << (k32 + 31), -EINVAL},
     {"deleting a slot that is not", On::Vm, KVM_SET_USER_MEMORY_REGION, With::Struct, 77, -EINVAL},
+    {"a PMU's event filter from nowhere", On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Null, 0, -EFAULT},
+    {"a filter that neither allows nor denies", On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Struct, 2, -EINVAL},
+    {"a filter of too many events", On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Struct, 1 | 301ull << k32, -E2BIG},
+    {"a filter of as many as may be", On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Struct, 1 | 300ull << k32, 0},
     {"the dirty log from nowhere", On::Vm, KVM_GET_DIRTY_LOG, With::Null, 0, -EFAULT},
     {"the dirty log of no slot", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 77, -ENOENT},
     {"the dirty log of a slot out of range", On::Vm, KVM_GET_DIRTY_LOG, With::Struct, 0xffff, -EINVAL},
@@ -143,8 +147,6 @@ struct Lacking {
 constexpr unsigned long kNone = 0;
 
 const Lacking kLacking[] = {
-    {"a PMU's event filter", KVM_CAP_PMU_EVENT_FILTER, On::Vm, KVM_SET_PMU_EVENT_FILTER},
-    {"a PMU's event filter, from nowhere", KVM_CAP_PMU_EVENT_FILTER, On::Vm, KVM_SET_PMU_EVENT_FILTER, With::Null},
     {"a PMU to switch off", KVM_CAP_PMU_CAPABILITY, On::Vm, kNone},
     {"Hyper-V inside VMX", KVM_CAP_HYPERV_ENLIGHTENED_VMCS, On::Vcpu, kNone},
     {"nested state", KVM_CAP_NESTED_STATE, On::Vcpu, KVM_GET_NESTED_STATE},

@@ -607,6 +607,26 @@ guest xen_hypercalls
     hlt
 end_guest xen_hypercalls
 
+# The LAPIC on, port 0x90; then ports 0x92 and 0x93 with the count, on and on. The handler 256 bytes in counts at 0x504, port 0x91.
+guest async_pf
+    x2apic_on
+    sti
+    xorl %eax, %eax
+    outb %al, $0x90
+1:  nop
+    movb 0x504, %al
+    outb %al, $0x92
+    movb 0x504, %al
+    outb %al, $0x93
+    jmp 1b
+    .org guest_async_pf + 256
+    incl 0x504
+    end_of_interrupt
+    movb 0x504, %al
+    outb %al, $0x91
+    iretq
+end_guest async_pf
+
 # Ready, port 0x90; then waiting. The handler 256 bytes in takes note of Xen's events (vcpu_info at 0x22000), counts at 0x504, port 0x91.
     .macro xen_handler name
     .org guest_\name + 256

@@ -65,6 +65,7 @@ GUEST(work64);
 GUEST(hypercall);
 GUEST(ipi_hypercall);
 GUEST(xen_hypercalls);
+GUEST(async_pf);
 GUEST(xen_upcalls);
 GUEST(xen_forced_upcall);
 GUEST(xen_send_and_poll);

@@ -130,7 +130,7 @@ TEST_P(Paravirtual, MsrsOfEoiAndAsynchronousPageFaults) {
     bool taken;
   } rows[] = {
       {kPvEoi, 0x22001, true},          {kPvEoi, 0x22003, false}, {kPvEoi, 0x10000001, false}, {kPvEoi, 0x10000000, true},
-      {kAsyncPf, 0x2204f, true},        {kAsyncPf, 0x22051, false}, {kAsyncPf, 0x10000001, false}, {kAsyncPf, 0x10000000, true},
+      {kAsyncPf, 0x2204f, true},        {kAsyncPf, 0x22051, false}, {kAsyncPf, 0x10000009, false}, {kAsyncPf, 0x10000001, true},
       {kAsyncPfInt, 0xf3, true},        {kAsyncPfInt, 0x1f3, false}, {kPollControl, 0, true}, {kPollControl, 2, false},
   };
   for (const auto& row : rows) {
@@ -145,6 +145,33 @@ TEST_P(Paravirtual, MsrsOfEoiAndAsynchronousPageFaults) {
   EXPECT_FALSE(set(bare, kAsyncPf, 0x22001));
   EXPECT_TRUE(set(bare, kAsyncPf, 0));
   EXPECT_FALSE(set(bare, kAsyncPfInt, 0xf3));
+}
+
+// Whoever asks is told once that all pages are there: a guest that comes from elsewhere may have tasks that wait for some.
+TEST_P(Paravirtual, WhoAsksForAsynchronousPageFaultsIsToldThatAllPagesAreThere) {
+  SOFT_ONLY("a kernel may have them switched off");
+  TestVm m(system(), {.irqchip = true});
+  ASSERT_NO_FATAL_FAILURE(start_long(m, guests::async_pf, {{0x30, 256}}));
+  m.expect_io(0x90, true, 0);
+  EXPECT_TRUE(set(m, kAsyncPf, 0x22009));
+  EXPECT_TRUE(set(m, kAsyncPfInt, 0x30));
+  m.expect_io(0x91, true, 1);
+  EXPECT_EQ(m.at<u32>(0x22000), 0u);
+  EXPECT_EQ(m.at<u32>(0x22004), ~0u);
+  // Again, but what was told has not been taken: after the guest has said so, not before.
+  EXPECT_TRUE(set(m, kAsyncPf, 0x22009));
+  m.expect_io(0x92, true, 1);
+  m.put<u32>(0x22004, 0);
+  m.expect_io(0x93, true, 1);
+  EXPECT_TRUE(set(m, kAsyncPfAck, 1));
+  m.expect_io(0x91, true, 2);
+  EXPECT_EQ(m.at<u32>(0x22004), ~0u);
+  // Not without interrupts.
+  m.put<u32>(0x22004, 0);
+  EXPECT_TRUE(set(m, kAsyncPf, 0x22001));
+  m.expect_io(0x92, true, 2);
+  m.expect_io(0x93, true, 2);
+  EXPECT_EQ(m.at<u32>(0x22004), 0u);
 }
 
 // After an INIT the guest's memory is its own again.

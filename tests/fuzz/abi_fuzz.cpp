@@ -507,6 +507,14 @@ class Worker {
         }
         break;
       }
+      case KVM_SET_PMU_EVENT_FILTER:
+        if (!rng_.one_in(4)) {
+          auto* f = as<kvm_pmu_event_filter>();
+          f->action = static_cast<u32>(rng_.below(3));
+          f->nevents = static_cast<u32>(rng_.below(310));
+          f->flags = rng_.one_in(8);
+        }
+        break;
       case KVM_XEN_HVM_CONFIG: {
         auto* c = as<kvm_xen_hvm_config>();
         if (rng_.one_in(8)) break;

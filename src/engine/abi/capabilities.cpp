@@ -90,6 +90,7 @@ int check_extension(u64 capability) {
     case KVM_CAP_EXIT_ON_EMULATION_FAILURE:
     case KVM_CAP_ASYNC_PF:
     case KVM_CAP_ASYNC_PF_INT:
+    case KVM_CAP_PMU_EVENT_FILTER:
       return 1;
     case KVM_CAP_EXIT_HYPERCALL:
       return static_cast<int>(kHypercallExits);

@@ -180,6 +180,7 @@ class Vcpu final : private DirtySink, private hv::Processor, private xen::Proces
   long internal_error(u32 suberror);
   void apply_payload();
   void collect_nmis();
+  void tell_pages_are_there();
 
   // vcpu_state_io.cpp
   void get_regs(kvm_regs* out) const;

@@ -122,7 +122,9 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
       return Msr::Fault;
     }
     const auto backed = [this](Gpa at) { return vm_.memory().table()->find(at) != nullptr; };
-    return async_pf_.write(index, value, lapic_ != nullptr, backed) ? Msr::Ok : Msr::Fault;
+    if (!async_pf_.write(index, value, lapic_ != nullptr, backed)) return Msr::Fault;
+    if (async_pf_.due()) raise(kAttendInterrupt);
+    return Msr::Ok;
   }
   switch (index) {
     case kTsc:

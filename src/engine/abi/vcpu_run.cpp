@@ -263,6 +263,18 @@ long Vcpu::memory_gone() {
   return -EFAULT;
 }
 
+void Vcpu::tell_pages_are_there() {
+  async_pf_.tell(
+      lapic_->accepts_fixed(), [this](Gpa from, void* to, std::size_t n) { return vm_.read_memory(from, to, n); },
+      [this](Gpa to, const void* from, std::size_t n) { return vm_.write_memory(to, from, n, this); },
+      [this](u8 vector) {
+        InterruptMessage message;
+        message.dest = id_;
+        message.vector = vector;
+        static_cast<void>(lapic_->accept(message));
+      });
+}
+
 long Vcpu::run_uninitialised() {
   if (immediate_exit(*run_page())) return -EINTR;
   for (;;) {
@@ -310,6 +322,7 @@ Vcpu::Step Vcpu::prepare(long* result) {
 
   if (hv_->timers_pending()) hv_->process_timers();
   if (bits & kAttendXen) xen_->attend();
+  if (async_pf_.due()) tell_pages_are_there();
   if (hv_->exit_pending()) {
     fill_hyperv_exit();
     *result = 0;

@@ -151,6 +151,7 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   long irqchip_ioctl(unsigned long request, u64 arg);
   long pit_ioctl(unsigned long request, u64 arg);
   long irq_ioctl(unsigned long request, u64 arg);
+  static long set_pmu_event_filter(u64 arg);
   long clock_ioctl(unsigned long request, u64 arg);
 
   const Config config_;
