@@ -30,6 +30,7 @@ constexpr auto kValueOptions = std::to_array<ValueOption>({
     {nullptr, "--console"}, {nullptr, "--log"}, {nullptr, "--engine-option"},
     {nullptr, "--stop-timeout"}, {nullptr, "--disk"}, {nullptr, "--net"}, {nullptr, "--vsock"},
     {nullptr, "--share"}, {nullptr, "--cloud-init"}, {nullptr, "--ssh-key"}, {nullptr, "--rootfs"},
+    {nullptr, "--console-port"},
 });
 
 /// Ties each value to its option, so that one that begins with a dash or is empty is still the value:
@@ -64,7 +65,7 @@ std::string one_line(std::string text) {
 struct RunText {
   std::string name = "ring3", memory = "1G", cpus = "1", engine = "auto", cpu = "default", kernel, initrd, append;
   std::string console = "stdio", log = "warn", stop_timeout = "30";
-  std::vector<std::string> engine_options, disks, nets, shares, ssh_keys;
+  std::vector<std::string> engine_options, disks, nets, shares, ssh_keys, console_ports;
   std::string cloud_init, rootfs;
   std::string vsock;
 };
@@ -226,6 +227,12 @@ Result<Command> check_run(const RunText& text, const RunFlags& flags) {
     return Error::of(EINVAL, "--console: there is no '" + printable(run.console) + "'; there are stdio, pty, file:PATH and none, and virtio,WHERE");
   }
   if (run.console == "file:") return Error::of(EINVAL, "--console file: wants a path, such as file:console.log");
+  for (const std::string& s : text.console_ports) {
+    auto port = parse_console_port(real_value(s));
+    if (!port) return port.error();
+    run.console_ports.push_back(std::move(*port));
+  }
+  if (auto status = check_console_ports(run.console_ports); !status) return status.error();
 
   run.log = real_value(text.log);
   const std::array<const char*, 6> levels{"debug", "info", "warn", "error", "off", "trace"};
@@ -334,6 +341,11 @@ Result<Command> parse_command_line(const std::vector<std::string>& arguments) {
       ->delimiter('\0');
   run->add_option("--vsock", text.vsock, "sockets between host and guest: cid=N,socket=PATH")->type_name("VSOCK");
   run->add_option("--console", text.console, "the serial console: stdio, pty, file:PATH or none; virtio[,WHERE] makes it hvc0")->type_name("WHERE")->capture_default_str();
+  run->add_option("--console-port", text.console_ports, "a byte channel, /dev/virtio-ports/NAME in the guest: NAME=pty|file:PATH|unix:PATH; repeatable")
+      ->type_name("PORT")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->delimiter('\0');
   run->add_option("--disk", text.disks, "a disk image: PATH[,ro][,format=raw|qcow2][,serial=S][,cache=none|writeback]; repeatable")
       ->type_name("IMAGE")
       ->expected(1)

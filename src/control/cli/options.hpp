@@ -6,6 +6,7 @@
 
 #include "base/result.hpp"
 #include "base/types.hpp"
+#include "control/cli/console_port_option.hpp"
 #include "control/cli/disk_option.hpp"
 #include "control/cli/engines.hpp"
 #include "control/cli/networks.hpp"
@@ -25,6 +26,7 @@ struct RunOptions {
   std::string initrd;
   std::optional<std::string> append;
   std::string console = "stdio";     ///< stdio, pty, none or file:PATH
+  std::vector<ConsolePortOption> console_ports;
   std::vector<DiskOption> disks;
   std::vector<net::NetSpec> nets;
   std::optional<VsockOption> vsock;

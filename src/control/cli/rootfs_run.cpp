@@ -49,6 +49,7 @@ Result<RootfsRun> prepare_rootfs(const RunOptions& options) {
   const auto is = [](net::NetSpec::Kind kind) { return [kind](const net::NetSpec& n) { return n.kind == kind; }; };
   driver(!std::all_of(o.nets.begin(), o.nets.end(), is(net::NetSpec::Kind::kNone)), {"failover", "net_failover", "virtio_net"});
   driver(!o.disks.empty(), {"virtio_blk"});
+  driver(!o.console_ports.empty(), {"virtio_console"});
   driver(o.rng, {"virtio_rng"});
   driver(o.balloon, {"virtio_balloon"});
   driver(o.vsock.has_value(), {"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"});

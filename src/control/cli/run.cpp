@@ -16,6 +16,7 @@
 
 #include "base/log.hpp"
 #include "control/cli/commands.hpp"
+#include "control/cli/console_ports.hpp"
 #include "control/cli/disks.hpp"
 #include "control/cli/detach.hpp"
 #include "control/cli/host.hpp"
@@ -309,6 +310,8 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
     return std::unique_ptr<vmm::Console>(std::move(made));
   };
   const auto output_lost = callbacks.on_output_lost;
+  auto ports = ConsolePorts::open(options.console_ports);
+  if (!ports) return fail(ports.error().message);
   auto console = hidden ? hide() : make_console(options.console, background, std::move(callbacks),
                                                 [&](u16 rows, u16 columns) { ending.resize_console(columns, rows); }, console_place);
   if (!console) return fail(console.error().message);
@@ -322,6 +325,7 @@ int run_vm(const RunOptions& options, Background* background, RootfsRun* command
   if (!seed.empty()) add_seed(std::move(seed), config);
   shares->add_to(config);
   networks->add_to(config);
+  if (auto status = ports->add_to(config); !status) return fail(status.error().message);
   if (options.vsock) {
     if (auto status = add_vsock(*options.vsock, config); !status) return fail(status.error().message);
   }

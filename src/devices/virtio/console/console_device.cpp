@@ -24,6 +24,11 @@ ConsoleDevice::ConsoleDevice(Config config) : config_(std::move(config)), column
   if (config_.ports.size() > kMostPorts) config_.ports.resize(kMostPorts);
   waiting_.resize(config_.ports.size());
   was_short_.resize(config_.ports.size());
+  held_.resize(config_.ports.size());
+  guest_open_.resize(config_.ports.size());
+  told_open_.resize(config_.ports.size());
+  ready_.resize(config_.ports.size());
+  for (const Port& p : config_.ports) open_.push_back(p.open);
 }
 
 u64 ConsoleDevice::features() const { return kSize | kMultiport | kEmergencyWrite; }
@@ -74,6 +79,11 @@ void ConsoleDevice::stop() {
   loop_.stop();
   queues_.clear();
   control_.clear();
+  for (std::size_t p = 0; p < config_.ports.size(); p++) {
+    held_[p] = Held();
+    if (guest_open_[p] && config_.ports[p].opened) config_.ports[p].opened(false);
+    guest_open_[p] = told_open_[p] = ready_[p] = false;
+  }
 }
 
 std::size_t ConsoleDevice::room(std::size_t port) const {
@@ -104,22 +114,65 @@ void ConsoleDevice::resize(u16 columns, u16 rows) {
   });
 }
 
+void ConsoleDevice::output_room(std::size_t port) {
+  const std::lock_guard lock(mutex_);
+  if (running_ && port < held_.size()) loop_.post([this, port] { serve_output(port); });
+}
+
+void ConsoleDevice::set_open(std::size_t port, bool open) {
+  const std::lock_guard lock(mutex_);
+  if (port >= open_.size() || open_[port] == open) return;
+  open_[port] = open;
+  if (running_) loop_.post([this, port] { tell_open(port); });
+}
+
+// An end is told when the guest has what came before it.
+void ConsoleDevice::tell_open(std::size_t port) {
+  bool open = false;
+  {
+    const std::lock_guard lock(mutex_);
+    open = open_[port];
+    if (!ready_[port] || open == told_open_[port] || (!open && !waiting_[port].empty())) return;
+  }
+  told_open_[port] = open;
+  send({static_cast<u32>(port), kPortOpen, open});
+  flush_control();
+}
+
 void ConsoleDevice::serve_output(std::size_t port) {
-  Queue& q = *queues_[receive_queue(port) + 1];
-  Chain chain;
+  const std::size_t index = receive_queue(port) + 1;
+  if (index >= queues_.size() || queues_[index] == nullptr) return;
+  Queue& q = *queues_[index];
+  Held& held = held_[port];
+  bool full = false;
   do {
     q.disable_kicks();
-    while (q.pop(chain) == Queue::Pop::kChain) {
-      u8 bytes[4096];
-      for (u64 done = 0; done < chain.readable_bytes();) {
-        const std::size_t n = chain.read(done, bytes, sizeof bytes);
-        if (config_.ports[port].output) config_.ports[port].output(std::span<const u8>(bytes, n));
-        done += n;
-      }
-      q.complete(chain, 0);
+    while (!full && (held.any || q.pop(held.chain) == Queue::Pop::kChain)) {
+      held.any = true;
+      full = !pass_output(port, held);
+      if (full) break;
+      q.complete(held.chain, 0);
+      held.any = false, held.done = 0;
     }
     q.notify();
-  } while (q.enable_kicks());
+  } while (q.enable_kicks() && !full);
+}
+
+// False: not all of it was taken.
+bool ConsoleDevice::pass_output(std::size_t port, Held& held) {
+  const Port& p = config_.ports[port];
+  while (held.done < held.chain.readable_bytes()) {
+    u8 bytes[4096];
+    const std::size_t n = held.chain.read(held.done, bytes, sizeof bytes);
+    const std::span<const u8> some(bytes, n);
+    if (n == 0) return true;
+    std::size_t taken = n;
+    if (p.try_output) taken = std::min(n, p.try_output(some));
+    else if (p.output) p.output(some);
+    held.done += taken;
+    if (taken < n) return false;
+  }
+  return true;
 }
 
 void ConsoleDevice::serve_input(std::size_t port) {
@@ -151,6 +204,7 @@ void ConsoleDevice::serve_input(std::size_t port) {
     const std::lock_guard lock(mutex_);
     if (!waiting_[port].empty() && running_) loop_.post([this, port] { serve_input(port); });
   }
+  tell_open(port);
   if (grew && config_.ports[port].has_room) config_.ports[port].has_room();
 }
 
@@ -190,8 +244,10 @@ void ConsoleDevice::handle(const Control& m) {
     if (!port.name.empty()) {
       send({m.id, kPortName, 1}, std::span(reinterpret_cast<const u8*>(port.name.data()), port.name.size()));
     }
-    send({m.id, kPortOpen, 1});
+    ready_[m.id] = true, told_open_[m.id] = false;
+    tell_open(m.id);
   } else if (m.event == kPortOpen) {
+    guest_open_[m.id] = m.value != 0;
     if (port.opened) port.opened(m.value != 0);
   }
 }

@@ -97,6 +97,68 @@ TEST_F(Console, OnePortBothWays) {
   EXPECT_EQ(got, keys);
 }
 
+/// A channel whose other end takes little at a time, and comes and goes.
+TEST_F(Console, SlowAndAbsentReaders) {
+  ConsoleDevice::Config c;
+  c.ports.resize(1);
+  c.ports[0].name = "slow";
+  c.ports[0].open = false;
+  std::atomic<std::size_t> room{3};
+  c.ports[0].try_output = [&](std::span<const u8> b) {
+    const std::size_t n = std::min(b.size(), room.load());
+    room -= n;
+    add(0, b.first(n));
+    return n;
+  };
+  c.ports[0].opened = [this](bool open) { opened = open; };
+  auto slow = std::make_shared<ConsoleDevice>(c);
+  test::TestBus own;
+  ASSERT_TRUE(own.add(slow));
+  ASSERT_TRUE(own.start(1, kMulti, 4, 16));
+  const auto control = [&] {
+    EXPECT_TRUE(own.drivers[2]->add({{0x70000, 64, true}}));
+    own.kick(1, 2);
+    const auto done = own.wait(2);
+    return done ? std::string(reinterpret_cast<char*>(own.guest.at(0x70000)), done->written) : "nothing";
+  };
+  const auto tell = [&](const std::string& s) {
+    std::memcpy(own.guest.at(0x61000), s.data(), s.size());
+    ASSERT_TRUE(own.drivers[3]->add({{0x61000, static_cast<u32>(s.size()), false}}));
+    own.kick(1, 3);
+    ASSERT_TRUE(own.wait(3));
+  };
+  tell(message(0, 0, 1));
+  EXPECT_EQ(control(), message(0, 1, 1));
+  tell(message(0, 3, 1));
+  EXPECT_EQ(control(), message(0, 7, 1, "slow"));
+  slow->set_open(0, true);
+  EXPECT_EQ(control(), message(0, 6, 1));
+  tell(message(0, 6, 1));
+  EXPECT_TRUE(opened);
+  const std::string words = "ten bytes.";
+  std::memcpy(own.guest.at(0x60000), words.data(), words.size());
+  ASSERT_TRUE(own.drivers[1]->add({{0x60000, 10, false}}));
+  own.kick(1, 1);
+  EXPECT_TRUE(wait_text(0, "ten"));
+  EXPECT_FALSE(own.drivers[1]->take());
+  room = 4;
+  slow->output_room(0);
+  EXPECT_TRUE(wait_text(0, "ten byt"));
+  room = 100;
+  slow->output_room(0);
+  ASSERT_TRUE(own.wait(1));
+  EXPECT_TRUE(wait_text(0, words));
+  slow->set_open(0, false);
+  EXPECT_EQ(control(), message(0, 6, 0));
+  // A reset with output that nobody takes does not wait for it.
+  room = 0;
+  ASSERT_TRUE(own.drivers[1]->add({{0x60000, 10, false}}));
+  own.kick(1, 1);
+  usleep(10000);
+  own.write<u8>(own.bar(1) + 0x14, 0);
+  EXPECT_FALSE(opened);
+}
+
 TEST_F(Console, ABufferThatWaitsIsFilled) {
   ASSERT_TRUE(bus.start(1, kModern, 2, 16));
   ASSERT_TRUE(bus.drivers[0]->add({{0x70000, 8, true}}));

@@ -90,29 +90,14 @@ Result<std::unique_ptr<Vsock>> Vsock::create(u64 cid, const std::string& path) {
   if (path.size() + 11 >= sizeof address.sun_path || !address_of(path, address)) {
     return Error::of(EINVAL, "--vsock: the socket's path has to have 1 to " + std::to_string(sizeof address.sun_path - 12) + " characters");
   }
-  auto fd = unix_socket();
-  if (!fd) return fd.error();
-  ::fchmod(fd->get(), 0600);  // what bind() gives the file
-  auto* where = reinterpret_cast<const sockaddr*>(&address);
-  if (::bind(fd->get(), where, sizeof address) != 0) {
-    if (errno != EADDRINUSE) return Error::from_errno("--vsock: " + path);
-    struct stat info {};
-    auto probe = unix_socket();
-    if (!probe) return probe.error();
-    const bool stale = ::lstat(path.c_str(), &info) == 0 && S_ISSOCK(info.st_mode) &&
-                       ::connect(probe->get(), where, sizeof address) != 0 && errno == ECONNREFUSED;
-    if (!stale) return Error::of(EADDRINUSE, "--vsock: " + path + " is in use; give another socket");
-    ::unlink(path.c_str());
-    if (::bind(fd->get(), where, sizeof address) != 0) return Error::from_errno("--vsock: " + path);
-  }
-  if (::listen(fd->get(), 64) != 0) return Error::from_errno("--vsock: " + path);
-  return std::unique_ptr<Vsock>(new Vsock(cid, path, std::move(*fd)));
+  auto listener = UnixListener::create(path);
+  if (!listener) return Error::of(listener.error().code, "--vsock: " + listener.error().message);
+  // In the background the working directory is another one.
+  const std::string absolute = listener->path().size() + 11 < sizeof address.sun_path ? listener->path() : path;
+  return std::unique_ptr<Vsock>(new Vsock(cid, absolute, std::move(*listener)));
 }
 
-Vsock::~Vsock() {
-  stop();
-  ::unlink(path_.c_str());
-}
+Vsock::~Vsock() { stop(); }
 
 void Vsock::read_config(u64 offset, std::span<u8> data) { read_config_struct(cid_, offset, data); }
 
@@ -120,7 +105,7 @@ void Vsock::start(u64, std::span<Queue* const> queues) {
   rx_ = !queues.empty() ? queues[0] : nullptr;
   tx_ = queues.size() > 1 ? queues[1] : nullptr;
   if (rx_ == nullptr || tx_ == nullptr) return;
-  Status s = loop_.add(listener_.get(), EPOLLIN, [this](u32) { on_accept(), pump(); });
+  Status s = loop_.add(listener_.fd(), EPOLLIN, [this](u32) { on_accept(), pump(); });
   if (s) s = loop_.add(rx_->kick_fd(), EPOLLIN, [this](u32) { rx_->clear_kick(), pump(); });
   if (s) s = loop_.add(tx_->kick_fd(), EPOLLIN, [this](u32) { tx_->clear_kick(), receive(), pump(); });
   if (s && queues.size() > 2 && queues[2] != nullptr) {
@@ -148,14 +133,14 @@ void Vsock::stop() {
 
 void Vsock::on_accept() {
   for (;;) {
-    UniqueFd fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    UniqueFd fd(::accept4(listener_.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
     if (!fd) {
       // Out of descriptors: the oldest that has not said what it wants gives way.
       if ((errno == EMFILE || errno == ENFILE) && !lines_.empty()) {
         close(*lines_.front(), false);
         continue;
       }
-      if (errno == EMFILE || errno == ENFILE) loop_.remove(listener_.get());
+      if (errno == EMFILE || errno == ENFILE) loop_.remove(listener_.fd());
       return;
     }
     if (lines_.size() >= kMostLines) close(*lines_.front(), false);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/unique_fd.hpp"
+#include "base/unix_listener.hpp"
 #include "devices/virtio/core/device.hpp"
 #include "devices/virtio/core/event_loop.hpp"
 
@@ -49,7 +50,7 @@ class Vsock final : public Device {
     u16 type;
   };
 
-  Vsock(u64 cid, std::string path, UniqueFd listener) : cid_(cid), path_(std::move(path)), listener_(std::move(listener)) {}
+  Vsock(u64 cid, std::string path, UnixListener listener) : cid_(cid), path_(std::move(path)), listener_(std::move(listener)) {}
 
   void on_accept();
   void on_socket(Connection& c, u32 events);
@@ -69,7 +70,7 @@ class Vsock final : public Device {
 
   const u64 cid_;
   const std::string path_;
-  UniqueFd listener_;
+  UnixListener listener_;
 
   // The rest is the loop's thread's, between start() and stop().
   EventLoop loop_;
