@@ -57,13 +57,14 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < 2 || size > 65536) return 0;
   static unsigned runs = 0;
+  static const int proc_fds = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
   if (runs++ % 64 == 0) make_tree();
   fs::Server::Options options;
   options.read_only = (data[0] & 1) != 0;
   options.privileged = false;
   if ((data[0] & 2) != 0) options.most_nodes = 2;  // so that most are opened again
   auto server = fs::Server::create(UniqueFd(open((base + "/share").c_str(), O_RDONLY | O_DIRECTORY)),
-                                   UniqueFd(open("/proc/self/fd", O_PATH | O_DIRECTORY)), options);
+                                   UniqueFd(fcntl(proc_fds, F_DUPFD_CLOEXEC, 0)), options);
   check(static_cast<bool>(server), "no server");
   static std::vector<u8> reply(1 << 16);
   const auto send = [&](u32 opcode, u64 node, std::span<const u8> arguments, std::size_t room) {
@@ -71,7 +72,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     h.opcode = opcode;
     h.nodeid = node;
     h.len = static_cast<u32>(sizeof h + arguments.size());
-    std::vector<u8> message(h.len);
+    // Its own size exactly, so that a read past its end is seen.
+    const auto bytes = std::make_unique_for_overwrite<u8[]>(h.len);
+    const std::span<u8> message(bytes.get(), h.len);
     std::memcpy(message.data(), &h, sizeof h);
     if (!arguments.empty()) std::memcpy(message.data() + sizeof h, arguments.data(), arguments.size());
     // What the device answers without us.

@@ -47,15 +47,16 @@ class Sink final : public FrameSink {
  public:
   bool send(u32, std::span<const iovec> message) override {
     if (full) return false;
-    std::vector<u8> all;
+    static std::vector<u8> all(kMaxMessage);
+    std::size_t length = 0;
     for (const iovec& piece : message) {
-      const u8* p = static_cast<const u8*>(piece.iov_base);
-      all.insert(all.end(), p, p + piece.iov_len);
+      if (piece.iov_len > all.size() - length) __builtin_trap();
+      if (piece.iov_len != 0) std::memcpy(&all[length], piece.iov_base, piece.iov_len);
+      length += piece.iov_len;
     }
-    if (all.size() > kMaxMessage) __builtin_trap();
     IpPacket ip;
     // What the NAT itself sends must parse.
-    const std::span<const u8> frame = std::span(all).subspan(kVnetHeader);
+    const std::span<const u8> frame = std::span(all).first(length).subspan(kVnetHeader);
     if (get16(frame.data() + 12) != kEtherArp && parse_ip(frame, ip) != Drop::kNone) __builtin_trap();
     TcpSegment s;
     if (ip.protocol == kProtoTcp && !ip.fragment) {
@@ -220,11 +221,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           } else if ((what & 16) != 0) {
             if (other) ::shutdown(other.get(), SHUT_WR);
           } else if ((what & 32) != 0) {
-            std::vector<u8> sink_bytes(70000);
-            if (other) [[maybe_unused]] const ssize_t n = ::recv(other.get(), sink_bytes.data(), sink_bytes.size(), MSG_DONTWAIT);
+            static u8 received[70000];
+            if (other) [[maybe_unused]] const ssize_t n = ::recv(other.get(), received, sizeof received, MSG_DONTWAIT);
           } else {
-            const std::vector<u8> bytes((what & 64) != 0 ? 30000 : script.byte(), 0x41);
-            if (other) [[maybe_unused]] const ssize_t n = ::send(other.get(), bytes.data(), bytes.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+            static const std::vector<u8> bytes(30000, 0x41);
+            const std::size_t length = (what & 64) != 0 ? bytes.size() : script.byte();
+            if (other) [[maybe_unused]] const ssize_t n = ::send(other.get(), bytes.data(), length, MSG_DONTWAIT | MSG_NOSIGNAL);
           }
         }
         host.refusals = (what & 128) != 0 ? 1 : host.refusals;

@@ -1,4 +1,5 @@
-/// libFuzzer target of the qcow2 reader and writer: the input is an image, and the last bytes are what is done with it.
+/// libFuzzer target of the qcow2 reader and writer: the input is an image, and the last bytes are what is done with it, or
+/// that it is checked and repaired (on a disk as it came, so that one does not depend on the other).
 #include <spdlog/spdlog.h>
 
 #include "storage/block/memory_file.hpp"
@@ -21,6 +22,11 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
   const std::vector<u8> bytes(data, data + size - kOperations);
   const u8* op = data + size - kOperations;
   const auto file = [&] { return std::make_unique<MemoryFile>(bytes, kDisk); };
+  if ((op[0] & 2) != 0) {
+    const auto repair = (op[0] & 4) != 0 ? qcow2::Repair::kAll : (op[0] & 8) != 0 ? qcow2::Repair::kLeaks : qcow2::Repair::kNone;
+    if (auto image = Qcow2Image::open(file(), "fuzz", {repair != qcow2::Repair::kNone, true})) (void)(*image)->check(repair);
+    return 0;
+  }
   if (auto image = Qcow2Image::open(file(), "fuzz", {(op[0] & 1) != 0, false})) {
     Qcow2Image& i = **image;
     std::vector<u8> buffer(8192);
@@ -45,6 +51,5 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
     (void)i.snapshots();
     (void)i.close();
   }
-  if (auto image = Qcow2Image::open(file(), "fuzz", {true, true})) (void)(*image)->check(qcow2::Repair::kAll);
   return 0;
 }

@@ -28,8 +28,7 @@ struct UdpTable::Flow {
 };
 
 UdpTable::UdpTable(Wire& wire, Poller& poller, Host& host, u64 seed)
-    : wire_(wire), poller_(poller), host_(host), random_(seed ^ 0x756470), by_key_(64, FlowHash{Random::mix(seed ^ 0x7564)}),
-      buffer_(65536) {}
+    : wire_(wire), poller_(poller), host_(host), random_(seed ^ 0x756470), by_key_(64, FlowHash{Random::mix(seed ^ 0x7564)}) {}
 UdpTable::~UdpTable() = default;
 
 UdpTable::Flow* UdpTable::find(const FlowKey& key) {
@@ -182,6 +181,7 @@ void UdpTable::host_event(u32 index, u32 generation) {
   for (int i = 0; i < kBatch; i++) {
     if (index >= slots_.size() || !slots_[index] || slots_[index]->generation != generation) return;
     Flow& f = *slots_[index];
+    buffer_.resize(kLargest);
     const ssize_t n = ::recv(f.fd.get(), buffer_.data(), buffer_.size(), MSG_DONTWAIT);
     if (n < 0) {
       if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return;
@@ -214,6 +214,7 @@ void UdpTable::arrived(Listener& listener, u32) {
   for (int i = 0; i < kBatch; i++) {
     sockaddr_storage from;
     socklen_t size = sizeof from;
+    buffer_.resize(kLargest);
     const ssize_t n = ::recvfrom(listener.fd.get(), buffer_.data(), buffer_.size(), MSG_DONTWAIT, reinterpret_cast<sockaddr*>(&from), &size);
     if (n < 0) return;
     const auto peer = from_sockaddr(from);

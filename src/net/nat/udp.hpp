@@ -44,6 +44,7 @@ class UdpTable {
   std::size_t flows() const { return by_key_.size(); }
 
  private:
+  static constexpr std::size_t kLargest = 65536;  // datagram, bytes
   struct Flow;
   Flow* find(const FlowKey& key);
   Flow* make(const FlowKey& key, UniqueFd fd, u32 queue, bool ping);
@@ -62,7 +63,7 @@ class UdpTable {
   std::size_t resolver_ = 0;
   std::unordered_map<FlowKey, u32, FlowHash> by_key_;
   u64 deadline_ = ~u64{0};
-  std::vector<u8> buffer_;
+  std::vector<u8> buffer_;  // kLargest once something came
 };
 
 }  // namespace ring3::net

@@ -23,7 +23,7 @@ class Checker {
   }
 
  private:
-  static constexpr u64 kChunk = 4096;
+  static constexpr u64 kChunk = 256;  // counts that stand together
 
   void say(const std::string& text) {
     if (report_.messages.size() < CheckReport::kMostMessages) report_.messages.push_back(text);
@@ -179,12 +179,10 @@ class Checker {
     std::vector<u64> chunks;
     for (const auto& [k, chunk] : counts_) chunks.push_back(k);
     std::sort(chunks.begin(), chunks.end());
-    for (const u64 k : chunks) {
-      const std::vector<u32>& used = counts_[k];
-      for (u64 j = 0; j < kChunk; j++) {
-        const u64 c = k * kChunk + j;
-        if (used[j] != 0) report_.image_end = std::max(report_.image_end, (c + 1) << h_.cluster_bits);
-      }
+    for (auto k = chunks.rbegin(); k != chunks.rend() && report_.image_end == 0; ++k) {
+      const std::vector<u32>& used = counts_[*k];
+      const auto last = std::find_if(used.rbegin(), used.rend(), [](u32 n) { return n != 0; });
+      if (last != used.rend()) report_.image_end = (*k * kChunk + static_cast<u64>(used.rend() - last)) << h_.cluster_bits;
     }
     const u64 per = i_.refcounts_->per_block();
     std::vector<u64> blocks;
@@ -335,15 +333,23 @@ class Checker {
     const u32 bits = 1u << h_.refcount_order;
     for (u64 b = 0; b < blocks; b++) {
       std::fill(raw.begin(), raw.end(), u8{0});
-      for (u64 j = 0; j < per; j++) {
-        const auto it = counts_.find((b * per + j) / kChunk);
-        const u64 n = it == counts_.end() ? 0 : it->second[(b * per + j) % kChunk];
-        if (n > i_.refcounts_->most()) return -ERANGE;
-        if (bits < 8) {
-          const u64 per_byte = 8 / bits;
-          raw[j / per_byte] = static_cast<u8>(raw[j / per_byte] | n << (bits * (j % per_byte)));
-        } else {
-          for (u32 k = 0; k < bits / 8; k++) raw[(j + 1) * bits / 8 - 1 - k] = static_cast<u8>(k < 8 ? n >> (8 * k) : 0);
+      for (u64 j = 0; j < per;) {
+        const u64 first = b * per + j, end = j + std::min(per - j, kChunk - first % kChunk);
+        const auto it = counts_.find(first / kChunk);
+        if (it == counts_.end()) {
+          j = end;
+          continue;
+        }
+        for (const u32* used = &it->second[first % kChunk]; j < end; j++, used++) {
+          const u64 n = *used;
+          if (n == 0) continue;
+          if (n > i_.refcounts_->most()) return -ERANGE;
+          if (bits < 8) {
+            const u64 per_byte = 8 / bits;
+            raw[j / per_byte] = static_cast<u8>(raw[j / per_byte] | n << (bits * (j % per_byte)));
+          } else {
+            for (u32 k = 0; k < bits / 8; k++) raw[(j + 1) * bits / 8 - 1 - k] = static_cast<u8>(k < 8 ? n >> (8 * k) : 0);
+          }
         }
       }
       if (int r = i_.file_->write((start + b) << h_.cluster_bits, std::span<const u8>(raw)); r < 0) return r;
