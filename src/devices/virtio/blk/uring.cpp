@@ -2,6 +2,8 @@
 
 #include <sys/eventfd.h>
 
+#include <atomic>
+
 namespace ring3::virtio {
 
 std::unique_ptr<Uring> Uring::create(unsigned entries) {
@@ -46,7 +48,24 @@ void Uring::submit() {
   }
 }
 
+bool Uring::submit_and_wait(unsigned count, unsigned microseconds) {
+  if ((ring_.features & IORING_FEAT_EXT_ARG) == 0) return false;
+  // What ends meanwhile is looked for here, not waited for elsewhere.
+  silent_ = io_uring_cq_eventfd_toggle(&ring_, false) == 0;
+  __kernel_timespec time{0, i64{microseconds} * 1000};
+  io_uring_cqe* c;
+  const int n = io_uring_submit_and_wait_timeout(&ring_, &c, count, &time, nullptr);
+  unsent_ = io_uring_sq_ready(&ring_);
+  return n >= 0 && io_uring_cq_ready(&ring_) != 0;  // n: how many were submitted, though the time may be over
+}
+
 void Uring::reap(const std::function<void(void*, int)>& done) {
+  if (silent_) {
+    silent_ = false;
+    (void)io_uring_cq_eventfd_toggle(&ring_, true);
+    // What ended before that was not announced, and is seen below: the kernel makes an entry first, then looks whether to tell.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+  }
   io_uring_cqe* c;
   while (in_flight_ != 0 && io_uring_peek_cqe(&ring_, &c) == 0) {
     void* tag = io_uring_cqe_get_data(c);

@@ -22,6 +22,9 @@ class Uring {
   /// Queues an access; submit() sends it. False: no room. The buffers' list stays valid until it is reaped.
   bool prepare(bool write, int fd, std::span<const iovec> buffers, u64 offset, void* tag);
   void submit();
+  /// submit(), and sleeps until `count` accesses have ended or the time is over; reap() has to follow. False: this kernel cannot, or
+  /// none has ended.
+  bool submit_and_wait(unsigned count, unsigned microseconds);
   /// Calls done(tag, result) for what has ended: bytes, or -errno.
   void reap(const std::function<void(void*, int)>& done);
   /// Waits until nothing flies.
@@ -33,6 +36,7 @@ class Uring {
   Uring() = default;
   io_uring ring_{};
   bool live_ = false;
+  bool silent_ = false;  // the eventfd says nothing until reap()
   UniqueFd event_;
   unsigned in_flight_ = 0, unsent_ = 0, entries_ = 0;
 };

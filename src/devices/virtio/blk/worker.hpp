@@ -21,6 +21,9 @@ class BlockDevice::Worker {
  private:
   static constexpr u64 kMostAtOnce = 16 * 1024;  ///< bytes that a vCPU's thread may be kept with
   static constexpr unsigned kSingle = 4;         ///< requests that came alone, until that is what is expected
+  static constexpr unsigned kDeep = 8;           ///< accesses under way, from which on several ends are waited for at once
+  static constexpr unsigned kPatience = 100;     ///< microseconds
+  static constexpr unsigned kMostRounds = 256;   ///< such waits in a row, though the driver always has more
   struct Request {
     Chain chain;
     std::vector<iovec> buffers;
@@ -29,6 +32,9 @@ class BlockDevice::Worker {
     bool write = false;
   };
   void serve();
+  /// Begins everything that is in the ring.
+  void take_all();
+  unsigned worth_waiting_for() const;
   /// Whether it is answered; false: it flies, and reap() answers it.
   bool handle(Request& r);
   bool read_or_write(Request& r, bool write, u64 sector);
@@ -51,6 +57,7 @@ class BlockDevice::Worker {
   std::mutex mutex_;
   unsigned alone_ = 0;  ///< requests in a row that came when no other was there
   std::unique_ptr<Uring> uring_;
+  u64 flying_bytes_ = 0;  ///< of the accesses in uring_
   std::vector<std::unique_ptr<Request>> all_;
   std::vector<Request*> free_;
   EventLoop loop_;
