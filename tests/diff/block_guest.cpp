@@ -64,7 +64,7 @@ VcpuState& BlockGuest::prepare() {
   s_.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::UMIP;
   s_.cr3 = kTables;
   s_.efer = efer::SCE | efer::LME | efer::LMA | efer::NX;
-  s_.xcr0 = 7;
+  s_.xcr0 = host_has_avx512() ? 0xe7 : 7;
   s_.seg[CS] = flat_segment(static_cast<u16>((long64 ? 0x30 : 0x20) | dpl), 11, dpl, long64);
   s_.seg[SS] = flat_segment(static_cast<u16>(0x28 | dpl), 3, dpl, false);
   for (Seg r : {DS, ES}) s_.seg[r] = long64 ? null_segment() : flat_segment(0x2b, 3, 3, false);

@@ -126,7 +126,7 @@ class Comparison {
     VcpuState& s = reference_.state();
     Case c;
     c.insn = DecodedInsn{};
-    generate_state(rng.one_in(3) ? Family::Avx : rng.one_in(3) ? Family::X87 : Family::Integer, mode_ == BlockMode::User32, rng, &c);
+    generate_state(rng.one_in(3) ? (rng.below(2) ? Family::Avx512 : Family::Avx) : rng.one_in(3) ? Family::X87 : Family::Integer, mode_ == BlockMode::User32, rng, &c);
     std::memcpy(s.gpr, c.regs.gpr, sizeof s.gpr);
     for (u8 r = 0; r < 16; r++)
       if (is_pointer(mode_, r)) s.gpr[r] = pointer_value(rng);
@@ -238,7 +238,7 @@ class Comparison {
     }
     const u64 ignored = rflags::AF | rflags::RF | dead;
     if ((a.rflags ^ b.rflags) & ~ignored) return *why = "flags", false;
-    for (const auto& [from, to] : {std::pair{0u, 416u}, std::pair{576u, 832u}})
+    for (const auto& [from, to] : {std::pair{0u, 416u}, std::pair{576u, 832u}, std::pair{1088u, kXsaveBytes}})
       for (unsigned at = from; at < to; at++)
         if (a.xsave.bytes[at] != b.xsave.bytes[at]) return *why = "vector or x87 state at " + std::to_string(at), false;
     return true;

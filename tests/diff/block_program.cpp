@@ -226,9 +226,10 @@ class Writer {
   void plain() {
     static constexpr Family kFamilies[] = {Family::Integer, Family::Integer, Family::Integer, Family::Integer, Family::Integer,
                                            Family::Integer, Family::Shift,   Family::Shift,   Family::Bmi,     Family::Sse,
-                                           Family::Sse,     Family::Avx,     Family::Avx,     Family::X87,     Family::Mmx};
+                                           Family::Sse,     Family::Avx,     Family::Avx,     Family::X87,     Family::Mmx,
+                                           Family::Avx512,  Family::Avx512,  Family::Avx512};
     // Whole blocks stay without vectors at times: then they stay unloaded in kernel code.
-    Family family = kFamilies[rng_.below(vectors_ ? 15 : 9)];
+    Family family = kFamilies[rng_.below(!vectors_ ? 9 : host_has_avx512() ? 18 : 15)];
     if (rng_.one_in(20)) vectors_ = !vectors_;
     if (x87_ && rng_.below(2)) family = rng_.below(4) ? Family::X87 : Family::Mmx;
     if (rng_.one_in(40)) x87_ = !x87_;

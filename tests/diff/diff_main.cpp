@@ -207,10 +207,11 @@ class Comparison {
     // Addresses of the upper half hold the host's own kernel: there, but not for us.
     if (b.vector == a.vector && (a.cr2 >> 63 || a.cr2 >= 0x7fffffffe000)) e.error = (a.error & ~1u) | (b.error & 1u);
     // CR2 is the address that caused the fault (SDM vol. 3A 4.7), not necessarily the first: where an element crosses into
-    // the page, Intel's say the last byte that VMASKMOV would write.
+    // the page, Intel's say the last byte that VMASKMOV or a store under a mask would write.
     const u64 at = address(c);
-    if (c.insn.op == Op::Vmaskmov && b.vector == vec::PF && (a.error & 2) && a.cr2 / kPageSize == b.cr2 / kPageSize &&
-        at / kPageSize != a.cr2 / kPageSize && a.cr2 - at < 32 && b.cr2 - at < 32)
+    const bool masked = c.insn.op == Op::Vmaskmov || c.insn.mask != 0;
+    if (masked && b.vector == vec::PF && (a.error & 2) && a.cr2 / kPageSize == b.cr2 / kPageSize &&
+        at / kPageSize != a.cr2 / kPageSize && a.cr2 - at < 64 && b.cr2 - at < 64)
       e.cr2 = b.cr2;
     return e;
   }
@@ -272,7 +273,7 @@ class Comparison {
     // The oracle pops registers before it checks the rest: ESP stands, so the instruction can be restarted.
     const bool popa = faulted && c.insn.op == engine::Op::Popa;
     // A gather may or may not have widened its mask; MASKMOVQ may or may not have entered MMX state.
-    const bool gather = faulted && c.insn.op == engine::Op::Vgather;
+    const bool gather = faulted && c.insn.op == engine::Op::Vgather && !c.insn.has(engine::kEvex);
     const bool maskmov = faulted && c.insn.op == engine::Op::Maskmov;
     if (a.kind == Outcome::Kind::Fault && b.kind == a.kind && h.rip != s.rip) differ("rip", h.rip, s.rip);
     static constexpr const char* kNames[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
@@ -309,6 +310,10 @@ class Comparison {
       bytes("xmm", 160 + 16 * i, 16);
       bytes("ymmh", 576 + 16 * i, 16);
     }
+    if (!host_has_avx512() || std::memcmp(h.xsave + 1088, s.xsave + 1088, kXsaveBytes - 1088) == 0) return;
+    for (unsigned i = 0; i < 8; ++i) bytes("k", 1088 + 8 * i, 8);
+    for (unsigned i = 0; i < 16; ++i) bytes("zmmh", 1152 + 32 * i, 32);
+    for (unsigned i = 0; i < 16; ++i) bytes("zmm16+", 1664 + 64 * i, 64);
   }
 
   /// Compares both memories; true when they are no longer pristine.
@@ -340,6 +345,7 @@ class Comparison {
                 static_cast<unsigned long long>(in.rflags), static_cast<unsigned long long>(h.rflags),
                 static_cast<unsigned long long>(s.rflags), hex(in.xsave + 24, 4).c_str(), hex(in.xsave, 5).c_str());
     for (unsigned i = 0; i < 8; ++i) std::printf("  st%u in %s\n", i, hex(in.xsave + 32 + 16 * i, 10).c_str());
+    for (unsigned i = 0; i < 8; ++i) std::printf("  k%u in %s\n", i, hex(in.xsave + 1088 + 8 * i, 8).c_str());
     for (unsigned i = 0; i < 16; ++i)
       std::printf("  ymm%-2u in %s%s\n", i, hex(in.xsave + 576 + 16 * i, 16).c_str(), hex(in.xsave + 160 + 16 * i, 16).c_str());
   }
@@ -354,6 +360,12 @@ class Comparison {
   u64 seen_[static_cast<unsigned>(engine::Op::Count)] = {};
 };
 
+/// The family is asked for and can be compared on this host.
+bool wanted(const Options& o, unsigned f) {
+  if (static_cast<Family>(f) == Family::Avx512 && !host_has_avx512()) return false;
+  return o.family == "all" || o.family == name(static_cast<Family>(f));
+}
+
 /// One worker's share; the number of differences found (at most kMaxReports a family and mode).
 u64 work(const Options& o, NativeRunner& native, unsigned worker, int report_fd) {
   u64 differences = 0;
@@ -362,9 +374,9 @@ u64 work(const Options& o, NativeRunner& native, unsigned worker, int report_fd)
   const unsigned families = static_cast<unsigned>(Family::kCount);
   unsigned kinds = 0;
   for (unsigned f = 0; f < families; ++f)
-    if (o.family == "all" || o.family == name(static_cast<Family>(f))) kinds += o.mode == "both" ? 2 : 1;
+    if (wanted(o, f)) kinds += o.mode == "both" ? 2 : 1;
   for (unsigned f = 0; f < families; ++f) {
-    if (o.family != "all" && o.family != name(static_cast<Family>(f))) continue;
+    if (!wanted(o, f)) continue;
     for (const bool compat32 : {false, true}) {
       if ((o.mode == "64" && compat32) || (o.mode == "32" && !compat32)) continue;
       Comparison comparison(native, static_cast<Family>(f), compat32, o.engine == "translator");
@@ -410,6 +422,8 @@ int run(const Options& options) {
     return 2;
   }
   if (!o.repro.empty()) return reproduce(o, **native);
+  if (!host_has_avx512() && (o.family == "all" || o.family == "avx512"))
+    std::printf("ring3_diff: avx512 is left out: this host's CPU or kernel has none\n");
   std::printf("ring3_diff: seed %llu, %llu states, family %s, mode %s\n", static_cast<unsigned long long>(o.seed),
               static_cast<unsigned long long>(o.count), o.family.c_str(), o.mode.c_str());
   std::fflush(stdout);
@@ -458,7 +472,7 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   ring3::diff::Options o;
   CLI::App app("Compares random user-mode instructions on the host CPU and in the engine");
-  app.add_option("--family", o.family, "integer, shift, branch, string, stack, bmi, x87, mmx, sse, avx, privileged or all");
+  app.add_option("--family", o.family, "integer, shift, branch, string, stack, bmi, x87, mmx, sse, avx, privileged, avx512 or all");
   app.add_option("--mode", o.mode, "64, 32 or both")->check(CLI::IsMember({"64", "32", "both"}));
   app.add_option("--engine", o.engine, "interpreter or translator")->check(CLI::IsMember({"interpreter", "translator"}));
   app.add_option("--count", o.count, "states to compare, over all families and modes");

@@ -5,14 +5,25 @@
 #include <cstring>
 
 #include "engine/interp/features.hpp"
+#include "engine/interp/xstate.hpp"
 
 namespace ring3::diff {
 
 using namespace engine;  // NOLINT: a test of that room
 
+bool host_has_avx512() {
+  static const bool has = [] {
+    if (!host_features()[Feature::Avx512f]) return false;
+    for (const XstateComponent& x : xstate_components())
+      if (x.standard != x.in_area) return false;
+    return true;
+  }();
+  return has;
+}
+
 const char* name(Family family) {
   static constexpr const char* kNames[] = {"integer", "shift", "branch", "string", "stack", "bmi",
-                                           "x87",     "mmx",   "sse",    "avx",    "privileged"};
+                                           "x87",     "mmx",   "sse",    "avx",    "privileged", "avx512"};
   return kNames[static_cast<unsigned>(family)];
 }
 
@@ -88,8 +99,9 @@ bool in_family(Family f, const DecodedInsn& i) {
     case Family::X87: return op == Op::HostX87 || op == Op::Fwait || op == Op::Emms;
     case Family::Mmx: return op == Op::HostMmx || (op == Op::Maskmov && !i.has(kVex)) || op == Op::Emms;
     case Family::Sse: return (op == Op::HostVec && !i.has(kVex)) || op == Op::Ldmxcsr || op == Op::Stmxcsr || op == Op::Maskmov;
+    case Family::Avx512: return i.has(kEvex | kOpmask);
     case Family::Avx:
-      return (op == Op::HostVec && i.has(kVex)) || op == Op::Vmaskmov || op == Op::Vgather || op == Op::Vzeroall ||
+      return (op == Op::HostVec && i.has(kVex) && !i.has(kOpmask)) || op == Op::Vmaskmov || op == Op::Vgather || op == Op::Vzeroall ||
              op == Op::Vzeroupper || (op == Op::Maskmov && i.has(kVex));
     case Family::Privileged: return is_privileged(op);
     default: return false;
@@ -101,7 +113,7 @@ unsigned random_bytes(Family f, bool compat32, Random& rng, u8* b) {
   unsigned n = 0;
   const auto put = [&](u64 v) { b[n++] = static_cast<u8>(v); };
   for (int i = 0; i < 15; ++i) b[i] = static_cast<u8>(rng.next());
-  const bool vex = f == Family::Avx || (f == Family::Bmi && rng.below(2));
+  const bool vex = f == Family::Avx || f == Family::Avx512 || (f == Family::Bmi && rng.below(2));
   if (!vex) {
     if (rng.one_in(4)) put(0x66);
     if (rng.one_in(f == Family::String ? 2 : 5)) put(rng.below(2) ? 0xf2 : 0xf3);
@@ -112,6 +124,27 @@ unsigned random_bytes(Family f, bool compat32, Random& rng, u8* b) {
   if (rng.one_in(40)) {
     static constexpr u8 kSegments[] = {0x26, 0x2e, 0x36, 0x3e, 0x65};
     put(kSegments[rng.below(compat32 ? 4 : 5)]);
+  }
+  if (f == Family::Avx512) {
+    const u8 vvvv = rng.below(2) ? static_cast<u8>(rng.below(16)) : 15;
+    if (rng.one_in(10)) {  // opmask registers
+      put(0xc4);
+      put((rng.below(8) << 5) | (rng.one_in(4) ? 3 : 1));
+      put((rng.below(2) << 7) | (vvvv | (rng.below(4) ? 8 : 0)) << 3 | (rng.below(2) << 2) | rng.below(4));
+      static constexpr u8 kOnMasks[] = {0x41, 0x42, 0x44, 0x45, 0x46, 0x47, 0x4a, 0x4b, 0x90, 0x91, 0x92, 0x93, 0x98, 0x99};
+      if ((b[n - 2] & 0x1f) == 1) put(kOnMasks[rng.below(14)]); else put(0x30 + rng.below(4));
+      if (compat32) b[n - 3] |= 0xc0;
+      return 15;
+    }
+    static constexpr u8 kMaps[] = {1, 1, 2, 2, 2, 3, 3, 5, 6};
+    put(0x62);
+    put((rng.below(16) << 4) | kMaps[rng.below(9)]);
+    put((rng.below(2) << 7) | vvvv << 3 | 4 | rng.below(4));
+    put((rng.one_in(3) ? 0x80 : 0) | (rng.below(3) << 5) | (rng.one_in(4) ? 0x10 : 0) | (rng.below(vvvv == 15 ? 8 : 2) ? 8 : 0) |
+        (rng.below(3) ? rng.below(8) : 0));
+    if (compat32) b[n - 3] |= 0xc0;
+    put(rng.next());
+    return 15;
   }
   if (vex) {
     const u8 pp = static_cast<u8>(rng.below(4));
@@ -314,12 +347,22 @@ void generate_state(Family family, bool compat32, Random& rng, Case* c) {
   r.rip = kCode + c->code_offset;
   r.rflags = 0x202 | (rng.next() & rflags::STATUS) | (rng.below(2) ? rflags::DF : 0);
   // Masked stores: whether #AC or #PF comes first differs from case to case on the oracle.
-  const bool masked = i.op == Op::Maskmov || i.op == Op::Vmaskmov || i.op == Op::Vgather;
+  const bool masked = i.op == Op::Maskmov || i.op == Op::Vmaskmov || i.op == Op::Vgather || i.op == Op::Vscatter || i.mask != 0;
   if (rng.one_in(50) && !masked) r.rflags |= rflags::AC;
   if (rng.one_in(50)) r.rflags |= rflags::ID;
 
   // An address inside the data pages, sometimes at their edges.
   const auto address = [&]() -> u64 {
+    if (family == Family::Avx512) {
+      switch (rng.below(12)) {
+        case 0: return kReadOnly + rng.below(0x1000);
+        case 1: return kAbsent - 64 + rng.below(96);
+        case 2: return kData + kDataSize - 64 + rng.below(64);
+        case 3: return kData + 64 + rng.below(kDataSize - 192);
+        case 4: return kData - 64 + rng.below(96);
+        default: return (kData + 64 + rng.below(kDataSize - 192)) & ~63ull;
+      }
+    }
     switch (rng.below(12)) {
       case 0: return kReadOnly + rng.below(0x1000);
       case 1: return kAbsent - 16 + rng.below(32);
@@ -347,6 +390,16 @@ void generate_state(Family family, bool compat32, Random& rng, Case* c) {
   for (int n = 0; n < 8; ++n) random_x87(rng, r.xsave + 32 + 16 * n);
   random_chunk(rng, r.xsave + 160, 256);
   random_chunk(rng, r.xsave + 576, 256);
+  if (host_has_avx512() && (family == Family::Sse || family == Family::Avx || family == Family::Avx512)) {
+    random_chunk(rng, r.xsave + 1152, 1536);
+    if (rng.one_in(3)) std::memset(r.xsave + 1152, 0, 512);  // as between instructions of 256 bits
+    for (unsigned n = 0; n < 8; ++n) {
+      u64 k = rng.below(4) ? rng.next() : random_value(rng);
+      if (rng.one_in(4)) k &= rng.next() & rng.next();
+      if (rng.one_in(6)) k = ~0ull;
+      std::memcpy(r.xsave + 1088 + 8 * n, &k, 8);
+    }
+  }
   const bool x87 = family == Family::X87;
   // x87: control word with any rounding and precision; mostly masked. TOP and tags at random.
   u16 fcw = static_cast<u16>(0x37f & ~0xc00);
@@ -365,14 +418,29 @@ void generate_state(Family family, bool compat32, Random& rng, Case* c) {
   }
   r.xsave[4] = x87 || family == Family::Mmx ? static_cast<u8>(rng.below(4) ? 0xff : rng.next()) : static_cast<u8>(rng.next());
   u32 mxcsr = 0x1f80;
-  if (family == Family::Sse || family == Family::Avx) {
+  if (family == Family::Sse || family == Family::Avx || family == Family::Avx512) {
     mxcsr |= static_cast<u32>((rng.below(4) << 13) | (rng.one_in(4) ? 1u << 15 : 0) | (rng.one_in(4) ? 1u << 6 : 0) |
                               (rng.one_in(4) ? rng.below(64) : 0));
     if (rng.one_in(10)) mxcsr &= ~static_cast<u32>(rng.below(64) << 7);
   }
   std::memcpy(r.xsave + 24, &mxcsr, 4);
 
-  if (i.op == Op::Vgather && i.mem.index != kNoReg) {
+  if (i.has(kEvex) && (i.op == Op::Vgather || i.op == Op::Vscatter)) {
+    const unsigned index = i.mem.index & 31;
+    u8 values[64];
+    const bool wide = i.opcode & 1;
+    for (unsigned n = 0; n < (wide ? 8u : 16u); ++n) {
+      const i64 v = static_cast<i64>(rng.below(300)) - 80;
+      std::memcpy(values + (wide ? 8 : 4) * n, &v, wide ? 8 : 4);
+    }
+    if (index >= 16) {
+      std::memcpy(r.xsave + 1664 + 64 * (index - 16), values, 64);
+    } else {
+      std::memcpy(r.xsave + 160 + 16 * index, values, 16);
+      std::memcpy(r.xsave + 576 + 16 * index, values + 16, 16);
+      std::memcpy(r.xsave + 1152 + 32 * index, values + 32, 32);
+    }
+  } else if (i.op == Op::Vgather && i.mem.index != kNoReg) {
     for (unsigned n = 0; n < 8; ++n) {
       const i32 v = static_cast<i32>(rng.below(200)) - 60;
       std::memcpy((n < 4 ? r.xsave + 160 : r.xsave + 576 - 16) + 16 * i.mem.index + 4 * n, &v, 4);
@@ -384,7 +452,7 @@ void generate_state(Family family, bool compat32, Random& rng, Case* c) {
     }
   }
   if (i.has(kHasMem) && i.mem.base != kRipBase) {
-    const bool vsib = i.op == Op::Vgather;
+    const bool vsib = i.op == Op::Vgather || i.op == Op::Vscatter;
     const u64 target = address();
     const u64 disp = static_cast<u64>(i.disp);
     if (!vsib && i.mem.index != kNoReg && i.mem.index == i.mem.base) {

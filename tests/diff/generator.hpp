@@ -10,7 +10,7 @@
 /// rest fault in interesting ways. A case follows from (family, mode, seed) alone.
 namespace ring3::diff {
 
-enum class Family : u8 { Integer, Shift, Branch, String, Stack, Bmi, X87, Mmx, Sse, Avx, Privileged, kCount };
+enum class Family : u8 { Integer, Shift, Branch, String, Stack, Bmi, X87, Mmx, Sse, Avx, Privileged, Avx512, kCount };
 const char* name(Family family);
 
 struct Case {

@@ -38,7 +38,7 @@ VcpuState& GuestRunner::prepare() {
   s_.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::UMIP;
   s_.cr3 = kTables;
   s_.efer = efer::SCE | efer::LME | efer::LMA | efer::NX;
-  s_.xcr0 = 7;
+  s_.xcr0 = host_has_avx512() ? 0xe7 : 7;
   s_.seg[CS] = flat_segment(compat32_ ? 0x23 : 0x33, 11, 3, !compat32_);
   s_.seg[SS] = flat_segment(0x2b, 3, 3, false);
   for (Seg r : {DS, ES}) s_.seg[r] = compat32_ ? flat_segment(0x2b, 3, 3, false) : null_segment();

@@ -26,7 +26,7 @@ struct Frame {
   u64 rip;
   u64 rflags;
   u8 pad0[0xc0 - 0x90];
-  u8 xsave[832];
+  u8 xsave[kXsaveBytes];
   u64 host_rsp;
   u64 target;
   u32 far_offset;
@@ -38,14 +38,15 @@ struct Frame {
   u32 host_fcw;
   u32 data_selector;
   u32 zero_selector;
+  u32 components;  ///< that are loaded and stored
   // Not known to the assembly:
   volatile bool active;
   bool faulted;
   u64 trapno, error, cr2;
 };
-static_assert(offsetof(Frame, xsave) == 0xc0 && offsetof(Frame, host_rsp) == 0x400);
-static_assert(offsetof(Frame, far_offset) == 0x410 && offsetof(Frame, host_mxcsr) == 0x420);
-static_assert(offsetof(Frame, zero_selector) == 0x42c);
+static_assert(offsetof(Frame, xsave) == 0xc0 && offsetof(Frame, host_rsp) == 0xb40);
+static_assert(offsetof(Frame, far_offset) == 0xb50 && offsetof(Frame, host_mxcsr) == 0xb60);
+static_assert(offsetof(Frame, zero_selector) == 0xb6c && offsetof(Frame, components) == 0xb70 && sizeof(Frame) <= 0x1000);
 
 Frame* frame() { return reinterpret_cast<Frame*>(kFrame); }
 
@@ -68,7 +69,7 @@ void on_signal(int sig, siginfo_t* info, void* context) {
   for (int i = 0; i < 16; ++i) f->gpr[i] = static_cast<u64>(g[kOrder[i]]);
   f->rip = static_cast<u64>(g[REG_RIP]);
   f->rflags = static_cast<u64>(g[REG_EFL]);
-  std::memcpy(f->xsave, uc->uc_mcontext.fpregs, sizeof(f->xsave));
+  std::memcpy(f->xsave, uc->uc_mcontext.fpregs, host_has_avx512() ? kXsaveBytes : 832);
   f->faulted = true;
   f->trapno = static_cast<u64>(g[REG_TRAPNO]);
   f->error = static_cast<u64>(g[REG_ERR]);
@@ -96,6 +97,9 @@ void normalise_xsave(u8* area) {
   }
   if (!(bv & 2)) std::memset(area + 160, 0, 256);
   if (!(bv & 4)) std::memset(area + 576, 0, 256);
+  if (!(bv & 0x20)) std::memset(area + 1088, 0, 64);
+  if (!(bv & 0x40)) std::memset(area + 1152, 0, 512);
+  if (!(bv & 0x80)) std::memset(area + 1664, 0, 1024);
 }
 
 void* map_at(u64 where, std::size_t size, int prot, int fd, off_t offset) {
@@ -106,6 +110,7 @@ void* map_at(u64 where, std::size_t size, int prot, int fd, off_t offset) {
 }  // namespace
 
 Result<std::unique_ptr<NativeRunner>> NativeRunner::create() {
+  host_has_avx512();  // before a signal handler asks
   const int fd = ::memfd_create("ring3-diff", MFD_CLOEXEC);
   if (fd < 0 || ::ftruncate(fd, 0x10000) != 0) return Error::from_errno("memfd");
   // Offsets in the memfd: 0 code, 0x1000 read-only page, 0x2000 frame, 0x4000 data.
@@ -183,7 +188,8 @@ Outcome NativeRunner::run(Registers* regs, bool compat32) {
   f->rflags = regs->rflags;
   std::memcpy(f->xsave, regs->xsave, sizeof(f->xsave));
   std::memset(f->xsave + 512, 0, 64);
-  f->xsave[512] = 7;
+  f->components = host_has_avx512() ? 0xe7 : 7;
+  f->xsave[512] = static_cast<u8>(f->components);
   f->far_offset = static_cast<u32>(regs->rip);
   f->far_selector = compat32 ? kCs32 : kCs64;
   f->compat = compat32;

@@ -34,13 +34,19 @@ struct Outcome {
   friend bool operator==(const Outcome&, const Outcome&) = default;
 };
 
-/// Registers in and out. xsave: standard format, first 832 bytes (x87, SSE, AVX).
+/// Bytes of an XSAVE area up to the end of ZMM16..31, where Intel's processors have them.
+inline constexpr unsigned kXsaveBytes = 2688;
+
+/// Registers in and out. xsave: standard format (x87, SSE, AVX, and AVX-512 where the host has it).
 struct alignas(64) Registers {
   u64 gpr[16];
   u64 rip;
   u64 rflags;
-  alignas(64) u8 xsave[832];
+  alignas(64) u8 xsave[kXsaveBytes];
 };
+
+/// The host switches AVX-512's state, and has it where XsaveArea does.
+bool host_has_avx512();
 
 class NativeRunner {
  public:

@@ -5,15 +5,16 @@
 #define RIP_ (FRAME + 0x80)
 #define RFLAGS (FRAME + 0x88)
 #define XSAVE (FRAME + 0xc0)
-#define HOST_RSP (FRAME + 0x400)
-#define TARGET (FRAME + 0x408)
-#define FAR_TARGET (FRAME + 0x410)
-#define EXIT_KIND (FRAME + 0x418)
-#define COMPAT (FRAME + 0x41c)
-#define HOST_MXCSR (FRAME + 0x420)
-#define HOST_FCW (FRAME + 0x424)
-#define DATA_SEL (FRAME + 0x428)
-#define ZERO_SEL (FRAME + 0x42c)
+#define HOST_RSP (FRAME + 0xb40)
+#define TARGET (FRAME + 0xb48)
+#define FAR_TARGET (FRAME + 0xb50)
+#define EXIT_KIND (FRAME + 0xb58)
+#define COMPAT (FRAME + 0xb5c)
+#define HOST_MXCSR (FRAME + 0xb60)
+#define HOST_FCW (FRAME + 0xb64)
+#define DATA_SEL (FRAME + 0xb68)
+#define ZERO_SEL (FRAME + 0xb6c)
+#define COMPONENTS (FRAME + 0xb70)
 
     .text
     .globl ring3_diff_enter
@@ -28,7 +29,7 @@ ring3_diff_enter:
     movq %rsp, HOST_RSP
     stmxcsr HOST_MXCSR
     fnstcw HOST_FCW
-    movl $7, %eax
+    movl COMPONENTS, %eax
     xorl %edx, %edx
     xrstor64 XSAVE
     cmpl $0, COMPAT
@@ -83,7 +84,7 @@ ring3_diff_exit_b:
     popq RFLAGS
     pushq $2
     popfq
-    movl $7, %eax
+    movl COMPONENTS, %eax
     xorl %edx, %edx
     xsave64 XSAVE
     // Also entered from the signal handler, with the state already taken from the signal frame.

@@ -81,9 +81,14 @@ bool register_operand(ZydisRegister reg, Operand* out) {
       return true;
     case ZYDIS_REGCLASS_XMM:
     case ZYDIS_REGCLASS_YMM:
+    case ZYDIS_REGCLASS_ZMM:
       out->kind = OperandKind::Vec;
       out->reg = id();
-      return out->reg < 16;
+      return out->reg < 32;
+    case ZYDIS_REGCLASS_MASK:
+      out->kind = OperandKind::Mask;
+      out->reg = id();
+      return true;
     case ZYDIS_REGCLASS_MMX:
       out->kind = OperandKind::Mmx;
       out->reg = id();
@@ -92,8 +97,6 @@ bool register_operand(ZydisRegister reg, Operand* out) {
       out->kind = OperandKind::St;
       out->reg = id();
       return true;
-    case ZYDIS_REGCLASS_ZMM:
-    case ZYDIS_REGCLASS_MASK:
     case ZYDIS_REGCLASS_BOUND:
     case ZYDIS_REGCLASS_TMM:
       return false;
@@ -117,8 +120,64 @@ void memory_operand(const ZydisDecodedInstructionRaw& raw, const ZydisDecodedOpe
   m.index = z.index == ZYDIS_REGISTER_NONE ? kNoReg : static_cast<u8>(ZydisRegisterGetId(z.index));
   m.scale_log2 = z.scale == 8 ? 3 : z.scale == 4 ? 2 : z.scale == 2 ? 1 : 0;
   m.seg = segment_number(z.segment);
-  insn->disp = raw.disp.size != 0 ? raw.disp.value : z.disp.value;  // Zydis misses it where it misses the missing base
+  // Zydis misses it where it misses the missing base. EVEX's of 8 bits stand for multiples of the operand's size.
+  const bool scaled = insn->has(kEvex) && raw.disp.size == 8;
+  insn->disp = raw.disp.size != 0 && !scaled ? raw.disp.value : z.disp.value;
   insn->flags |= kHasMem;
+}
+
+/// Zydis has them among those whose masked elements do not fault; the SDM has E4NF for them.
+bool masks_no_faults(const ZydisDecodedInstruction& z) {
+  switch (z.mnemonic) {
+    case ZYDIS_MNEMONIC_VDBPSADBW: case ZYDIS_MNEMONIC_VCVTNE2PS2BF16:
+    case ZYDIS_MNEMONIC_VGF2P8AFFINEQB: case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB:
+      return true;
+    default: break;
+  }
+  switch (z.meta.exception_class) {
+    case ZYDIS_EXCEPTION_CLASS_E1NF: case ZYDIS_EXCEPTION_CLASS_E2NF: case ZYDIS_EXCEPTION_CLASS_E3NF:
+    case ZYDIS_EXCEPTION_CLASS_E4NF: case ZYDIS_EXCEPTION_CLASS_E5NF: case ZYDIS_EXCEPTION_CLASS_E6NF:
+    case ZYDIS_EXCEPTION_CLASS_E9NF: case ZYDIS_EXCEPTION_CLASS_E10NF: case ZYDIS_EXCEPTION_CLASS_E11NF:
+      return true;
+    default: return false;
+  }
+}
+
+bool scalar(ZydisISASet set) {
+  return set == ZYDIS_ISA_SET_AVX512F_SCALAR || set == ZYDIS_ISA_SET_AVX512DQ_SCALAR || set == ZYDIS_ISA_SET_AVX512_FP16_SCALAR;
+}
+
+/// What a write mask means to the memory operand.
+void masked_memory(const ZydisDecodedInstruction& z, const ZydisDecodedOperand* zo, DecodedInsn* insn) {
+  if (insn->mask == 0) return;
+  const ZydisDecodedOperand* memory = nullptr;
+  for (unsigned i = 0; i < z.operand_count_visible; ++i)
+    if (zo[i].type == ZYDIS_OPERAND_TYPE_MEMORY) memory = &zo[i];
+  if (memory == nullptr) return;
+  const bool checked = masks_no_faults(z);
+  if (checked && !(memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE)) return;
+  insn->mem_element = clamp_bytes(memory->element_size);
+  const u16 elements = memory->element_count;
+  switch (z.mnemonic) {
+    case ZYDIS_MNEMONIC_VPCOMPRESSB: case ZYDIS_MNEMONIC_VPCOMPRESSW: case ZYDIS_MNEMONIC_VPCOMPRESSD:
+    case ZYDIS_MNEMONIC_VPCOMPRESSQ: case ZYDIS_MNEMONIC_VCOMPRESSPS: case ZYDIS_MNEMONIC_VCOMPRESSPD:
+    case ZYDIS_MNEMONIC_VPEXPANDB: case ZYDIS_MNEMONIC_VPEXPANDW: case ZYDIS_MNEMONIC_VPEXPANDD:
+    case ZYDIS_MNEMONIC_VPEXPANDQ: case ZYDIS_MNEMONIC_VEXPANDPS: case ZYDIS_MNEMONIC_VEXPANDPD:
+      insn->masked = MaskedMemory::Packed;
+      insn->mask_bits = static_cast<u8>(elements);
+      return;
+    default: break;
+  }
+  if (scalar(z.meta.isa_set)) {
+    insn->masked = MaskedMemory::Scalar;
+    insn->mask_bits = 1;
+  } else if (z.avx.broadcast.mode != ZYDIS_BROADCAST_MODE_INVALID) {
+    insn->masked = MaskedMemory::Modulo;
+    insn->mask_bits = static_cast<u8>(z.avx.broadcast.is_static ? zo[0].element_count : 1u << z.avx.broadcast.mode);
+  } else {
+    insn->masked = checked ? MaskedMemory::Checked : MaskedMemory::Each;
+    insn->mask_bits = static_cast<u8>(elements);
+  }
 }
 
 /// Takes over the explicit operands and the implicit ones that are no memory.
@@ -127,6 +186,10 @@ bool take_operands(const ZydisDecodedInstruction& z, const ZydisDecodedOperand* 
   for (unsigned i = 0; i < z.operand_count_visible; ++i) {
     const ZydisDecodedOperand& o = zo[i];
     if (o.visibility == ZYDIS_OPERAND_VISIBILITY_IMPLICIT && o.type == ZYDIS_OPERAND_TYPE_MEMORY) continue;
+    if (insn->has(kEvex) && o.encoding == ZYDIS_OPERAND_ENCODING_MASK) {
+      insn->mask = static_cast<u8>(ZydisRegisterGetId(o.reg.value));
+      continue;
+    }
     if (n == 4) return false;
     Operand& out = insn->operands[n++];
     out.size = clamp_bytes(o.size);
@@ -212,6 +275,7 @@ bool needs_alignment(const ZydisDecodedInstruction& z, const DecodedInsn& insn, 
     case ZYDIS_MNEMONIC_VMOVAPS: case ZYDIS_MNEMONIC_VMOVAPD: case ZYDIS_MNEMONIC_VMOVDQA:
     case ZYDIS_MNEMONIC_VMOVNTPS: case ZYDIS_MNEMONIC_VMOVNTPD: case ZYDIS_MNEMONIC_VMOVNTDQ:
     case ZYDIS_MNEMONIC_VMOVNTDQA:
+    case ZYDIS_MNEMONIC_VMOVDQA32: case ZYDIS_MNEMONIC_VMOVDQA64:
       return true;
     case ZYDIS_MNEMONIC_MOVUPS: case ZYDIS_MNEMONIC_MOVUPD: case ZYDIS_MNEMONIC_MOVDQU:
     case ZYDIS_MNEMONIC_LDDQU: case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPESTRM:
@@ -255,10 +319,11 @@ Op classify_host(const ZydisDecodedInstruction& z, const DecodedInsn& insn) {
   for (const Operand& o : insn.operands) {
     if (o.kind == OperandKind::Mmx) return Op::HostMmx;
     if (o.kind == OperandKind::Cr || o.kind == OperandKind::Dr || o.kind == OperandKind::Seg) return Op::Invalid;
-    vec |= o.kind == OperandKind::Vec;
+    vec |= o.kind == OperandKind::Vec || o.kind == OperandKind::Mask;
   }
   // CVT(T)SS2SI and CVT(T)SD2SI from memory name no vector register.
   vec |= z.opcode_map == ZYDIS_OPCODE_MAP_0F && (z.opcode == 0x2c || z.opcode == 0x2d);
+  vec |= insn.has(kEvex);
   return vec ? Op::HostVec : Op::Invalid;
 }
 
@@ -358,24 +423,28 @@ DecodeResult decode(const u8* bytes, unsigned size, CodeMode mode, bool real_mod
 
   insn->length = z.length;
   std::memcpy(insn->raw, bytes, z.length);
-  if (z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY && z.encoding != ZYDIS_INSTRUCTION_ENCODING_VEX)
-    return DecodeResult::Ok;
-  const bool vex = z.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX;
-  if (vex && real_mode) return DecodeResult::Ok;
+  const bool vex = z.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX, evex = z.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
+  if (z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY && !vex && !evex) return DecodeResult::Ok;
+  if ((vex || evex) && real_mode) return DecodeResult::Ok;
   const Feature feature = feature_of(z.meta.isa_set);
 
   DecodedInsn d = *insn;
-  d.flags = vex ? kVex : 0;
+  d.flags = vex ? kVex : evex ? kEvex : 0;
+  if (needs_vl(z.meta.isa_set)) d.flags |= kEvexVl;
   d.opcode = z.opcode;
   d.feature = feature;
   d.opsize = z.operand_width ? z.operand_width / 8 : 1;
   d.addrsize = z.address_width / 8;
   if (!take_operands(z, zo, &d)) return DecodeResult::Ok;
+  if (evex) masked_memory(z, zo, &d);
+  for (const Operand& o : d.operands)
+    if (vex && o.kind == OperandKind::Mask) d.flags |= kOpmask;
 
   OpRow row = op_row(z.mnemonic);
   d.op = row.op == Op::Invalid ? classify_host(z, d) : refine(row.op, z, d);
   correct(z, mode == CodeMode::Bits64, amd, &d);
   if (d.op == Op::Invalid) return DecodeResult::Ok;
+  if (evex && d.op != Op::HostVec && d.op != Op::Vgather && d.op != Op::Vscatter) return DecodeResult::Ok;
   if (row.opsize) d.opsize = row.opsize;
   if (row.op != Op::Invalid && row.any_feature) d.feature = Feature::Base;
   if (d.feature == Feature::Unsupported) return DecodeResult::Ok;

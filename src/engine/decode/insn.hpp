@@ -23,7 +23,8 @@ enum class OperandKind : u8 {
   Seg,      ///< reg = Seg number
   Cr,       ///< reg = 0..15
   Dr,       ///< reg = 0..15
-  Vec,      ///< XMM/YMM n; size 16 or 32 (scalar operands: the element's size)
+  Vec,      ///< XMM/YMM/ZMM n, 0..31; size 16, 32 or 64 (scalar operands: the element's size)
+  Mask,     ///< opmask register k0..k7, as a source or destination; a write mask is in DecodedInsn::mask
   Mmx,      ///< MM n
   St,       ///< ST(n)
   Other,    ///< a register that needs no number (flags, MXCSR, …) or an implicit one
@@ -61,6 +62,19 @@ enum InsnFlags : u16 {
   kAligned = 1 << 6,     ///< legacy-SSE style: memory operand must be naturally aligned, #GP(0) otherwise
   kMayFaultAfterPartial = 1 << 7,  ///< commits progress before the instruction ends (string instructions)
   kXacquire = 1 << 8,
+  kEvex = 1 << 9,     ///< EVEX-encoded: needs AVX-512's state switched on, and Avx512f beside DecodedInsn::feature
+  kOpmask = 1 << 10,  ///< VEX-encoded with kVex, on opmask registers: needs AVX-512's state switched on
+  kEvexVl = 1 << 11,  ///< EVEX-encoded with vectors of 16 or 32 bytes: needs Avx512vl too
+};
+
+/// Which elements of an EVEX memory operand a write mask lets be accessed; the others do not fault (SDM vol. 2, 2.7.5).
+enum class MaskedMemory : u8 {
+  Whole,    ///< the mask does not spare any: "NF" exception classes, or no write mask
+  Each,     ///< element i under bit i
+  Checked,  ///< stores of an "NF" class: element i is written under bit i, and any may fault
+  Modulo,   ///< broadcasts: element i mod (elements in memory) under bit i
+  Scalar,   ///< one element under bit 0
+  Packed,   ///< compress and expand: as many elements from the start as bits are set
 };
 
 struct DecodedInsn {
@@ -72,6 +86,10 @@ struct DecodedInsn {
   u16 flags = 0;       ///< InsnFlags
   Operand operands[4]; ///< in Intel order; unused ones are None. Implicit operands are not listed.
   MemOperand mem;
+  u8 mask = 0;          ///< EVEX: number of the write mask; 0: none
+  u8 mask_bits = 0;     ///< EVEX: how many bits of the mask count for the memory operand
+  u8 mem_element = 0;   ///< EVEX: bytes of an element in memory
+  MaskedMemory masked = MaskedMemory::Whole;
   i64 disp = 0;
   i64 imm = 0;
   u8 raw[15] = {};     ///< the bytes themselves

@@ -25,7 +25,7 @@ constexpr const char* kNames[] = {
     "mwait", "vmcall", "vmmcall", "rsm", "rdrand", "rdseed", "lfence", "mfence", "sfence", "clflush",
     "clflushopt", "clwb", "clzero", "serialize", "rdpkru", "wrpkru", "fxsave", "fxrstor", "xsave",
     "xsaveopt", "xsavec", "xsaves", "xrstor", "xrstors", "ldmxcsr", "stmxcsr", "emms", "fwait",
-    "vzeroupper", "vzeroall", "hostx87", "hostmmx", "hostvec", "maskmov", "vmaskmov", "vgather",
+    "vzeroupper", "vzeroall", "hostx87", "hostmmx", "hostvec", "maskmov", "vmaskmov", "vgather", "vscatter",
 };
 static_assert(std::size(kNames) == static_cast<unsigned>(Op::Count));
 

@@ -42,10 +42,11 @@ enum class Op : u16 {
   // run on the host's own units, operands substituted
   HostX87,      ///< any x87 instruction (D8..DF), FSAVE/FRSTOR/FLDENV/FSTENV included
   HostMmx,      ///< touches an MM register (also CVTPI2PS and friends)
-  HostVec,      ///< SSE*/AVX*/AES/SHA/… with at most one contiguous memory operand
+  HostVec,      ///< SSE*/AVX*/AES/SHA/… with at most one contiguous memory operand; kEvex, kOpmask: AVX-512's
   Maskmov,      ///< MASKMOVQ, (V)MASKMOVDQU: implicit [rDI], byte mask
   Vmaskmov,     ///< VMASKMOVPS/PD, VPMASKMOVD/Q: element mask suppresses faults
   Vgather,      ///< VGATHER*, VPGATHER*
+  Vscatter,     ///< VSCATTER*, VPSCATTER*
   Count
 };
 
@@ -54,7 +55,10 @@ enum class Feature : u8 {
   Base, X87, Mmx, Sse, Sse2, Sse3, Ssse3, Sse41, Sse42, Sse4a, Avx, Avx2, F16c, Fma, Aes, Pclmul, Vaes, Vpclmul, Gfni, Sha,
   Bmi1, Bmi2, Adx, Lzcnt, Popcnt, Movbe, Cx8, Cx16, Fxsr, Xsave, Xsaveopt, Xsavec, Xsaves, Rdtscp, Rdpid, Rdrand, Rdseed,
   Fsgsbase, Smap, Invpcid, Clflush, Clflushopt, Clwb, Clzero, Monitor, Syscall, Sysenter, LahfLm, Prefetchw, Cmov, Tsc, Msr,
-  Pku, Serialize, Avx512, Unsupported,
+  Pku, Serialize,
+  Avx512f, Avx512dq, Avx512ifma, Avx512cd, Avx512bw, Avx512vl, Avx512vbmi, Avx512vbmi2, Avx512vnni, Avx512bitalg, Avx512vpopcntdq,
+  Avx512vp2intersect, Avx512fp16, Avx512bf16,
+  Unsupported,
   Count
 };
 

@@ -14,5 +14,6 @@ struct OpRow {
 
 OpRow op_row(ZydisMnemonic mnemonic);
 Feature feature_of(ZydisISASet isa_set);
+bool needs_vl(ZydisISASet isa_set);  ///< EVEX: vectors of 16 or 32 bytes
 
 }  // namespace ring3::engine

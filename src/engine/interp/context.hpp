@@ -46,6 +46,12 @@ struct GuestFeatures {
   bool osvw = false;          ///< AMD 80000001.ECX[9]
   bool null_clears_base = true;  ///< Intel, or AMD 80000021.EAX[6]: a null selector load zeroes base and limit
   bool operator[](Feature f) const { return has[static_cast<unsigned>(f)]; }
+  /// The instruction's feature, and what its encoding needs beside it.
+  bool allows(const DecodedInsn& i) const {
+    if (!(*this)[i.feature]) return false;
+    if (!i.has(kEvex)) return true;
+    return (*this)[Feature::Avx512f] && (!i.has(kEvexVl) || (*this)[Feature::Avx512vl]);
+  }
 };
 
 struct Context {

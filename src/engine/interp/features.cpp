@@ -29,7 +29,13 @@ constexpr FeatureBit kBits[] = {
     {F::Clwb, 7, 0, B, 24},      {F::Sha, 7, 0, B, 29},
 
     {F::Pku, 7, 0, C, 3},        {F::Gfni, 7, 0, C, 8},        {F::Vaes, 7, 0, C, 9},
-    {F::Vpclmul, 7, 0, C, 10},   {F::Rdpid, 7, 0, C, 22},      {F::Serialize, 7, 0, D, 14},
+    {F::Vpclmul, 7, 0, C, 10},
+    {F::Avx512f, 7, 0, B, 16},   {F::Avx512dq, 7, 0, B, 17},   {F::Avx512ifma, 7, 0, B, 21},
+    {F::Avx512cd, 7, 0, B, 28},  {F::Avx512bw, 7, 0, B, 30},   {F::Avx512vl, 7, 0, B, 31},
+    {F::Avx512vbmi, 7, 0, C, 1}, {F::Avx512vbmi2, 7, 0, C, 6}, {F::Avx512vnni, 7, 0, C, 11},
+    {F::Avx512bitalg, 7, 0, C, 12}, {F::Avx512vpopcntdq, 7, 0, C, 14}, {F::Avx512vp2intersect, 7, 0, D, 8},
+    {F::Avx512fp16, 7, 0, D, 23}, {F::Avx512bf16, 7, 1, A, 5},
+    {F::Rdpid, 7, 0, C, 22},      {F::Serialize, 7, 0, D, 14},
 
     {F::Xsaveopt, 0xd, 1, A, 0}, {F::Xsavec, 0xd, 1, A, 1},    {F::Xsaves, 0xd, 1, A, 3},
 
@@ -37,6 +43,10 @@ constexpr FeatureBit kBits[] = {
     {F::Prefetchw, kExt, 0, C, 8}, {F::Syscall, kExt, 0, D, 11}, {F::Rdtscp, kExt, 0, D, 27},
     {F::Clzero, 0x80000008, 0, B, 0},
 };
+
+constexpr Feature kAvx512[] = {F::Avx512f, F::Avx512dq, F::Avx512ifma, F::Avx512cd, F::Avx512bw, F::Avx512vl, F::Avx512vbmi,
+                               F::Avx512vbmi2, F::Avx512vnni, F::Avx512bitalg, F::Avx512vpopcntdq, F::Avx512vp2intersect,
+                               F::Avx512fp16, F::Avx512bf16};
 
 struct Leaf {
   u32 r[4] = {};
@@ -54,13 +64,19 @@ GuestFeatures distil(const Lookup& cpuid) {
   // What rests on XSAVE, and AVX's dependants, cannot be there alone.
   const auto drop = [&](Feature x) { f.has.reset(static_cast<unsigned>(x)); };
   const Leaf xcr0 = cpuid(0xd, 0);
-  f.xcr0_supported = f[F::Xsave] ? (xcr0.r[0] & 7) | 3 : 3;
+  f.xcr0_supported = f[F::Xsave] ? (xcr0.r[0] & 0xe7) | 3 : 3;
   if (!f[F::Avx]) f.xcr0_supported &= ~4ull;
   if (!f[F::Xsave])
     for (Feature x : {F::Xsaveopt, F::Xsavec, F::Xsaves, F::Avx}) drop(x);
   if (!(f.xcr0_supported & 4)) drop(F::Avx);
   if (!f[F::Avx])
     for (Feature x : {F::Avx2, F::Fma, F::F16c, F::Vaes, F::Vpclmul}) drop(x);
+  // AVX-512 rests on its three state components and on AVX; they are of no use without it.
+  if (!f[F::Avx] || (f.xcr0_supported & 0xe0) != 0xe0) drop(F::Avx512f);
+  if (!f[F::Avx512f]) {
+    f.xcr0_supported &= ~0xe0ull;
+    for (Feature x : kAvx512) drop(x);
+  }
 
   const Leaf l0 = cpuid(0, 0), l1 = cpuid(1, 0), l7 = cpuid(7, 0), ext = cpuid(kExt, 0);
   char vendor[12];
@@ -145,6 +161,12 @@ GuestFeatures host_features() {
   }
   if ((xcr0 & 6) != 6)
     for (Feature x : {F::Avx, F::Avx2, F::Fma, F::F16c, F::Vaes, F::Vpclmul}) f.has.reset(static_cast<unsigned>(x));
+  // What moves the state needs KMOVQ and vectors of every length (vector_stub.hpp, thunks.S).
+  const bool avx512 = (xcr0 & 0xe6) == 0xe6 && f[F::Avx512f] && f[F::Avx512bw] && f[F::Avx512dq] && f[F::Avx512vl];
+  if (!avx512) {
+    for (Feature x : kAvx512) f.has.reset(static_cast<unsigned>(x));
+    f.xcr0_supported &= ~0xe0ull;
+  }
   return f;
 }
 

@@ -20,11 +20,11 @@ struct FeatureBit {
   u8 bit;
 };
 
-/// One row for each feature with a CPUID bit of its own. Base, Avx512 and Unsupported have none.
+/// One row for each feature with a CPUID bit of its own. Base and Unsupported have none.
 std::span<const FeatureBit> feature_bits();
 
 /// What instruction semantics need to know of a guest with these CPUID entries (KVM_SET_CPUID2).
-/// XCR0: bits 0..2 at most (x87, SSE, AVX).
+/// XCR0: bits 0..2 and 5..7 at most (x87, SSE, AVX; AVX-512's three, all or none).
 GuestFeatures make_features(std::span<const kvm_cpuid_entry2> entries);
 
 /// The same of the host CPU: what stubs may contain. Executes CPUID and XGETBV.

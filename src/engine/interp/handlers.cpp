@@ -14,7 +14,7 @@ constexpr Selector kFamilies[] = {select_alu,   select_shift, select_move,    se
 Handler select_handler(const GuestFeatures& features, const DecodedInsn& insn) {
   if (insn.op == Op::Invalid || insn.op == Op::Ud) return undefined;
   // MONITOR and MWAIT look for themselves.
-  if (insn.feature != Feature::Base && insn.feature != Feature::Monitor && !features[insn.feature]) {
+  if (insn.feature != Feature::Base && insn.feature != Feature::Monitor && !features.allows(insn)) {
     // Without the feature these bytes are BSF and BSR with a prefix that is ignored.
     if (insn.op != Op::Tzcnt && insn.op != Op::Lzcnt) return undefined;
     DecodedInsn older = insn;

@@ -458,8 +458,9 @@ class TestMachine {
   void set_features() {
     GuestFeatures& f = c().features;
     f.has.set();
-    for (Feature off : {Feature::Avx512, Feature::Unsupported, Feature::Pku, Feature::Gfni, Feature::Serialize})
+    for (Feature off : {Feature::Unsupported, Feature::Pku, Feature::Gfni, Feature::Serialize})
       f.has.reset(static_cast<unsigned>(off));
+    for (unsigned off = static_cast<unsigned>(Feature::Avx512f); off <= static_cast<unsigned>(Feature::Avx512bf16); off++) f.has.reset(off);
     f.cr4_reserved = ~(cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR |
                        cr4::OSXMMEXCPT | cr4::UMIP | cr4::FSGSBASE | cr4::PCIDE | cr4::OSXSAVE | cr4::SMEP | cr4::SMAP);
     f.efer_reserved = ~(efer::SCE | efer::LME | efer::LMA | efer::NX);

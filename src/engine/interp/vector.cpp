@@ -53,12 +53,12 @@ void VectorUnit::flush() {
 }
 
 const Stub* VectorUnit::find_slow(const DecodedInsn& insn, CodeMode mode, const Key& key) {
-  if (!host_[insn.feature]) return nullptr;
+  if (!host_.allows(insn)) return nullptr;
   const std::optional<StubCode> code = make_stub(insn, mode, avx_);
   if (!code) return nullptr;
   // The code holds all of the instruction but how the caller treats its memory operand.
   std::string name(reinterpret_cast<const char*>(code->bytes.data()), code->size);
-  for (const u16 v : {code->flags, code->mem_size, code->fop}) {
+  for (const u16 v : {code->flags, code->mem_size, code->fop, code->stores}) {
     name.push_back(static_cast<char>(v));
     name.push_back(static_cast<char>(v >> 8));
   }
@@ -75,6 +75,7 @@ const Stub* VectorUnit::find_slow(const DecodedInsn& insn, CodeMode mode, const 
     stub.flags = code->flags;
     stub.mem_size = code->mem_size;
     stub.fop = code->fop;
+    stub.stores = code->stores;
     it = stubs_.emplace(std::move(name), stub).first;
   }
   Slot& slot = slots_[slot_of(key)];
@@ -127,7 +128,37 @@ bool mmx_available(Context& c) {
   return true;
 }
 
-namespace {
+/// MXCSR may hold anything the VMM set; the host must be able to load it.
+static constexpr u32 kMxcsrBits = 0xffff, kMxcsrMasks = 0x1f80;
+
+void prepare_mxcsr(VcpuState& s) {
+  u32& mxcsr = s.xsave.mxcsr();
+  mxcsr &= kMxcsrBits;
+  if ((mxcsr & kMxcsrMasks) != kMxcsrMasks) [[unlikely]] arm_host_faults();
+}
+
+void put_flags(Context& c, const StubFrame& frame) {
+  const u64 low = frame.flags >> 8 & (rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF);
+  c.s.rflags = (c.s.rflags & ~rflags::STATUS) | low | (frame.flags & 1 ? rflags::OF : 0);
+}
+
+/// A stub came back through the fault exit.
+Exec stub_fault(Context& c, u32 code) {
+  if (code != static_cast<u32>(HostFault::FloatingPoint)) return c.ud();  // the host lacks it after all
+  return c.fault(c.s.cr4 & cr4::OSXMMEXCPT ? vec::XM : vec::UD);
+}
+
+bool avx512_available(Context& c) {
+  if (!(c.s.cr4 & cr4::OSXSAVE) || (c.s.xcr0 & 0xe6) != 0xe6) {
+    c.ud();
+    return false;
+  }
+  if (c.s.cr0 & cr0::TS) {
+    c.fault(vec::NM);
+    return false;
+  }
+  return true;
+}
 
 VectorUnit* unit_of(Context& c) {
   if (!c.vector_unit) [[unlikely]] {
@@ -135,6 +166,8 @@ VectorUnit* unit_of(Context& c) {
   }
   return c.vector_unit.get();
 }
+
+namespace {
 
 template <unsigned N>
 bool read_n(Context& c, u64 linear, Seg seg, u8* buffer) {
@@ -191,28 +224,13 @@ bool locate(Context& c, const DecodedInsn& insn, const Stub& stub, u64* linear) 
   return true;
 }
 
-/// MXCSR may hold anything the VMM set; the host must be able to load it.
-constexpr u32 kMxcsrBits = 0xffff, kMxcsrMasks = 0x1f80;
-
-void prepare_mxcsr(VcpuState& s) {
-  u32& mxcsr = s.xsave.mxcsr();
-  mxcsr &= kMxcsrBits;
-  if ((mxcsr & kMxcsrMasks) != kMxcsrMasks) [[unlikely]] arm_host_faults();
-}
-
-void put_flags(Context& c, const StubFrame& frame) {
-  const u64 low = frame.flags >> 8 & (rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF);
-  c.s.rflags = (c.s.rflags & ~rflags::STATUS) | low | (frame.flags & 1 ? rflags::OF : 0);
-}
-
 void take_flags(Context& c, StubFrame& frame) {
   frame.flags = static_cast<u32>((c.s.rflags & 0xff) << 8 | (c.s.rflags & rflags::OF ? 1 : 0));
 }
 
-/// A stub came back through the fault exit.
-Exec stub_fault(Context& c, u32 code) {
-  if (code != static_cast<u32>(HostFault::FloatingPoint)) return c.ud();  // the host lacks it after all
-  return c.fault(c.s.cr4 & cr4::OSXMMEXCPT ? vec::XM : vec::UD);
+/// VEX instructions clear what is above bit 255 of a ZMM register that they write.
+void clear_above_ymm(VcpuState& s, u32 stores) {
+  for (; stores != 0; stores &= stores - 1) std::memset(s.xsave.zmm_high(static_cast<unsigned>(__builtin_ctz(stores))), 0, 32);
 }
 
 // ---- SSE and AVX ----
@@ -239,6 +257,7 @@ Exec run_vector(Context& c, const DecodedInsn& insn) {
     if (converts && !late && !c.mmu.check_write(linear, stub->mem_size, segment_of(insn))) return Exec::Stop;
   }
   if (const u32 code = stub->run(&c.s.xsave, &frame, c.s.gpr)) [[unlikely]] return stub_fault(c, code);
+  if (Vex && (c.s.xcr0 & 0xe0) != 0) [[unlikely]] clear_above_ymm(c.s, stub->stores);
   if (stub->flags & kStubMemWrite) {
     if (late && !locate(c, insn, *stub, &linear)) return Exec::Stop;
     // Stores write no register; what remains to take back is MXCSR.
@@ -559,6 +578,7 @@ Exec vzero(Context& c, const DecodedInsn&) {
   if (!avx_available(c)) return Exec::Stop;
   const unsigned bytes = c.code64 ? 256 : 128;
   std::memset(c.s.xsave.ymm_high(0), 0, bytes);
+  std::memset(c.s.xsave.zmm_high(0), 0, 2 * bytes);
   if (All) std::memset(c.s.xsave.xmm(0), 0, bytes);
   return Exec::Next;
 }
@@ -585,14 +605,16 @@ Handler select_x87(const DecodedInsn& insn) {
 
 Handler select_vector(const DecodedInsn& insn) {
   switch (insn.op) {
-    case Op::HostVec: return insn.has(kVex) ? run_vector<true> : run_vector<false>;
+    case Op::HostVec:
+      if (insn.has(kEvex | kOpmask)) return select_evex(insn);
+      return insn.has(kVex) ? run_vector<true> : run_vector<false>;
     case Op::HostMmx: return run_mmx;
     case Op::HostX87: return select_x87(insn);
     case Op::Emms: return emms;
     case Op::Fwait: return fwait;
     case Op::Vzeroupper: return vzero<false>;
     case Op::Vzeroall: return vzero<true>;
-    case Op::Maskmov: case Op::Vmaskmov: case Op::Vgather: return select_vector_memory(insn);
+    case Op::Maskmov: case Op::Vmaskmov: case Op::Vgather: case Op::Vscatter: return select_vector_memory(insn);
     default: return nullptr;
   }
 }

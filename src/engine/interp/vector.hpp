@@ -26,6 +26,7 @@ struct Stub {
   u16 flags = 0;  ///< StubFlags
   u16 mem_size = 0;
   u16 fop = 0;
+  u16 stores = 0;  ///< VEX: registers written
 };
 
 /// A vCPU's stubs, bounded: when the arena is full, all are dropped. Owned by Context; the vCPU's thread.
@@ -82,6 +83,7 @@ inline bool x87_pending(VcpuState& s) { return s.xsave.fsw() & ~s.xsave.fcw() & 
 /// #UD/#NM checks; false: stop() is set.
 bool sse_available(Context& c);  ///< legacy SSE
 bool avx_available(Context& c);  ///< VEX
+bool avx512_available(Context& c);  ///< EVEX, and VEX on opmask registers
 bool mmx_available(Context& c);  ///< MMX: also #MF for a pending x87 exception
 
 /// The x87 stack becomes the MMX registers: TOP = 0, all tags valid; MM n is then ST(n)'s place.
@@ -97,6 +99,18 @@ bool read_unaligned(Context& c, u64 linear, u8* buffer, unsigned size, Seg seg);
 bool check_write_unaligned(Context& c, u64 linear, unsigned size, Seg seg);
 bool write_unaligned(Context& c, u64 linear, const u8* buffer, unsigned size, Seg seg);
 
+/// The context's VectorUnit, made if need be; null when the host refuses memory for code.
+VectorUnit* unit_of(Context& c);
+/// Before a stub under the guest's MXCSR.
+void prepare_mxcsr(VcpuState& s);
+/// The status flags that a stub left.
+void put_flags(Context& c, const StubFrame& frame);
+/// A stub came back through the fault exit with this code.
+Exec stub_fault(Context& c, u32 code);
+
+/// evex.cpp: AVX-512. Of HostVec with kEvex or kOpmask; of Vgather and Vscatter with kEvex.
+Handler select_evex(const DecodedInsn& insn);
+Handler select_evex_memory(const DecodedInsn& insn);
 /// vector_memory.cpp: element-wise memory instructions.
 Handler select_vector_memory(const DecodedInsn& insn);
 

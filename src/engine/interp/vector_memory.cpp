@@ -19,9 +19,11 @@ struct Vector {
     std::memcpy(bytes, s.xsave.xmm(n), 16);
     std::memcpy(bytes + 16, s.xsave.ymm_high(n), 16);
   }
-  void store(VcpuState& s, unsigned n) const {
+  /// whole: as an instruction that writes the register, which clears what is above.
+  void store(VcpuState& s, unsigned n, bool whole = true) const {
     std::memcpy(s.xsave.xmm(n), bytes, 16);
     std::memcpy(s.xsave.ymm_high(n), bytes + 16, 16);
+    if (whole) std::memset(s.xsave.zmm_high(n), 0, 32);
   }
   bool sign(unsigned element, unsigned size) const { return bytes[element * size + size - 1] & 0x80; }
 };
@@ -158,7 +160,7 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
         // Of Intel's processors the mask is written before, and the destination with the first element, whole registers both.
         if (!c.features.amd) std::memset(mask.bytes + total, 0, sizeof mask.bytes - total);
         if (!c.features.amd && done) std::memset(data.bytes + total, 0, sizeof data.bytes - total);
-        data.store(c.s, dest);
+        data.store(c.s, dest, done);
         mask.store(c.s, mask_reg);
       }
       return Exec::Stop;
@@ -210,7 +212,7 @@ Handler select_vector_memory(const DecodedInsn& insn) {
   switch (insn.op) {
     case Op::Maskmov: return maskmov;
     case Op::Vmaskmov: return insn.operands[0].kind == OperandKind::Mem ? vmaskmov<true> : vmaskmov<false>;
-    case Op::Vgather: return vgather;
+    case Op::Vgather: case Op::Vscatter: return insn.has(kEvex) ? select_evex_memory(insn) : vgather;
     default: return nullptr;
   }
 }

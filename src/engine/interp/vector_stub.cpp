@@ -252,7 +252,6 @@ class Emitter {
   bool overflow_ = false;
 };
 
-constexpr u32 kUndoX87 = 1, kUndoMxcsr = 2;
 
 // ---- the instruction itself ----
 
@@ -388,6 +387,7 @@ bool runs_on_host(bool vex, unsigned map, u8 opcode) {
 std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool avx) {
   StubCode out;
   Parsed p;
+  if (insn.op == Op::HostVec && insn.has(kEvex | kOpmask)) return make_evex_stub(insn, mode);
   if (insn.has(kLock) || !parse(insn, mode, &p)) return std::nullopt;
   bool x87 = false;
   switch (insn.op) {
@@ -460,6 +460,8 @@ std::optional<StubCode> make_stub(const DecodedInsn& insn, CodeMode mode, bool a
     if (pcmp || test || comis) out.flags |= kStubWritesFlags;
     if (uses_mxcsr(p.map, p.opcode)) out.flags |= kStubMxcsr;
   }
+
+  if (p.vex) out.stores = static_cast<u16>(stores);
 
   // CVTPS2PI and its like belong to SSE also when their other operand is in memory.
   if (insn.op == Op::HostMmx && uses_mxcsr(p.map, p.opcode)) out.flags |= kStubTouchesXmm;

@@ -1,3 +1,6 @@
+#include <cpuid.h>
+
+#include <array>
 #include <cstring>
 
 #include "engine/interp/families.hpp"
@@ -158,8 +161,39 @@ Exec stmxcsr(Context& c, const DecodedInsn& insn) {
 }
 
 // ---- the XSAVE family ----
-// State components x87, SSE and AVX. AVX stands at 576 in both formats, 256 bytes. No supervisor
-// components exist, so XSAVES is XSAVEC at CPL 0.
+// State components x87, SSE, AVX and AVX-512's three. No supervisor components exist, so XSAVES is XSAVEC at CPL 0.
+
+using Components = std::array<XstateComponent, 4>;
+
+/// Where a component stands on the host. Intel's and AMD's processors do not agree on AVX-512's.
+Components host_components() {
+  Components all{{{2, 256, XsaveArea::kYmmHigh, XsaveArea::kYmmHigh},
+                  {5, 64, XsaveArea::kOpmask, XsaveArea::kOpmask},
+                  {6, 512, XsaveArea::kZmmHigh, XsaveArea::kZmmHigh},
+                  {7, 1024, XsaveArea::kHi16, XsaveArea::kHi16}}};
+  for (XstateComponent& x : all) {
+    u32 a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(0xd, x.number, &a, &b, &c, &d) == 0 || a != x.size) continue;
+    if (b >= 576 && b + a <= XsaveArea::kSize) x.standard = static_cast<u16>(b);
+  }
+  return all;
+}
+const Components kComponents = host_components();
+
+/// The component's place in an area with these components. None needs alignment in the compacted format.
+u32 place_of(const XstateComponent& x, u64 components, bool compact) {
+  if (!compact) return x.standard;
+  u32 at = 576;
+  for (const XstateComponent& y : kComponents)
+    if (y.number < x.number && (components >> y.number & 1)) at += y.size;
+  return at;
+}
+
+/// Bytes of the component that this mode's registers have: eight outside 64-bit mode, and none of ZMM16..31.
+u32 size_in_mode(const Context& c, const XstateComponent& x) {
+  if (c.code64 || x.number == 5) return x.size;
+  return x.number == 7 ? 0 : x.size / 2;
+}
 
 bool xsave_available(Context& c) {
   if (!(c.s.cr4 & cr4::OSXSAVE)) {
@@ -177,8 +211,6 @@ u64 requested(const Context& c) {
   return ((c.s.gpr[RDX] & 0xffffffff) << 32 | (c.s.gpr[RAX] & 0xffffffff)) & c.s.xcr0;
 }
 
-unsigned area_size(u64 components) { return components & kAvx ? 832 : 576; }
-
 enum class Save { Plain, Opt, Compact, Supervisor };
 
 /// XSAVE 0F AE /4, XSAVEOPT 0F AE /6, XSAVEC 0F C7 /4, XSAVES 0F C7 /5.
@@ -192,7 +224,7 @@ Exec xsave(Context& c, const DecodedInsn& insn) {
   constexpr bool compact = Kind == Save::Compact || Kind == Save::Supervisor;
   const u64 rfbm = requested(c);
   const u64 in_use = xstate_in_use(c.s.xsave);
-  const unsigned size = area_size(rfbm);
+  const unsigned size = xstate_size(rfbm, compact);
   const Seg seg = segment_of(insn);
   u64 linear;
   if (!locate(c, insn, size, true, 64, &linear) || !c.mmu.check_write(linear, size, seg)) return Exec::Stop;
@@ -222,8 +254,11 @@ Exec xsave(Context& c, const DecodedInsn& insn) {
     if (!c.mmu.write_bytes(linear + 24, mxcsr, 8, seg)) return Exec::Stop;
   }
   if ((save & kSse) && !c.mmu.write_bytes(linear + XsaveArea::kXmm, c.s.xsave.xmm(0), 16 * registers(c), seg)) return Exec::Stop;
-  if ((save & kAvx) && !c.mmu.write_bytes(linear + XsaveArea::kYmmHigh, c.s.xsave.ymm_high(0), 16 * registers(c), seg))
-    return Exec::Stop;
+  for (const XstateComponent& x : kComponents) {
+    const u32 bytes = size_in_mode(c, x);
+    if (!(save >> x.number & 1) || bytes == 0) continue;
+    if (!c.mmu.write_bytes(linear + place_of(x, rfbm, compact), c.s.xsave.bytes + x.in_area, bytes, seg)) return Exec::Stop;
+  }
   return c.mmu.write_bytes(linear + XsaveArea::kHeader, header, compact ? 16 : 8, seg) ? Exec::Next : Exec::Stop;
 }
 
@@ -236,7 +271,7 @@ Exec xrstor(Context& c, const DecodedInsn& insn) {
   const u64 rfbm = requested(c);
   const Seg seg = segment_of(insn);
   u64 linear;
-  u8 image[832];
+  u8 image[XsaveArea::kSize];
   if (!locate(c, insn, 576, false, 64, &linear) || !c.mmu.read_bytes(linear, image, 576, seg)) return Exec::Stop;
   const u64 bv = get<u64>(image + XsaveArea::kHeader), comp = get<u64>(image + XsaveArea::kHeader + 8);
   const bool compact = comp & kCompacted;
@@ -252,10 +287,13 @@ Exec xrstor(Context& c, const DecodedInsn& insn) {
   const bool load_mxcsr = compact ? (load & kSse) != 0 : (rfbm & (kSse | kAvx)) != 0;
   const u32 mxcsr = get<u32>(image + 24);
   if (load_mxcsr && (mxcsr & ~mxcsr_mask(c))) return c.gp0();
-  if (load & kAvx) {
+  const u64 laid_out = compact ? comp & ~kCompacted : load;
+  for (const XstateComponent& x : kComponents) {
+    if (!(load >> x.number & 1)) continue;
+    const u32 at = place_of(x, laid_out, compact);
     u64 whole;
-    if (!c.linear(seg, c.effective_address(insn), 832, false, &whole) ||
-        !c.mmu.read_bytes(linear + 576, image + 576, 256, seg))
+    if (!c.linear(seg, c.effective_address(insn), at + x.size, false, &whole) ||
+        !c.mmu.read_bytes(linear + at, image + at, x.size, seg))
       return Exec::Stop;
   }
 
@@ -276,10 +314,14 @@ Exec xrstor(Context& c, const DecodedInsn& insn) {
   } else if (init & kSse) {
     std::memset(c.s.xsave.xmm(0), 0, bytes);
   }
-  if (load & kAvx) {
-    std::memcpy(c.s.xsave.ymm_high(0), image + XsaveArea::kYmmHigh, bytes);
-  } else if (init & kAvx) {
-    std::memset(c.s.xsave.ymm_high(0), 0, bytes);
+  for (const XstateComponent& x : kComponents) {
+    u8* const at = c.s.xsave.bytes + x.in_area;
+    const u32 size = size_in_mode(c, x);
+    if (load >> x.number & 1) {
+      std::memcpy(at, image + place_of(x, laid_out, compact), size);
+    } else if (init >> x.number & 1) {
+      std::memset(at, 0, size);
+    }
   }
   return Exec::Next;
 }
@@ -299,12 +341,25 @@ void sanitise_xsave(XsaveArea& area, u32 mxcsr_mask) {
 
 u64 xstate_in_use(const XsaveArea& area) {
   u64 in_use = 0;
-  static constexpr u8 kZero[256] = {};
+  static constexpr u8 kZero[1024] = {};
   const bool control_init = get<u16>(area.bytes) == 0x37f && all_zero(area.bytes + 2, 22);
   if (!control_init || std::memcmp(area.bytes + 32, kZero, 128) != 0) in_use |= kX87;
   if (get<u32>(area.bytes + 24) != kMxcsrInit || std::memcmp(area.bytes + XsaveArea::kXmm, kZero, 256) != 0) in_use |= kSse;
-  if (std::memcmp(area.bytes + XsaveArea::kYmmHigh, kZero, 256) != 0) in_use |= kAvx;
+  for (const XstateComponent& x : kComponents)
+    if (std::memcmp(area.bytes + x.in_area, kZero, x.size) != 0) in_use |= u64{1} << x.number;
   return in_use;
+}
+
+std::span<const XstateComponent> xstate_components() { return kComponents; }
+
+u32 xstate_size(u64 components, bool compact) {
+  u32 size = 576;
+  for (const XstateComponent& x : kComponents) {
+    if (!(components >> x.number & 1)) continue;
+    const u32 end = place_of(x, components, compact) + x.size;
+    if (end > size) size = end;
+  }
+  return size;
 }
 
 Handler select_xstate(const DecodedInsn& insn) {

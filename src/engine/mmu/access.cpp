@@ -183,8 +183,9 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
 bool Mmu::Impl::misaligned(u64 linear, unsigned size) const {
   // Unaligned SSE and AVX operands of 16 bytes or more are #AC on AMD's processors (Zen 3) and are not on Intel's (SDM vol. 2,
   // exceptions of type 4: "8 bytes or less"). Operands that are no power of two long are made of words of at most 8 bytes.
-  if ((size == 16 || size == 32) && !amd) return false;
-  const unsigned unit = size == 16 || size == 32 ? 16 : size >= 7 ? 8 : size >= 3 ? 4 : size;
+  const bool vector = size == 16 || size == 32 || size == 64;
+  if (vector && !amd) return false;
+  const unsigned unit = vector ? 16 : size >= 7 ? 8 : size >= 3 ? 4 : size;
   return (linear & (unit - 1)) != 0;
 }
 

@@ -70,10 +70,13 @@ struct DescriptorTable {
 
 /// The XSAVE area in the standard (non-compacted) format: what KVM_GET_XSAVE returns. Live register
 /// contents, not a copy: XMM n is at 160+16n, the upper half of YMM n at 576+16n, ST(i) at 32+16i
-/// (by stack position, as FXSAVE stores them), the abridged tag word at 4.
+/// (by stack position, as FXSAVE stores them), the abridged tag word at 4. AVX-512's components stand where Intel's
+/// processors have them, whatever the host's layout: k0..k7 at 1088+8n, bits 511:256 of ZMM0..15 at 1152+32n, ZMM16..31 at
+/// 1664+64(n-16).
 /// header.xstate_bv is not maintained while running; it is computed by whoever saves.
 struct alignas(64) XsaveArea {
   static constexpr u32 kXmm = 160, kYmmHigh = 576, kHeader = 512, kSize = 4096;
+  static constexpr u32 kOpmask = 1088, kZmmHigh = 1152, kHi16 = 1664, kEnd = 2688;
   u8 bytes[kSize] = {};
 
   u16& fcw() { return *reinterpret_cast<u16*>(bytes + 0); }
@@ -82,6 +85,9 @@ struct alignas(64) XsaveArea {
   u32& mxcsr() { return *reinterpret_cast<u32*>(bytes + 24); }
   u8* xmm(unsigned n) { return bytes + kXmm + 16 * n; }
   u8* ymm_high(unsigned n) { return bytes + kYmmHigh + 16 * n; }
+  u64& opmask(unsigned n) { return *reinterpret_cast<u64*>(bytes + kOpmask + 8 * n); }
+  u8* zmm_high(unsigned n) { return bytes + kZmmHigh + 32 * n; }  ///< n < 16
+  u8* hi16(unsigned n) { return bytes + kHi16 + 64 * (n - 16); }  ///< 16 <= n < 32
 };
 
 /// Model-specific registers that are plain storage to the vCPU core. MSRs that belong to other

@@ -191,7 +191,7 @@ bool BlockBuilder::supported(std::size_t n) const {
   const DecodedInsn& i = r.insns[n];
   switch (i.op) {
     case Op::HostVec:
-      return i.has(kVex) ? r.mode.avx : r.mode.sse;
+      return i.has(kVex | kEvex) ? r.mode.avx : r.mode.sse;
     case Op::Vzeroupper:
     case Op::Vzeroall:
       return r.mode.avx;
@@ -267,6 +267,7 @@ void BlockBuilder::finish() {
   finish_window_misses();
   finish_slow_paths();
   finish_x87();
+  finish_zmm();
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
     e_.bind(i.entry);
@@ -337,6 +338,7 @@ void BlockBuilder::start_over() {
   misses_.clear();
   group_misses_.clear();
   x87_loads_.clear();
+  zmm_loads_.clear();
   window_misses_.clear();
   start_groups(!request_->ungrouped && (!request_->mode.windowed || loop_.on));
   rip_ = request_->rip;
@@ -350,6 +352,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
   for (std::size_t n = count; n-- > 0;) live_[n] = live_before(request_->insns[n], use_[n], live_[n + 1]);
   if (!in_second_body_) prologue(count);
   x87_ = X87{};
+  zmm_in_ = false;
   for (std::size_t n = first; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     insn_ = &i;
@@ -357,8 +360,9 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     const u32 size = e_.size();
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
-    const std::size_t misses = group_misses_.size(), window_misses = window_misses_.size(), x87_loads = x87_loads_.size();
+    const std::size_t misses = group_misses_.size(), window_misses = window_misses_.size(), x87_loads = x87_loads_.size(), zmm_loads = zmm_loads_.size();
     const X87 x87 = x87_;
+    const bool zmm_in = zmm_in_;
     const Family family = family_of(i.op);
     // An access through a window may end in the interpreter without more ado.
     if (x87_.fip && (!keeps_fip(i) || (request_->mode.windowed && family != Family::X87))) store_fip();
@@ -371,7 +375,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     // These change something before their last access, or are in no hurry.
     by_tlb_ = family == Family::String || family == Family::Rare || family == Family::System || family == Family::X87 ||
               family == Family::Mmx ||  // the host's x87 tags and TOP may be set before its store faults
-              (i.op == Op::HostVec && i.has(kVex) && i.opcode == 0x1d);  // VCVTPS2PH: its flags may be set before its store faults
+              (i.op == Op::HostVec && i.has(kVex | kEvex) && i.opcode == 0x1d);  // VCVTPS2PH: its flags may be set before its store faults
     before(i);
     if (request_->edge != 0) check_edge();
     if (!one(i)) {
@@ -380,6 +384,8 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       group_misses_.resize(misses);
       x87_loads_.resize(x87_loads);
       x87_ = x87;
+      zmm_loads_.resize(zmm_loads);
+      zmm_in_ = zmm_in;
       window_misses_.resize(window_misses);
       out_->faults.resize(faults);
       interpret_.pop_back();

@@ -57,6 +57,7 @@ class BlockBuilder {
     u8 size = 0;
     bool aligned = false, write = false;
     bool whole = false;  ///< in one page, or interpreted
+    bool refused = false;  ///< no fill: interpreted
     u32 insn = 0;
   };
   /// Accesses that one check stands for (groups.cpp).
@@ -301,6 +302,9 @@ class BlockBuilder {
   bool x87_memory(const DecodedInsn& i, Encoding& e, u8 size, bool store);
   bool fldcw(const DecodedInsn& i);
   bool mmx(const DecodedInsn& i);
+  void need_zmm();  ///< from here on AVX-512's state is in the host's registers (vector512.cpp)
+  void finish_zmm();
+  static bool masked_store(const DecodedInsn& i);
   void need_x87();  ///< from here on the x87 state is in the host's registers
   static bool mmx_runs(const DecodedInsn& i, bool sse);
   bool keeps_fip(const DecodedInsn& i) const;
@@ -336,6 +340,7 @@ class BlockBuilder {
   std::vector<Stub> stubs_;
   bool must_group_ = false;  ///< access() refuses what it would check alone
   bool whole_ = false;       ///< accesses lie in one page or are interpreted
+  bool hits_only_ = false;   ///< accesses that the TLB does not have are interpreted
   bool grouping_ = false;
   Label begin_;          ///< the first instruction
   u32 frame_entry_ = 0;
@@ -347,7 +352,8 @@ class BlockBuilder {
   Loop loop_;
   bool in_second_body_ = false;
   std::vector<Miss> misses_;
-  std::vector<X87Load> x87_loads_;
+  std::vector<X87Load> x87_loads_, zmm_loads_;
+  bool zmm_in_ = false;  ///< known at this point of the block: JitFrame::zmm is IN
   /// x87 state that is known at this point of the block.
   struct X87 {
     bool in = false;   ///< in the host's registers

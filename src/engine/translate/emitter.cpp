@@ -21,11 +21,11 @@ void Emitter::imm64(u64 v) {
 }
 void Emitter::patch32(u32 at, u32 v) { std::memcpy(code_.data() + at, &v, 4); }
 
-u8* Emitter::memory_operand(u8* at, u8 reg, const HostMem& m) {
+u8* Emitter::memory_operand(u8* at, u8 reg, const HostMem& m, bool byte_disp) {
   const unsigned field = (reg & 7u) << 3;
   const bool no_base = m.base == kHostNone;
   const unsigned base = no_base ? 5 : m.base & 7u;
-  const bool small = m.disp >= -128 && m.disp <= 127;
+  const bool small = byte_disp && m.disp >= -128 && m.disp <= 127;
   const unsigned mod = no_base || (m.disp == 0 && base != 5) ? 0 : small ? 1 : 2;
   if (no_base || m.index != kHostNone || base == 4) {
     *at++ = static_cast<u8>(mod << 6 | field | 4);
@@ -49,7 +49,12 @@ bool Emitter::encode(const Encoding& e) {
 
   if (e.memory && e.mem.gs) put(0x65);
   if (e.lock) put(0xf0);
-  if (e.vex) {
+  if (e.evex) {
+    put(0x62);
+    put((r ? 0 : 0x80) | (x || (!e.memory && (e.rm & 16)) ? 0 : 0x40) | (b ? 0 : 0x20) | (e.reg & 16 ? 0 : 0x10) | e.map);
+    put((e.w ? 0x80 : 0) | (~e.vvvv & 15) << 3 | 4 | e.pp);
+    put(e.p2 | (e.vvvv & 16 ? 0 : 8));
+  } else if (e.vex) {
     if (e.map == 1 && !e.w && !x && !b) {
       put(0xc5);
       put((r ? 0 : 0x80) | (~e.vvvv & 15) << 3 | (e.l ? 4 : 0) | e.pp);
@@ -75,7 +80,7 @@ bool Emitter::encode(const Encoding& e) {
   } else {
     put(e.opcode);
     if (e.memory) {
-      at = memory_operand(at, e.reg, e.mem);
+      at = memory_operand(at, e.reg, e.mem, !e.evex);  // EVEX's bytes count in units of the operand
     } else {
       put(0xc0 | (e.reg & 7u) << 3 | (e.rm & 7u));
     }

@@ -56,6 +56,8 @@ struct Encoding {
   u8 rep = 0;        ///< 0, F2h, F3h; legacy only
   bool lock = false;
   bool vex = false;
+  bool evex = false;  ///< reg, rm and vvvv of five bits, map to 6
+  u8 p2 = 0;          ///< EVEX: z, L'L, b, aaa in their places
   bool w = false, l = false;
   u8 pp = 0;    ///< VEX: 0 none, 1 66h, 2 F3h, 3 F2h
   u8 vvvv = 0;  ///< VEX: register number, not inverted; 0 with no operand (1111b)
@@ -176,7 +178,7 @@ class Emitter {
   }
   void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m);
   /// ModRM, SIB and displacement; returns their end.
-  static u8* memory_operand(u8* at, u8 reg, const HostMem& m);
+  static u8* memory_operand(u8* at, u8 reg, const HostMem& m, bool byte_disp = true);
   void op_rr(bool w, u8 opcode, u8 reg, u8 rm);
   void use(Label& l);
   void note_label() { early_label_ |= size() > watched_ && size() - watched_ < 5; }

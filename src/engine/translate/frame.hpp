@@ -22,6 +22,7 @@
 ///                                         balanced before the next exit or fill
 ///   CF PF AF ZF SF OF                     the guest's, in the host's RFLAGS or in `flags`; DF is 0
 ///   xmm/ymm0..15, MXCSR                   the guest's (only entered with all exceptions masked in MXCSR)
+///   zmm0..31, k0..k7                      the guest's while JitFrame::zmm says so
 ///   ST/MM 0..7, FCW, FSW, tags            the guest's while JitFrame::x87 says so
 ///
 /// Everything else of the guest stands in VcpuState and is not touched by translated code.
@@ -136,6 +137,14 @@ struct alignas(64) JitFrame {
   /// Mmu::open_window() writes those of the regions; the others, of addresses that are no user's, are Window::no_delta() for ever.
   u64 window_deltas[256] = {};
   u64 fault_address = 0, fault_error = 0;  ///< the fault handler's: of the access, and the page fault's error code
+  /// AVX-512's state beside the vectors, while these are IN or KEPT. RING3_ZMM_AWAY: ZMM16..31 and k0..k7 are in VcpuState, and
+  /// bits 511:256 of ZMM0..15 are zero, there and in the host's registers (VEX instructions leave them so). IN: all is in the
+  /// host's registers: from entering on where those bits are not zero, else from the first instruction that needs it (load_zmm),
+  /// to where the vectors are put away. ASIDE: a thunk's own, while C++ that it calls runs.
+  u32 zmm = RING3_ZMM_AWAY;
+  u32 avx512 = 0;    ///< the guest has switched the state on
+  /// call. Loads the state: zmm becomes IN. Clobbers r14 and the status flags. The vectors are IN, avx512 is not 0.
+  u64 load_zmm = 0;
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -175,6 +184,7 @@ inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_
                      kExitLeft = RING3_FRAME_EXIT_LEFT, kExitInterpretFrame = RING3_FRAME_EXIT_INTERPRET_FRAME,
                      kExitReturn = RING3_FRAME_EXIT_RETURN, kExitTransit = RING3_FRAME_EXIT_TRANSIT,
                      kSystemOp = RING3_FRAME_SYSTEM_OP, kKernelGsBase = RING3_FRAME_KERNEL_GS_BASE,
+                     kZmm = RING3_FRAME_ZMM, kAvx512 = RING3_FRAME_AVX512, kLoadZmm = RING3_FRAME_LOAD_ZMM,
                      kX87 = RING3_FRAME_X87, kX87Fip = RING3_FRAME_X87_FIP, kX87Selector = RING3_FRAME_X87_SELECTOR;
 inline constexpr u32 kWindowDeltas = RING3_FRAME_WINDOW_DELTAS;
 inline constexpr unsigned kRegionShift = Window::kRegionShift;
@@ -246,6 +256,9 @@ RING3_CHECK_OFFSET(kernel_gs_base, RING3_FRAME_KERNEL_GS_BASE);
 RING3_CHECK_OFFSET(window_function, RING3_FRAME_WINDOW_FUNCTION);
 RING3_CHECK_OFFSET(window_target, RING3_FRAME_WINDOW_TARGET);
 RING3_CHECK_OFFSET(window_deltas, RING3_FRAME_WINDOW_DELTAS);
+RING3_CHECK_OFFSET(zmm, RING3_FRAME_ZMM);
+RING3_CHECK_OFFSET(avx512, RING3_FRAME_AVX512);
+RING3_CHECK_OFFSET(load_zmm, RING3_FRAME_LOAD_ZMM);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry at gs:[(linear >> kTlbShift) & kTlbMask].

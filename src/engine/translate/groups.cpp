@@ -294,6 +294,7 @@ BlockBuilder::Group* BlockBuilder::open_group(const Address& a, u8 size, Kind ki
         if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || i.has(kAligned) || !address_of(i, &at))
           continue;
         if (i.op >= Op::Bt && i.op <= Op::Btc && i.operands[1].kind == OperandKind::Gpr) continue;
+        if (masked_store(i)) continue;
         add(at, o.size, (o.access & kWrite) != 0);
       }
       if (i.opsize == 8 && !code32() && (i.op == Op::Push || i.op == Op::Call)) add(stack_address(-8), 8, true);

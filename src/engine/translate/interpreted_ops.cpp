@@ -119,7 +119,7 @@ void TranslatorVcpu::note_interpreted() {
   Reason reason = !translatable() ? Reason::Mode : !can_enter() ? Reason::Alone : Reason::Untranslated;
   if (reason == Reason::Untranslated && insn.op != Op::Invalid) {
     BlockRequest request;
-    const bool has = c_.features[insn.feature];
+    const bool has = c_.features.allows(insn);
     request.rip = s_.rip;
     request.mode = mode();
     request.insns = std::span<const DecodedInsn>(&insn, 1);

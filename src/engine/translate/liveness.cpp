@@ -1,5 +1,7 @@
 #include "engine/translate/liveness.hpp"
 
+#include "engine/interp/vector_stub.hpp"
+
 namespace ring3::engine {
 namespace {
 
@@ -16,6 +18,11 @@ unsigned shift_count(const DecodedInsn& i, unsigned operand) {
 }
 
 bool vector_writes_flags(const DecodedInsn& i) {
+  if (i.has(kOpmask)) return i.opcode == 0x98 || i.opcode == 0x99;  // KORTEST, KTEST
+  if (i.has(kEvex)) {
+    EvexParts p;
+    return parse_evex(i, CodeMode::Bits64, &p) && (p.map == 1 || p.map == 5) && (i.opcode == 0x2e || i.opcode == 0x2f);
+  }
   // Told apart by the opcode map, which the bytes before the opcode say.
   unsigned map = 0;
   for (unsigned n = 0; n + 1 < i.length; n++) {

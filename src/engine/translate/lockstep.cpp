@@ -15,7 +15,7 @@
 namespace ring3::engine {
 namespace {
 
-constexpr std::size_t kXsaveUsed = 832;  ///< x87, SSE and AVX
+constexpr std::size_t kXsaveUsed = XsaveArea::kEnd;  ///< x87, SSE, AVX and AVX-512
 constexpr std::size_t kXsaveAt = offsetof(VcpuState, xsave);
 constexpr std::size_t kAfterXsave = kXsaveAt + sizeof(XsaveArea);
 constexpr u32 kAll = ~0u;
@@ -219,7 +219,11 @@ Lockstep::Comparison Lockstep::compare(const VcpuState& a, const VcpuState& b, u
     if (std::memcmp(x, y, 16) != 0) say(format("xmm%u", n));
     const u8 *xh = a.xsave.bytes + XsaveArea::kYmmHigh + 16 * n, *yh = b.xsave.bytes + XsaveArea::kYmmHigh + 16 * n;
     if (std::memcmp(xh, yh, 16) != 0) say(format("the high half of ymm%u", n));
+    const std::size_t high = XsaveArea::kZmmHigh + 32 * n, hi16 = XsaveArea::kHi16 + 64 * n;
+    if (std::memcmp(a.xsave.bytes + high, b.xsave.bytes + high, 32) != 0) say(format("the high half of zmm%u", n));
+    if (std::memcmp(a.xsave.bytes + hi16, b.xsave.bytes + hi16, 64) != 0) say(format("zmm%u", n + 16));
   }
+  if (std::memcmp(a.xsave.bytes + XsaveArea::kOpmask, b.xsave.bytes + XsaveArea::kOpmask, 64) != 0) say("k0..k7");
   if (std::memcmp(a.xsave.bytes, b.xsave.bytes, 160) != 0) say("x87, MMX or MXCSR");
   const std::size_t skip = std::max(offsetof(VcpuState, rflags), offsetof(VcpuState, rip)) + 8;
   for (const auto& [from, to] : {std::pair{skip, kXsaveAt}, std::pair{kAfterXsave, sizeof(VcpuState)}}) {
@@ -283,7 +287,7 @@ void Lockstep::name_difference(const Snapshot& before, unsigned count, Translate
   std::string text = format("lockstep: translated code differs from the interpreter, block of %u instructions at %llx, CPL %u\n",
                             count, wide(before.state->rip), mode.user ? 3u : 0u);
   const std::unique_ptr<bool[]> has(new bool[count]);
-  for (unsigned n = 0; n < count; n++) has[n] = insns_[n].op != Op::Invalid && c_.features[insns_[n].feature];
+  for (unsigned n = 0; n < count; n++) has[n] = insns_[n].op != Op::Invalid && c_.features.allows(insns_[n]);
   const std::vector<DecodedInsn> all = insns_;
   bool found = false;
   for (unsigned k = 1; k <= count && !found; k++) {

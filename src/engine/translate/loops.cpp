@@ -78,7 +78,7 @@ void BlockBuilder::plan_loop(std::size_t count) {
       if (o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0) mem = &o;
     Address a;
     const bool by_bits = i.op >= Op::Bt && i.op <= Op::Btc && i.operands[1].kind == OperandKind::Gpr;
-    if (mem != nullptr && mem->size != 0 && mem->size <= 64 && !by_bits && address_of(i, &a) && groupable(a) &&
+    if (mem != nullptr && mem->size != 0 && mem->size <= 64 && !by_bits && !masked_store(i) && address_of(i, &a) && groupable(a) &&
         !wild[a.base] && (a.index == kNoReg || !wild[a.index])) {
       add_to_stream(n, a, *mem, moved, step);
     }

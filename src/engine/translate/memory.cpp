@@ -190,6 +190,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   s.size = size;
   s.aligned = aligned;
   s.whole = whole_;
+  s.refused = hits_only_;
   s.write = kind == Kind::Write;
   s.insn = static_cast<u32>(interpret_.size() - 1);
 
@@ -311,6 +312,10 @@ void BlockBuilder::finish_slow_paths() {
   for (SlowPath& s : slow_) {
     Interpret& interpret = interpret_[s.insn];
     e_.bind(s.entry);
+    if (s.refused) {
+      e_.jmp(interpret.entry);
+      continue;
+    }
     emit_address(kScratch0, s.address);
     if (s.aligned) {
       e_.test8_imm(kScratch0, static_cast<u8>(s.size - 1));
@@ -366,7 +371,14 @@ bool BlockBuilder::access_of(const DecodedInsn& i, Access* out) {
     a.bit = i.operands[1].reg;
     a.bit_size = mem->size;
   }
-  return access(a, mem->size, write ? Kind::Write : Kind::Read, aligned, out);
+  // A store of which a mask may spare all bytes makes no page dirty for their sake.
+  hits_only_ = masked_store(i);
+  const bool grouping = grouping_;
+  if (hits_only_) grouping_ = false;
+  const bool ok = access(a, mem->size, write ? Kind::Write : Kind::Read, aligned, out);
+  hits_only_ = false;
+  grouping_ = grouping;
+  return ok;
 }
 
 void BlockBuilder::single_register(Access* a) {

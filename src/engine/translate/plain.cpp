@@ -88,6 +88,7 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
   Reencoding r;
   if (!take_apart(i, code32(), &r)) return false;
   Encoding& e = r.e;
+  if (i.op == Op::HostVec && i.has(kEvex | kOpmask)) need_zmm();
   if (e.memory && e.rex_barred) return plain_high_byte(i, r);
 
   Access a;

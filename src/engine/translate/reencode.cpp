@@ -20,6 +20,37 @@ bool has_modrm_byte(u8 map, u8 op) {
          op != 0xa2 && op != 0xa8 && op != 0xa9 && op != 0xaa;
 }
 
+/// EVEX: everything but the memory operand, as it is.
+bool take_evex(const DecodedInsn& insn, bool code32, Reencoding* out) {
+  EvexParts p;
+  if (!parse_evex(insn, code32 ? CodeMode::Bits32 : CodeMode::Bits64, &p) || !evex_runs_on_host(p.map, p.opcode)) return false;
+  if (p.memory != insn.has(kHasMem)) return false;
+  Encoding& e = out->e;
+  e.evex = true;
+  e.map = p.map;
+  e.pp = p.pp;
+  e.w = p.w;
+  e.p2 = p.p2;
+  e.vvvv = p.vvvv;
+  e.opcode = p.opcode;
+  e.reg = p.reg;
+  e.memory = p.memory;
+  if (!p.memory) e.rm = p.rm;
+  e.imm_size = p.imm_size;
+  for (unsigned n = 0; n < p.imm_size; n++) e.imm[n] = p.imm[n];
+  const u8 field = evex_gpr_field(p.map, p.pp, p.opcode);
+  if (code32 && field != 0) e.w = false;
+  bool gpr = false;
+  for (const Operand& o : insn.operands) gpr |= o.kind == OperandKind::Gpr;
+  if (gpr) {
+    if (field == 0 || (field == 2 && p.memory)) return false;
+    out->gpr_fields = field == 1 ? kGprReg : kGprRm;
+    (field == 1 ? e.reg : e.rm) &= 15;
+  }
+  e.vectors = !gpr;
+  return true;
+}
+
 /// General registers in ModRM of integer instructions.
 u8 integer_fields(const Encoding& e) {
   const u8 op = e.opcode;
@@ -68,6 +99,7 @@ u8 vector_fields(const Encoding& e, const DecodedInsn& insn) {
 
 bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
   *out = Reencoding{};
+  if (insn.has(kEvex)) return insn.op == Op::HostVec && take_evex(insn, code32, out);
   Encoding& e = out->e;
   const unsigned n = insn.length <= 15 ? insn.length : 15;
   unsigned i = 0;
@@ -176,8 +208,18 @@ bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
     return false;
   }
   if (insn.op == Op::HostVec || insn.op == Op::HostMmx) {
-    if (!e.has_modrm || !runs_on_host(e.vex, e.map, e.opcode)) return false;
-    out->gpr_fields = vector_fields(e, insn);
+    if (!e.has_modrm) return false;
+    if (insn.has(kOpmask)) {
+      bool gpr = false;
+      for (const Operand& o : insn.operands) gpr |= o.kind == OperandKind::Gpr;
+      if (gpr && (e.map != 1 || (e.opcode != 0x92 && e.opcode != 0x93))) return false;
+      if (gpr) out->gpr_fields = e.opcode == 0x92 ? kGprRm : kGprReg;
+      if (gpr && code32) e.w = false;
+    } else if (runs_on_host(e.vex, e.map, e.opcode)) {
+      out->gpr_fields = vector_fields(e, insn);
+    } else {
+      return false;
+    }
     e.vectors = out->gpr_fields == 0;
   } else if (e.has_modrm) {
     out->gpr_fields = integer_fields(e);
@@ -192,7 +234,7 @@ bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
     }
   }
   if (e.memory) out->gpr_fields &= static_cast<u8>(~kGprRm);
-  if (code32 && e.vex && (insn.op != Op::HostVec || moves_general(e))) e.w = false;
+  if (code32 && e.vex && !insn.has(kOpmask) && (insn.op != Op::HostVec || moves_general(e))) e.w = false;
   for (const Operand& o : insn.operands) {
     if (o.kind != OperandKind::GprHigh) continue;
     e.rex_barred = true;

@@ -6,6 +6,9 @@
 #define GPR(n) (8 * (n))
 #define XMM(n) (160 + 16 * (n))
 #define YMMH(n) (576 + 16 * (n))
+#define OPMASK(n) (1088 + 8 * (n))
+#define ZMMH(n) (1152 + 32 * (n))
+#define HI16(n) (1664 + 64 * (n)) /* ZMM16 + n */
 
     .text
 
@@ -49,8 +52,18 @@
     vptest %xmm0, %xmm0
     jnz \label
 .endm
+.macro load_zmmh n
+    vinserti64x4 $1, ZMMH(\n)(%r14), %zmm\n, %zmm\n
+.endm
+.macro save_zmmh n
+    vextracti64x4 $1, %zmm\n, ZMMH(\n)(%r14)
+.endm
 .macro load_vectors /* from r14 */
-    if_high or_high, 91f
+    cmpl $0, SLOT(RING3_FRAME_AVX512)
+    je 90f
+    call load_if_zmm
+    jnz 92f
+90: if_high or_high, 91f
     all load_low
     jmp 92f
 91: all load_low
@@ -70,9 +83,70 @@
     mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     stmxcsr 24(%r14)
     all save_vector
-    vzeroupper
+    cmpl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
+    jne 81f
+    call save_zmm
+81: vzeroupper
     ldmxcsr SLOT(RING3_FRAME_HOST_MXCSR)
 .endm
+
+/* AVX-512's state, from and to XsaveArea at r14; only called where the guest has switched it on. */
+.macro zmm_and_masks op
+    .irp n, 0,1,2,3,4,5,6,7
+    \op\()_mask \n
+    .endr
+    \op\()_hi 16, 0
+    \op\()_hi 17, 1
+    \op\()_hi 18, 2
+    \op\()_hi 19, 3
+    \op\()_hi 20, 4
+    \op\()_hi 21, 5
+    \op\()_hi 22, 6
+    \op\()_hi 23, 7
+    \op\()_hi 24, 8
+    \op\()_hi 25, 9
+    \op\()_hi 26, 10
+    \op\()_hi 27, 11
+    \op\()_hi 28, 12
+    \op\()_hi 29, 13
+    \op\()_hi 30, 14
+    \op\()_hi 31, 15
+.endm
+.macro load_mask n
+    kmovq OPMASK(\n)(%r14), %k\n
+.endm
+.macro save_mask n
+    kmovq %k\n, OPMASK(\n)(%r14)
+.endm
+.macro load_hi reg, n
+    vmovdqu64 HI16(\n)(%r14), %zmm\reg
+.endm
+.macro save_hi reg, n
+    vmovdqu64 %zmm\reg, HI16(\n)(%r14)
+.endm
+
+/* Where bits 511:256 of ZMM0..15 are not all zero, everything is loaded, and ZF is clear. */
+load_if_zmm:
+    vpxor %xmm0, %xmm0, %xmm0
+    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+    vpor ZMMH(\n)(%r14), %ymm0, %ymm0
+    .endr
+    vptest %ymm0, %ymm0
+    jnz load_all
+    ret
+load_all:
+    all load_low
+    all load_high
+    all load_zmmh
+    zmm_and_masks load
+    movl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
+    test %rsp, %rsp
+    ret
+save_zmm:
+    all save_zmmh
+    zmm_and_masks save
+    movl $RING3_ZMM_AWAY, SLOT(RING3_FRAME_ZMM)
+    ret
 
 /* void ring3_jit_enter(const u8* code, u64 pointer): the guest's state is in VcpuState; pointer: JitFrame::pointer. */
     .globl ring3_jit_enter
@@ -96,6 +170,7 @@ ring3_jit_enter:
     push %rax
     mov %rsp, SLOT(RING3_FRAME_SHADOW_BASE)
     stmxcsr SLOT(RING3_FRAME_HOST_MXCSR)
+    movl $RING3_ZMM_AWAY, SLOT(RING3_FRAME_ZMM)
     mov %rdi, %r15
     cmpl $0, SLOT(RING3_FRAME_VECTORS)
     je 1f
@@ -340,14 +415,25 @@ thunk ring3_jit_exit_return
     put_away
     movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
     jmp 83f
-82: all push_vector
+82: cmpl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
+    jne 85f
+    put_away
+    movl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
+    jmp 83f
+85: all push_vector
     vzeroupper
 83:
 .endm
-.macro vectors_back
+.macro vectors_back /* r14 is lost */
     cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     jne 84f
-    pop_vectors
+    cmpl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
+    jne 86f
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
+    ldmxcsr 24(%r14)
+    call load_all
+    jmp 84f
+86: pop_vectors
 84:
 .endm
 
@@ -422,6 +508,12 @@ thunk ring3_jit_window_lost
     pop %r14
     jmp ring3_jit_exit_fault
 
+thunk ring3_jit_load_zmm
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
+    zmm_and_masks load
+    movl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
+    ret
+
 /* What it calls leaves the vectors alone. */
 thunk ring3_jit_system_op
     push_scratch
@@ -438,7 +530,7 @@ thunk ring3_jit_system_op
     pop_scratch
     ret
 
-/* u64 ring3_jit_call_out(u64 (*f)(void*), void* argument): for what is called from there. f may use vectors. */
+/* u64 ring3_jit_call_out(u64 (*f)(void*), void* argument, u64 pointer): for what is called from there. f may use vectors. */
     .globl ring3_jit_call_out
     .hidden ring3_jit_call_out
     .type ring3_jit_call_out, @function
@@ -447,13 +539,29 @@ ring3_jit_call_out:
     push %rbp
     mov %rsp, %rbp
     and $-32, %rsp
-    sub $512, %rsp
-    all push_vector
+    sub $544, %rsp
+    mov %rdx, 512(%rsp)
+    mov %r14, 520(%rsp)
+    mov %rdx, %r9
+    cmpl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
+    jne 1f
+    put_away
+    movl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
+    jmp 2f
+1:  all push_vector
     vzeroupper
-    mov %rdi, %rax
+2:  mov %rdi, %rax
     mov %rsi, %rdi
     call *%rax
-    pop_vectors
+    mov 512(%rsp), %r9
+    cmpl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
+    jne 3f
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
+    ldmxcsr 24(%r14)
+    call load_all
+    jmp 4f
+3:  pop_vectors
+4:  mov 520(%rsp), %r14
     mov %rbp, %rsp
     pop %rbp
     ret

@@ -7,7 +7,7 @@
 extern "C" {
 void ring3_jit_enter(const ring3::u8* code, ring3::u64 pointer);
 extern const ring3::u8 ring3_jit_exit_next[], ring3_jit_exit_interpret[], ring3_jit_exit_attention[],
-    ring3_jit_exit_cross_frame[], ring3_jit_exit_left[], ring3_jit_exit_interpret_frame[], ring3_jit_exit_return[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_exit_next_frame[],
+    ring3_jit_exit_cross_frame[], ring3_jit_exit_left[], ring3_jit_exit_interpret_frame[], ring3_jit_exit_return[], ring3_jit_exit_dead_frame[], ring3_jit_exit_fault[], ring3_jit_exit_vectors[], ring3_jit_load_zmm[], ring3_jit_exit_next_frame[],
     ring3_jit_exit_indirect_frame[], ring3_jit_exit_attention_frame[], ring3_jit_fill_read[], ring3_jit_fill_write[],
     ring3_jit_exit_transit[], ring3_jit_system_op[], ring3_jit_window_fault[], ring3_jit_window_again[],
     ring3_jit_window_interpret[], ring3_jit_window_interpret_frame[], ring3_jit_window_lost[];
@@ -60,6 +60,7 @@ void fill_thunks(JitFrame* frame) {
   frame->exit_transit = reinterpret_cast<u64>(ring3_jit_exit_transit);
   frame->system_op = reinterpret_cast<u64>(ring3_jit_system_op);
   frame->fill_read = reinterpret_cast<u64>(ring3_jit_fill_read);
+  frame->load_zmm = reinterpret_cast<u64>(ring3_jit_load_zmm);
   frame->fill_write = reinterpret_cast<u64>(ring3_jit_fill_write);
 }
 

@@ -19,8 +19,8 @@ struct WindowTargets {
 WindowTargets window_targets();
 /// Runs translated code until an exit. Precondition: JitGsBase::use() with this frame on this thread.
 void enter_translated(const u8* code, const JitFrame& frame);
-/// f(argument), from code that must leave vector registers alone.
-extern "C" u64 ring3_jit_call_out(u64 (*f)(void*), void* argument);
+/// f(argument), from code that must leave vector registers alone. pointer: JitFrame::pointer.
+extern "C" u64 ring3_jit_call_out(u64 (*f)(void*), void* argument, u64 pointer);
 /// Whether this host can run translated code at all (AVX, BMI2).
 bool host_can_translate();
 

@@ -68,7 +68,7 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
         const u64 scaled = static_cast<u64>(static_cast<u128>(host) * host_tsc_.ratio->load(std::memory_order_relaxed) >> 48);
         return scaled + host_tsc_.offset->load(std::memory_order_relaxed);
       }
-      return ring3_jit_call_out([](void* env) { return static_cast<Environment*>(env)->rdtsc(); }, &c_.env);
+      return ring3_jit_call_out([](void* env) { return static_cast<Environment*>(env)->rdtsc(); }, &c_.env, frame_.pointer);
     case SystemOp::TscAux:
       return s_.msr.tsc_aux;
     case SystemOp::ReadSelector:
@@ -119,7 +119,7 @@ bool TranslatorVcpu::transit_iret() {
   // With AC set, reads of the descriptor table would not be those of the system.
   if (c_.cpl != 0 || s_.nmi_blocked || (s_.rflags & (rflags::NT | rflags::AC))) return false;
   ReturnFrame f{*this, frame_.kept[8]};
-  const bool whole = frame_.vectors == RING3_VECTORS_AWAY ? read_return(&f) : ring3_jit_call_out(&read_return, &f);
+  const bool whole = frame_.vectors == RING3_VECTORS_AWAY ? read_return(&f) : ring3_jit_call_out(&read_return, &f, frame_.pointer);
   if (!whole || !f.read) return false;
   const u64 cpl = f.cs & 3;
   if ((cpl != 0 && cpl != 3) || (f.ss & 3) != cpl) return false;

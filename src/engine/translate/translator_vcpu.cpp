@@ -356,8 +356,10 @@ void TranslatorVcpu::make_moved(const u8* image, unsigned size, Gpa gpa, BlockRe
 
 /// What is the same for all translations of this vCPU, beside their bytes and mode.
 u64 TranslatorVcpu::kept_context() const {
-  static_assert(static_cast<unsigned>(Feature::Count) <= 64);
-  return SplitMix64::mix(c_.features.has.to_ullong() ^ u64{options_.max_insns} << 56) ^ u64{c_.features.amd};
+  static_assert(static_cast<unsigned>(Feature::Count) <= 128);
+  const auto& has = c_.features.has;
+  const u64 low = (has << (has.size() - 64) >> (has.size() - 64)).to_ullong(), high = (has >> 64).to_ullong();
+  return SplitMix64::mix(SplitMix64::mix(low) ^ high ^ u64{options_.max_insns} << 56) ^ u64{c_.features.amd};
 }
 
 DecodeResult TranslatorVcpu::decode_one(const u8* bytes, unsigned size, TranslateMode mode, DecodedInsn* insn) {
@@ -381,7 +383,7 @@ unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned m
       whole = false;
       break;
     }
-    has_feature_[count] = insn.op != Op::Invalid && c_.features[insn.feature];
+    has_feature_[count] = insn.op != Op::Invalid && c_.features.allows(insn);
     const bool ends = insn.has(kEndsBlock) && insn.op != Op::Sti;
     const bool on = ends && !request->ungrouped && may_go_on(insn) && ++branches < kMaxBranches;
     at += insn.length;
@@ -399,7 +401,7 @@ unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned m
     mmu_.stop() = kept;
     std::memcpy(guest_bytes, image, size);
     if (got > size && decode_one(guest_bytes, got, mode, &insns_[0]) == DecodeResult::Ok && insns_[0].length > size) {
-      has_feature_[0] = insns_[0].op != Op::Invalid && c_.features[insns_[0].feature];
+      has_feature_[0] = insns_[0].op != Op::Invalid && c_.features.allows(insns_[0]);
       count = 1;
       request->edge = insns_[0].length - size;
     }
@@ -513,6 +515,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
         s_.rflags &= ~rflags::RF;
         set_jumps(bias);
         frame_.vectors = m.sse ? RING3_VECTORS_IN : RING3_VECTORS_AWAY;
+        frame_.avx512 = (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 0xe6) == 0xe6;
         loaded_avx_ = m.avx;
         if (!m.user && vectors_held_ != 0) vectors_held_--;
         if (count != 0 && lockstep_->wants()) {
