@@ -205,6 +205,9 @@ class Mmu {
   /// The same for an access in two pages: both are in the TLB then. size at most a page.
   bool warm_across(u64 linear, unsigned size, bool write);
 
+  /// Up to 8 bytes in one page, if the TLB or the window has the page. No flag, no stop: for guesses.
+  bool peek(u64 linear, u64* to, unsigned size) const;
+
   // ---- host windows (window.hpp), for translated code of 64-bit user mode ----
 
   enum class WindowState : u8 {

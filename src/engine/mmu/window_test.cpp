@@ -189,6 +189,22 @@ TEST_F(MmuWindowTest, FollowsThePageTablesAsTheTlbDoes) {
   EXPECT_FALSE(readable(at(kLow)));
 }
 
+TEST_F(MmuWindowTest, PeeksWhereThePageIsAtHand) {
+  t.map(kLow, 0x800000, kUW);
+  u64 value = 0;
+  EXPECT_FALSE(m.mmu->peek(kLow + 8, &value, 8));
+  EXPECT_EQ(t.load(t.entry(kLow, 1)) & pte::A, 0u);
+  ASSERT_TRUE(m.mmu->open_window(deltas));
+  ASSERT_TRUE(m.mmu->warm_window(at(kLow), true));
+  *reinterpret_cast<u64*>(at(kLow) + 8) = 0x1122334455667788;
+  EXPECT_TRUE(m.mmu->peek(kLow + 8, &value, 8));
+  EXPECT_EQ(value, 0x1122334455667788u);
+  EXPECT_TRUE(m.mmu->peek(kLow + 8, &value, 2));
+  EXPECT_EQ(value, 0x7788u);
+  EXPECT_FALSE(m.mmu->peek(kLow + kPageSize - 4, &value, 8));
+  EXPECT_FALSE(m.mmu->peek(kLow + 8, &value, 9));
+}
+
 TEST_F(MmuWindowTest, WhatIsForeseenSetsNoFlag) {
   t.map(kLow, 0x800000, kUW);
   ASSERT_TRUE(m.mmu->open_window(deltas));

@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "engine/mmu/impl.hpp"
 
 /// Which address space has the window, and what gets into it.
@@ -83,6 +85,24 @@ void Mmu::Impl::map_large(u64 linear, u64 host, bool write) {
     if (!window.map(at, host_first + (at - first), static_cast<unsigned>((next - at) / kPageSize), w, kShift)) return;
     at = next;
   }
+}
+
+bool Mmu::peek(u64 linear, u64* to, unsigned size) const {
+  const u64 page = linear & kPageMask;
+  if (size > sizeof *to || (linear & ~kPageMask) + size > kPageSize) return false;
+  const TlbEntry& e = bank_->entries[index(linear)];
+  u64 host = 0;
+  if (e.read_tag == page) {
+    host = page + e.addend;
+  } else {
+    const Window::Page* const p = impl_->window.find(page);
+    if (p == nullptr || window() == WindowState::None) return false;
+    host = p->host;
+  }
+  *to = 0;
+  // SAFETY: the page is RAM of a memslot.
+  std::memcpy(to, reinterpret_cast<const u8*>(host + (linear & ~kPageMask)), size);
+  return true;
 }
 
 bool Mmu::foresee_window(u64 host, bool write) {

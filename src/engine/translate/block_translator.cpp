@@ -474,6 +474,7 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   use_.resize(count);
   live_.resize(count + 1);
   for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
+  if (request.mode.windowed) foresight_.look(request, count);
 
   plan_loop(count);
   // Of windowed code, only those that are better off so: all checks are before the loop.

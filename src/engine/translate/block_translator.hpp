@@ -46,6 +46,10 @@ struct BlockRequest {
   bool ungrouped = false;
   /// Mode windowed: the guest's registers by number, as they are now, from which regions are guessed.
   const u64* registers = nullptr;
+  u64 fs_base = 0, gs_base = 0;
+  /// Reads guest memory at a linear address where that has no effect and is at hand; or null.
+  bool (*peek)(void* context, u64 linear, u64* to, unsigned size) = nullptr;
+  void* peek_context = nullptr;
   u32 edge = 0;  ///< not 0: one instruction, of which this many bytes lie on the next page
 };
 

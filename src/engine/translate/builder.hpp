@@ -5,6 +5,7 @@
 
 #include "engine/translate/block_translator.hpp"
 #include "engine/translate/emitter.hpp"
+#include "engine/translate/foresight.hpp"
 #include "engine/translate/liveness.hpp"
 #include "engine/translate/reencode.hpp"
 
@@ -24,6 +25,8 @@ class BlockBuilder {
   bool run(const BlockRequest& request, TranslatedBlock* out);
 
  private:
+  friend class Foresight;  // written_registers()
+
   static constexpr u8 kScratch0 = kHostR14, kScratch1 = kHostR15;
   static constexpr u32 kFlagsSlot = frame::kFlags, kRaxSlot = frame::kScratch + 8,
                        kValueSlot = frame::kScratch + 16, kRflags = RING3_FRAME_STATE_RFLAGS;
@@ -348,6 +351,7 @@ class BlockBuilder {
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;
   std::vector<WindowMiss> window_misses_;
+  Foresight foresight_;
   bool by_tlb_ = false;  ///< this instruction reaches memory through the TLB also in windowed code
   Loop loop_;
   bool in_second_body_ = false;

@@ -253,7 +253,13 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   request.mode = mode;
   request.position_independent = position_independent(rip, mode);
   request.loops = lockstep_ == nullptr && !ungrouped;
-  request.registers = s_.gpr;
+  if (mode.windowed) {
+    request.registers = s_.gpr;
+    request.fs_base = s_.seg[FS].base;
+    request.gs_base = s_.seg[GS].base;
+    request.peek = [](void* mmu, u64 linear, u64* to, unsigned bytes) { return static_cast<const Mmu*>(mmu)->peek(linear, to, bytes); };
+    request.peek_context = &mmu_;
+  }
   request.ungrouped = ungrouped;
   const u8 mode_key = key(mode, ungrouped);
   const KeptCode::Source source{kept_context(), rip, mode_key, request.position_independent, {image, size}};

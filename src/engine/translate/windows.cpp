@@ -20,15 +20,13 @@ namespace ring3::engine {
 
 constexpr i32 kWindowDisp = 0x10000000;  ///< displacements are below this, and constants that a register moves by
 
-/// Of what the address stands off: its base where there is no index.
+/// Where an operand of the instruction lies, most likely.
 u64 BlockBuilder::expected_region(const Address& a) const {
-  if (a.narrow) return 0;
+  if (a.narrow && a.segment == 0) return 0;
   constexpr u64 kStack = 0x7fff'ffff'ffff >> frame::kRegionShift;
-  if (a.constant || a.rip || a.base == kNoReg) return request_->rip >> frame::kRegionShift;
-  if (a.base == RSP || request_->registers == nullptr) return kStack;
-  u64 value = request_->registers[a.base];
-  if (a.index != kNoReg) value += (request_->registers[a.index] << a.scale_log2) + static_cast<u64>(static_cast<i64>(a.disp));
-  return value >> 47 == 0 ? value >> frame::kRegionShift : kStack;
+  if (a.base == RSP && a.segment == 0) return kStack;
+  const u8 region = foresight_.region(index_);
+  return region != Foresight::kUnknown ? region : kStack;
 }
 
 void BlockBuilder::window_point() {
