@@ -127,7 +127,7 @@ def ring3_command(ring3, kernel, initrd, memory, append, options):
     command = [ring3, "run", "--engine", "soft", "--kernel", kernel, "--initrd", initrd, "-m", "%dM" % memory, "-c", "1",
                "--append", append]
     for o in options:
-        command += ["--engine-option", o]
+        command += ["--cpu", o[4:].replace("/", ",")] if o.startswith("cpu=") else ["--engine-option", o]
     return command
 
 

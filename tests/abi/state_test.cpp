@@ -204,12 +204,11 @@ TEST_P(State, FpuAndXsave) {
     const u32 mxcsr = static_cast<u32>(random() & 0xffff);
     std::memcpy(in + 24, &mxcsr, 4);
     u64 bv = 3;
-    bool avx = false;
     auto cpuid = system().supported_cpuid();
-    for (const auto& e : *cpuid) avx = avx || (e.function == 1 && (e.ecx >> 28 & 1));
-    if (avx) {
-      bv = 7;
-      for (unsigned i = 576; i < 832; i++) in[i] = static_cast<u8>(random());
+    for (const auto& e : *cpuid) {  // AVX's component, AVX-512's
+      if (e.function != 0xd || e.index < 2 || e.eax == 0) continue;
+      bv |= u64{1} << e.index;
+      for (unsigned i = e.ebx; i < e.ebx + e.eax; i++) in[i] = static_cast<u8>(random());
     }
     std::memcpy(in + 512, &bv, 8);
     ASSERT_EQ(call(m, KVM_SET_XSAVE, x), 0);
@@ -222,7 +221,7 @@ TEST_P(State, FpuAndXsave) {
   ASSERT_EQ(call(m, KVM_SET_XSAVE, x), 0);
   ASSERT_EQ(call(m, KVM_GET_XSAVE, y), 0);
   for (unsigned i = 160; i < 416; i++) ASSERT_EQ(out[i], 0);
-  for (unsigned i = 576; i < 832; i++) ASSERT_EQ(out[i], 0);
+  for (unsigned i = 576; i < 4096; i++) ASSERT_EQ(out[i], 0);
   const u64 unknown = 1 << 9;
   std::memcpy(in + 512, &unknown, 8);
   EXPECT_EQ(call(m, KVM_SET_XSAVE, x), -EINVAL);
@@ -422,7 +421,12 @@ TEST_P(State, Cpuid) {
   EXPECT_FALSE(leaf.at(1).ecx >> 3 & 1);   // MONITOR
   EXPECT_FALSE(leaf.at(1).ecx >> 5 & 1);   // VMX
   EXPECT_FALSE(leaf.at(0x80000001).ecx >> 2 & 1);  // SVM
-  EXPECT_FALSE(leaf.at(7).ebx >> 16 & 1);  // AVX-512
+  u32 xcr0 = 0;
+  for (const auto& e : *offered)
+    if (e.function == 0xd && e.index == 0) xcr0 = e.eax;
+  EXPECT_EQ(xcr0 & ~0xe7u, 0u);  // AMX among others
+  EXPECT_EQ((xcr0 & 0xe0) == 0xe0, (leaf.at(7).ebx >> 16 & 1) != 0);  // AVX-512 with its state
+  EXPECT_TRUE((xcr0 & 0xe0) == 0xe0 || (xcr0 & 0xe0) == 0);
   std::vector<u64> small(1 + 5);
   auto* head = reinterpret_cast<kvm_cpuid2*>(small.data());
   head->nent = 1;

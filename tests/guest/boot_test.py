@@ -104,6 +104,29 @@ class X87State(Guest):
                 self.assertIn("x87-state: %s ok" % part, result.stdout, self.tail(result))
 
 
+class Avx512State(Guest):
+    """AVX-512: what the host has is in the guest's /proc/cpuinfo, and its state (avx512_state.c) stays over system calls, signals
+    and other processes."""
+
+    def test_it_stays(self):
+        with open("/proc/cpuinfo") as info:
+            flags = next(line for line in info if line.startswith("flags")).split()
+        if not {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags):
+            self.skipTest("the host has no AVX-512")
+        for cpus in ("1", "2"):
+            result = self.boot("cloud", 'quiet ring3.test="grep -m1 ^flags /proc/cpuinfo; avx512_state"', "-c", cpus, "--cpu", "host")
+            self.assertEqual(result.returncode, 0, self.tail(result))
+            for flag in ("avx512f", "avx512bw", "avx512dq", "avx512vl"):
+                self.assertIn(" %s" % flag, result.stdout, self.tail(result))
+            for part in ("calls", "signals", "processes", "threads"):
+                self.assertIn("avx512-state: %s ok" % part, result.stdout, self.tail(result))
+
+    def test_default_model_has_none(self):
+        result = self.boot("cloud", "quiet ring3.test=avx512_state", "-c", "1")
+        self.assertEqual(result.returncode, 0, self.tail(result))
+        self.assertIn("avx512-state: none", result.stdout, self.tail(result))
+
+
 class KeptCode(Guest):
     """Translations kept between runs: what the guest computes is the same, and a file that is no good is no harm."""
 

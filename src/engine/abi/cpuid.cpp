@@ -6,6 +6,9 @@
 #include <cerrno>
 #include <cstring>
 
+#include "engine/interp/features.hpp"
+#include "engine/interp/xstate.hpp"
+
 namespace ring3::engine::abi {
 namespace {
 
@@ -59,6 +62,11 @@ constexpr u32 kLeaf7EcxHost = bits(8 /*GFNI*/);
 constexpr u32 kLeaf7EcxAvx = bits(9 /*VAES*/, 10 /*VPCLMULQDQ*/);
 constexpr u32 kLeaf7EcxOwn = bits(2 /*UMIP*/, 22 /*RDPID*/);
 constexpr u32 kLeaf7EdxHost = bits(4 /*FSRM*/);
+// AVX-512: with the host's kernel switching its state, and what moving that takes (host_features()).
+constexpr u32 kLeaf7EbxAvx512 = bits(16 /*F*/, 17 /*DQ*/, 21 /*IFMA*/, 28 /*CD*/, 30 /*BW*/, 31 /*VL*/);
+constexpr u32 kLeaf7EcxAvx512 = bits(1 /*VBMI*/, 6 /*VBMI2*/, 11 /*VNNI*/, 12 /*BITALG*/, 14 /*VPOPCNTDQ*/);
+constexpr u32 kLeaf7EdxAvx512 = bits(8 /*VP2INTERSECT*/, 23 /*FP16*/);
+constexpr u32 kLeaf71EaxAvx512 = bit(5) /*BF16*/;
 constexpr u32 kLeaf7EdxOwn = bits(29 /*ARCH_CAPABILITIES*/);
 constexpr u32 kSpecCtrl = bit(26);  // leaf 7 EDX, Intel: SPEC_CTRL and PRED_CMD
 // Leaf 7.2 EDX, Intel. Without BHI_CTRL Linux clears the branch history in software at every system call, BHI_NO or not.
@@ -107,6 +115,8 @@ std::vector<kvm_cpuid_entry2> supported_cpuid() {
   const bool amd = host_is_amd();
   const bool avx = host_avx();
   const u32 avx_mask = avx ? ~0u : 0u;
+  const bool avx512 = host_features()[Feature::Avx512f];
+  const u32 avx512_mask = avx512 ? ~0u : 0u;
 
   const Regs h0 = host(0);
   const u32 max_basic = 0xd;
@@ -128,24 +138,27 @@ std::vector<kvm_cpuid_entry2> supported_cpuid() {
   out.push_back(entry(6, Regs{bit(2) /* ARAT */, 0, 0, 0}));
 
   const Regs h7 = host(7);
-  const u32 leaf7_ebx = (h7.ebx & (kLeaf7EbxHost | (bit(5) /*AVX2*/ & avx_mask))) | kLeaf7EbxOwn;
-  const u32 leaf7_ecx = (h7.ecx & (kLeaf7EcxHost | (kLeaf7EcxAvx & avx_mask))) | kLeaf7EcxOwn;
-  const u32 leaf7_edx = (h7.edx & kLeaf7EdxHost) | kLeaf7EdxOwn | (amd ? 0u : kSpecCtrl);
-  out.push_back(entry(7, 0, Regs{amd ? 0u : 2u, leaf7_ebx, leaf7_ecx, leaf7_edx}));
+  const u32 leaf7_ebx = (h7.ebx & (kLeaf7EbxHost | (bit(5) /*AVX2*/ & avx_mask) | (kLeaf7EbxAvx512 & avx512_mask))) | kLeaf7EbxOwn;
+  const u32 leaf7_ecx = (h7.ecx & (kLeaf7EcxHost | (kLeaf7EcxAvx & avx_mask) | (kLeaf7EcxAvx512 & avx512_mask))) | kLeaf7EcxOwn;
+  const u32 leaf7_edx = (h7.edx & (kLeaf7EdxHost | (kLeaf7EdxAvx512 & avx512_mask))) | kLeaf7EdxOwn | (amd ? 0u : kSpecCtrl);
+  const u32 leaf71_eax = h7.eax >= 1 && avx512 ? host(7, 1).eax & kLeaf71EaxAvx512 : 0;
+  out.push_back(entry(7, 0, Regs{amd ? (leaf71_eax != 0 ? 1u : 0u) : 2u, leaf7_ebx, leaf7_ecx, leaf7_edx}));
+  if (!amd || leaf71_eax != 0) out.push_back(entry(7, 1, Regs{leaf71_eax, 0, 0, 0}));
   if (!amd) {
-    out.push_back(entry(7, 1, Regs{}));
     out.push_back(entry(7, 2, Regs{0, 0, 0, kLeaf72Edx}));
   }
 
   out.push_back(entry(0xb, 0, Regs{}));  // no topology: the VMM describes its own
 
-  // XSAVE: x87, SSE and AVX in the architectural layout. Sizes for what XCR0 enables are computed at run time; here for all.
-  const u32 xcr0 = avx ? 7 : 3;
-  const u32 standard = avx ? 832 : 576;
+  // XSAVE: x87, SSE, AVX and AVX-512, the latter where the host has it. Sizes for what XCR0 enables are computed at run time;
+  // here for all. AMX is not offered.
+  const u32 xcr0 = (avx ? 7 : 3) | (avx512 ? 0xe0 : 0);
+  const u32 standard = xstate_size(xcr0, false);
   out.push_back(entry(0xd, 0, Regs{xcr0, standard, standard, 0}));
   const Regs hd1 = host(0xd, 1);
-  out.push_back(entry(0xd, 1, Regs{hd1.eax & bits(0 /*XSAVEOPT*/, 1 /*XSAVEC*/, 2 /*XGETBV 1*/, 3 /*XSAVES*/), standard, 0, 0}));
-  if (avx) out.push_back(entry(0xd, 2, Regs{256, 576, 0, 0}));
+  out.push_back(entry(0xd, 1, Regs{hd1.eax & bits(0 /*XSAVEOPT*/, 1 /*XSAVEC*/, 2 /*XGETBV 1*/, 3 /*XSAVES*/), xstate_size(xcr0, true), 0, 0}));
+  for (const XstateComponent& x : xstate_components())
+    if (xcr0 >> x.number & 1) out.push_back(entry(0xd, x.number, Regs{x.size, x.standard, 0, 0}));
 
   u32 signature[3];
   std::memcpy(signature, "KVMKVMKVM\0\0\0", 12);

@@ -7,6 +7,7 @@
 #include "engine/abi/user_memory.hpp"
 #include "engine/abi/vcpu.hpp"
 #include "engine/abi/vm.hpp"
+#include "engine/interp/xstate.hpp"
 
 namespace ring3::engine::abi {
 namespace {
@@ -249,18 +250,21 @@ void Vcpu::get_xsave(u8* out) const {
   std::memset(out + 464, 0, 48);  // software's bytes of the legacy area
   u64 header[8] = {};
   header[0] = 3;
-  bool upper = false;
-  for (unsigned i = 0; i < 256; i++) upper = upper || out[XsaveArea::kYmmHigh + i] != 0;
-  if (upper) header[0] |= 4;
+  std::memset(out + XsaveArea::kHeader + sizeof header, 0, XsaveArea::kSize - XsaveArea::kHeader - sizeof header);
+  const u64 in_use = xstate_in_use(state_.xsave);
+  for (const XstateComponent& x : xstate_components()) {
+    if (!(in_use >> x.number & 1)) continue;
+    header[0] |= u64{1} << x.number;
+    std::memcpy(out + x.standard, state_.xsave.bytes + x.in_area, x.size);
+  }
   std::memcpy(out + XsaveArea::kHeader, header, sizeof header);
-  std::memset(out + XsaveArea::kYmmHigh + 256, 0, XsaveArea::kSize - XsaveArea::kYmmHigh - 256);
 }
 
 int Vcpu::set_xsave(const u8* in) {
   const GuestFeatures& features = interp_->context().features;
   u64 header[8];
   std::memcpy(header, in + XsaveArea::kHeader, sizeof header);
-  const u64 known = all_features_.xcr0_supported & 7;
+  const u64 known = all_features_.xcr0_supported & 0xe7;
   if (header[0] & ~known) return -EINVAL;
   if (header[1] != 0) return -EINVAL;  // compacted format
   for (unsigned i = 2; i < 8; i++) {
@@ -284,8 +288,13 @@ int Vcpu::set_xsave(const u8* in) {
   } else {
     std::memcpy(x + 24, fresh.bytes + 24, 4);
   }
-  from = header[0] & 4 ? in : fresh.bytes;
-  std::memcpy(x + XsaveArea::kYmmHigh, from + XsaveArea::kYmmHigh, 256);
+  for (const XstateComponent& component : xstate_components()) {
+    if (header[0] >> component.number & 1) {
+      std::memcpy(x + component.in_area, in + component.standard, component.size);
+    } else {
+      std::memset(x + component.in_area, 0, component.size);
+    }
+  }
   return 0;
 }
 
@@ -296,6 +305,7 @@ int Vcpu::set_xcrs(const kvm_xcrs& in) {
     const u64 v = in.xcrs[i].value;
     if (!(v & 1) || (v & ~interp_->context().features.xcr0_supported)) return -EINVAL;
     if ((v & 4) && !(v & 2)) return -EINVAL;
+    if ((v & 0xe0) != 0 && ((v & 0xe0) != 0xe0 || !(v & 4))) return -EINVAL;
     state_.xcr0 = v;
     state_changed();
     return 0;

@@ -41,6 +41,9 @@ constexpr Feature kFeatures[] = {
     {"avx512dq", k7Ebx, 17, kExtra}, {"rdseed", k7Ebx, 18, kBase}, {"adx", k7Ebx, 19, kBase}, {"smap", k7Ebx, 20, kBase},
     {"clflushopt", k7Ebx, 23, kBase}, {"clwb", k7Ebx, 24, kBase}, {"avx512cd", k7Ebx, 28, kExtra},
     {"sha-ni", k7Ebx, 29, kBase}, {"avx512bw", k7Ebx, 30, kExtra}, {"avx512vl", k7Ebx, 31, kExtra},
+    {"avx512ifma", k7Ebx, 21, kExtra}, {"avx512vbmi", k7Ecx, 1, kExtra}, {"avx512-vbmi2", k7Ecx, 6, kExtra},
+    {"avx512-vnni", k7Ecx, 11, kExtra}, {"avx512-bitalg", k7Ecx, 12, kExtra}, {"avx512-vpopcntdq", k7Ecx, 14, kExtra},
+    {"avx512-vp2intersect", k7Edx, 8, kExtra}, {"avx512-fp16", k7Edx, 23, kExtra},
 
     {"umip", k7Ecx, 2, kBase}, {"pku", k7Ecx, 3, kExtra}, {"gfni", k7Ecx, 8, kExtra}, {"vaes", k7Ecx, 9, kExtra},
     {"vpclmulqdq", k7Ecx, 10, kExtra}, {"la57", k7Ecx, 16, kExtra}, {"rdpid", k7Ecx, 22, kBase},
@@ -86,14 +89,19 @@ const Feature* find_feature(std::string name) {
 }
 
 // Leaf 0xd: only the state components that the remaining features have.
-void trim_xsave(std::vector<kvm_cpuid_entry2>& entries, bool xsave, bool avx) {
-  std::erase_if(entries, [&](const auto& e) { return e.function == 0xd && (!xsave || e.index > 2 || (e.index == 2 && !avx)); });
+void trim_xsave(std::vector<kvm_cpuid_entry2>& entries, bool xsave, u32 components) {
+  std::erase_if(entries, [&](const auto& e) {
+    return e.function == 0xd && (!xsave || e.index > 31 || (e.index >= 2 && !(components >> e.index & 1)));
+  });
+  u32 size = 576;  // SDM volume 1, 13.5: legacy and header, and the components behind
+  for (const auto& e : entries)
+    if (e.function == 0xd && e.index >= 2) size = std::max(size, e.ebx + e.eax);
   for (auto& e : entries) {
     if (e.function != 0xd) continue;
     if (e.index == 0) {
-      e.eax &= avx ? 7 : 3;
+      e.eax &= components;
       e.edx = 0;
-      e.ecx = (e.eax & 4) ? 832 : 576;  // SDM volume 1, 13.5: legacy and header, and AVX's 256 bytes behind
+      e.ecx = size;
       e.ebx = std::min(e.ebx, e.ecx);
     } else if (e.index == 1) {
       e.eax &= 0xf;
@@ -160,13 +168,23 @@ Result<std::vector<kvm_cpuid_entry2>> cpu_model(const std::string& specification
     keep[k1Ecx] &= ~(u32{1} << 12 | u32{1} << 29);
     keep[k7Ebx] &= ~(u32{1} << 5);
   }
+  // AVX-512's extensions need its foundation.
+  const bool avx512 = (keep[k7Ebx] >> 16 & 1) && (keep[k1Ecx] >> 28 & 1);
+  if (!avx512) {
+    keep[k7Ebx] &= ~(u32{1} << 16 | u32{1} << 17 | u32{1} << 21 | u32{1} << 28 | u32{1} << 30 | u32{1} << 31);
+    keep[k7Ecx] &= ~(u32{1} << 1 | u32{1} << 6 | u32{1} << 11 | u32{1} << 12 | u32{1} << 14);
+    keep[k7Edx] &= ~(u32{1} << 8 | u32{1} << 23);
+    for (auto& e : entries)
+      if (e.function == 7 && e.index == 1) e.eax &= ~(u32{1} << 5);
+    const auto leaf_d = std::find_if(entries.begin(), entries.end(), [](const auto& e) { return e.function == 0xd && e.index == 0; });
+    if (host && leaf_d != entries.end() && (leaf_d->eax & 0xe0) != 0) trim_xsave(entries, xsave, leaf_d->eax & ~0xe0u);
+  }
   for (u8 w = 0; w < kWords; w++) {
     if (u32* word = word_of(entries, static_cast<Word>(w))) *word &= keep[w];
   }
+  const bool pku = keep[k7Ecx] >> 3 & 1;
   if (!host) {
-    const bool avx512 = keep[k7Ebx] >> 16 & 1;
-    const bool pku = keep[k7Ecx] >> 3 & 1;
-    if (!avx512 && !pku) trim_xsave(entries, xsave, keep[k1Ecx] >> 28 & 1);
+    if (!pku) trim_xsave(entries, xsave, 3u | (keep[k1Ecx] >> 28 & 1 ? 4u : 0) | (avx512 ? 0xe0u : 0));
     // Performance counters and what newer sub-leaves add, but for the features above, are not part of a stable model.
     const u32* const newer = word_of(entries, k72Edx);
     const bool subleaf2 = newer != nullptr && *newer != 0;

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 
 namespace ring3::vmm {
@@ -56,6 +58,45 @@ TEST(CpuModel, WithoutThemTheSubleavesEnd) {
   model = cpu_model("default,+bhi-ctrl", entries);
   ASSERT_FALSE(model.ok());
   EXPECT_EQ(model.error().code, EINVAL);
+}
+
+/// As a host with AVX-512 and AMX.
+std::vector<kvm_cpuid_entry2> with_state() {
+  auto all = everything();
+  all.push_back(entry(0xd, 0, 0x602e7, 11008, 11008, 0));
+  all.push_back(entry(0xd, 1, 0x1f, 11008, 0, 0));
+  for (const auto& [index, size, at] : {std::array{2u, 256u, 576u}, std::array{5u, 64u, 1088u}, std::array{6u, 512u, 1152u},
+                                        std::array{7u, 1024u, 1664u}, std::array{9u, 8u, 2688u}, std::array{17u, 64u, 2752u},
+                                        std::array{18u, 8192u, 2816u}})
+    all.push_back(entry(0xd, index, size, at, 0, 0));
+  return all;
+}
+unsigned components(const std::vector<kvm_cpuid_entry2>& entries) {
+  return static_cast<unsigned>(std::count_if(entries.begin(), entries.end(), [](const auto& e) { return e.function == 0xd && e.index >= 2; }));
+}
+
+TEST(CpuModel, StateOfWhatIsLeftOutGoesToo) {
+  auto model = cpu_model("default", with_state());
+  ASSERT_TRUE(model.ok());
+  EXPECT_EQ(at(*model, 0xd, 0).eax, 7u);
+  EXPECT_EQ(at(*model, 0xd, 0).ecx, 832u);
+  EXPECT_EQ(components(*model), 1u);
+  model = cpu_model("default,+avx512f,+avx512vl", with_state());
+  ASSERT_TRUE(model.ok());
+  EXPECT_EQ(at(*model, 0xd, 0).eax, 0xe7u);
+  EXPECT_EQ(at(*model, 0xd, 0).ecx, 2688u);
+  EXPECT_EQ(components(*model), 4u);
+  EXPECT_EQ(at(*model, 7, 0).ebx >> 16 & 1, 1u);
+  EXPECT_EQ(at(*model, 7, 0).ebx >> 30 & 1, 0u);
+  model = cpu_model("host", with_state());
+  ASSERT_TRUE(model.ok());
+  EXPECT_EQ(at(*model, 0xd, 0).ecx, 11008u);
+  model = cpu_model("host,-avx512f", with_state());
+  ASSERT_TRUE(model.ok());
+  EXPECT_EQ(at(*model, 0xd, 0).eax, 0x60207u);
+  EXPECT_EQ(at(*model, 7, 0).ebx & 0xd0230000, 0u);  // nothing rests on what is not there
+  EXPECT_EQ(at(*model, 7, 0).ecx & 0x5842, 0u);
+  EXPECT_EQ(at(*model, 7, 1).eax & 0x20, 0u);
 }
 
 TEST(CpuModel, HostIsAllThereIs) {
