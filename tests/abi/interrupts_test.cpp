@@ -197,6 +197,39 @@ TEST_P(Interrupts, Irqfd) {
   ::close(fd);
 }
 
+// A client may name any fd of the process, those of the engine among them: a VM still wakes up, and comes to its end.
+TEST_P(Interrupts, IrqfdsOfWhateverIsOpen) {
+  HARDWARE_OR_SOFT;
+  const int fd = eventfd_make();
+  {
+    TestVm m(system(), {.irqchip = true});
+    Watchdog dog(m.vcpu());
+    prepare(m, 0xff, 0, 1);
+    const kvm_irq_routing_entry routes[] = {msi_route(30, 0x30)};
+    ASSERT_TRUE(m.vm().set_gsi_routing(routes).ok());
+    kvm_irqfd irqfd{};
+    irqfd.gsi = 30;
+    irqfd.fd = static_cast<u32>(fd);
+    ASSERT_EQ(m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd)), 0);
+    unsigned taken = 0;
+    for (irqfd.fd = 0; irqfd.fd < 256; irqfd.fd++) {
+      irqfd.gsi = 1000;  // no route leads from there
+      const long r = m.vm().endpoint().ioctl(KVM_IRQFD, arg(irqfd));
+      EXPECT_TRUE(r == 0 || r == -EBADF || r == -EINVAL || r == -EBUSY) << irqfd.fd << ": " << r;
+      taken += r == 0;
+    }
+    EXPECT_LT(taken, 8u);  // what the test itself has as an eventfd
+    std::thread sender([&] {
+      std::this_thread::sleep_for(20ms);  // the guest halts
+      const u64 one = 1;
+      EXPECT_EQ(::write(fd, &one, 8), 8);
+    });
+    m.expect_end();
+    sender.join();
+  }
+  ::close(fd);
+}
+
 // An irqfd ends with the last of its eventfd's fds, no sooner.
 TEST_P(Interrupts, IrqfdAndItsEventfdsFds) {
   HARDWARE_OR_SOFT;

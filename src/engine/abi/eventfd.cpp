@@ -5,7 +5,6 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -113,7 +112,7 @@ bool IoEventfds::View::signal_slow(bool pio, u64 address, unsigned size, const v
 
 Irqfds::~Irqfds() {
   if (thread_.joinable()) {
-    signal_event(stop_.get());
+    stop_.signal();
     thread_.join();
   }
   for (auto& [key, irqfd] : irqfds_) {
@@ -149,12 +148,12 @@ int Irqfds::change(const kvm_irqfd& r) {
 int Irqfds::start_locked() {
   if (thread_.joinable()) return 0;
   epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
-  stop_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!epoll_ || !stop_) return -errno;
+  if (!epoll_) return -errno;
+  if (const int error = stop_.create(); error != 0) return error;
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.u64 = kStopKey;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, stop_.get(), &event) < 0) return -errno;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, stop_.fd(), &event) < 0) return -errno;
   const sigset_t theirs = signals_but_faults();  // an event channel's bits stand in guest memory
   sigset_t old;
   pthread_sigmask(SIG_SETMASK, &theirs, &old);

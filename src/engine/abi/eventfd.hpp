@@ -11,6 +11,7 @@
 
 #include "base/types.hpp"
 #include "base/unique_fd.hpp"
+#include "base/wake_pipe.hpp"
 #include "engine/irq/irq_chip.hpp"
 
 /// eventfds tied to a VM: ioeventfds (a guest write signals one) and irqfds (one raises a GSI).
@@ -103,7 +104,8 @@ class Irqfds {
   std::mutex mutex_;  // held while events are delivered
   Map irqfds_;        // those whose eventfd was closed stand until somebody looks
   u64 next_key_ = 1;
-  UniqueFd epoll_, stop_;
+  UniqueFd epoll_;
+  WakePipe stop_;
   std::thread thread_;
 };
 

@@ -1,6 +1,5 @@
 #include "engine/abi/vcpu.hpp"
 
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
@@ -43,8 +42,7 @@ Vcpu::Vcpu(Vm& vm, unsigned id, unsigned index, u32 tsc_khz)
 Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, u32 tsc_khz, std::size_t cache_bytes,
                                            std::size_t code_bytes) {
   std::unique_ptr<Vcpu> v(new Vcpu(vm, id, index, tsc_khz));
-  v->wake_fd_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!v->wake_fd_) return Error::from_errno("eventfd");
+  if (const int error = v->wake_.create(); error != 0) return Error::from_errno("pipe2", -error);
   auto run = Mapping::shared_anonymous(kRunSize);
   if (!run) return run.error();
   v->run_ = std::move(*run);
@@ -117,7 +115,7 @@ Vcpu::~Vcpu() {
 
 void Vcpu::raise(u32 bits) {
   interp_->context().attention().fetch_or(bits, std::memory_order_seq_cst);
-  if (waiting_.load(std::memory_order_seq_cst) != 0) signal_event(wake_fd_.get());
+  if (waiting_.load(std::memory_order_seq_cst) != 0) wake_.signal();
 }
 
 void Vcpu::kick() {

@@ -13,6 +13,7 @@
 #include "base/mapping.hpp"
 #include "base/result.hpp"
 #include "base/unique_fd.hpp"
+#include "base/wake_pipe.hpp"
 #include "engine/abi/async_pf.hpp"
 #include "engine/abi/cpuid.hpp"
 #include "engine/abi/dirty_ring.hpp"
@@ -265,7 +266,7 @@ class Vcpu final : private DirtySink, private hv::Processor, private xen::Proces
   std::atomic<u8> sipi_vector_{0};
   std::atomic<bool> signalled_{false};  // signal_came() since the last KVM_RUN ended
   std::atomic<u32> waiting_{0};
-  UniqueFd wake_fd_;
+  WakePipe wake_;
 };
 
 }  // namespace ring3::engine::abi

@@ -62,16 +62,14 @@ bool Vcpu::wait() {
     // With KVM_SET_SIGNAL_MASK a signal ends the wait although the thread blocks it; it then stays pending for the VMM.
     sigset_t mask = thread_mask_;
     if (have_sigmask_) sigorset(&mask, &thread_mask_, &sigmask_);
-    pollfd fds[2] = {{wake_fd_.get(), POLLIN, 0}, {signal_fd_.get(), POLLIN, 0}};
-    // A signal that is announced before the wait begins has written to wake_fd_: waiting_ is set already.
+    pollfd fds[2] = {{wake_.fd(), POLLIN, 0}, {signal_fd_.get(), POLLIN, 0}};
+    // A signal that is announced before the wait begins has written to wake_: waiting_ is set already.
     const int n = vm_.config().signals_announced ? ::ppoll(fds, 1, nullptr, nullptr)
                                                  : ::ppoll(fds, have_sigmask_ ? 2 : 1, nullptr, &mask);
     no_signal = n >= 0 ? !(have_sigmask_ && (fds[1].revents & POLLIN)) : errno != EINTR;
   }
   waiting_.store(0, std::memory_order_seq_cst);
-  u64 drained;
-  while (::read(wake_fd_.get(), &drained, sizeof drained) == sizeof drained) {
-  }
+  wake_.drain();
   return no_signal;
 }
 
