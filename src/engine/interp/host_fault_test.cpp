@@ -25,7 +25,8 @@ void put_over(void (*f)(int, siginfo_t*, void*)) {
   arm_host_faults();
 }
 
-/// In a process of its own: the signal ends it whatever has been handling it, with f over the engine's handler.
+/// In a process of its own, begun anew (death_test_style): the engine has found nobody's handler yet. The signal ends it, with f over the
+/// engine's handler.
 [[noreturn]] void raise_with(void (*f)(int, siginfo_t*, void*)) {
   alarm(20);
   signal(SIGFPE, SIG_DFL);  // not a sanitizer's
@@ -38,6 +39,7 @@ void put_over(void (*f)(int, siginfo_t*, void*)) {
 
 // A handler of crashes: puts back what it found, and raises the signal again for that.
 TEST(HostFault, AHandlerThatGivesUpEndsTheProcess) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   const auto gives_up = [](int sig, siginfo_t*, void*) {
     sigaction(sig, &g_found, nullptr);
     raise(sig);
@@ -46,6 +48,7 @@ TEST(HostFault, AHandlerThatGivesUpEndsTheProcess) {
 }
 
 TEST(HostFault, AHandlerThatCallsWhatItFoundEndsTheProcess) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   const auto calls = [](int sig, siginfo_t* info, void* context) { g_found.sa_sigaction(sig, info, context); };
   EXPECT_EXIT(raise_with(calls), testing::KilledBySignal(SIGFPE), "");
 }
