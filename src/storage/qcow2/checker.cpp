@@ -287,7 +287,7 @@ class Checker {
       if (const int r = i_.refcounts_->get(c, refs); r < 0) return r;
       if (repair_ == Repair::kLeaks && refs < real) continue;
       int r;
-      while ((r = i_.refcounts_->add(c, static_cast<i64>(real) - static_cast<i64>(refs))) == kNeedsGrowth) {
+      while ((r = i_.refcounts_->put(c, real)) == kNeedsGrowth) {
         if (r = i_.refcounts_->grow(); r < 0) return r;
       }
       if (r == -ERANGE) continue;

@@ -359,6 +359,30 @@ TEST(Qcow2, HostileImages) {
   EXPECT_GE(refused, 100u);
 }
 
+// The difference to the right one may be more than a signed number holds.
+TEST(Qcow2, RefcountsOf64BitsAreMended) {
+  for (const u64 wrong : {u64{1} << 63, ~u64{0}, (u64{1} << 63) + 1}) {
+    CreateOptions o = small(u64{1} << 20, 9);
+    o.refcount_order = 6;
+    auto image = open_rw(empty_image(o));
+    Model model(image->size(), 5);
+    for (int n = 0; n < 20; n++) ASSERT_EQ(model.step(*image), 0);
+    ASSERT_EQ(image->close(), 0);
+    std::vector<u8> bytes = dynamic_cast<MemoryFile&>(image->file()).bytes();
+    const u64 block = get64(&bytes[image->header().refcount_table_offset]), per_block = image->header().cluster_size() / 8;
+    put64(&bytes[block], wrong);                        // of a cluster that is in use
+    put64(&bytes[block + 8 * (per_block - 1)], wrong);  // of one that is perhaps not
+    auto again = Qcow2Image::open(std::make_unique<MemoryFile>(bytes), "wrong", {true, true});
+    ASSERT_TRUE(again) << again.error().message;
+    auto report = (*again)->check(Repair::kAll);
+    ASSERT_TRUE(report) << report.error().message;
+    EXPECT_EQ(report->corruptions_left(), 0u);
+    model.compare(**again);
+    EXPECT_EQ((*again)->close(), 0);
+    expect_sound(dynamic_cast<MemoryFile&>((*again)->file()).bytes(), false);
+  }
+}
+
 TEST(Qcow2, BackingNamesThatAreNoPlainFiles) {
   for (const char* name : {"nbd://host/x", "json:{}", "file:/etc/passwd", "fd:3", "http://x/y", ""}) EXPECT_FALSE(plain_path(name)) << name;
   for (const char* name : {"base.raw", "/a/b", "./a:b", "dir/a:b"}) EXPECT_TRUE(plain_path(name)) << name;

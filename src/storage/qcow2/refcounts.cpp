@@ -119,15 +119,28 @@ int Refcounts::next_used(u64 cluster, u64 end, u64& found) {
   return 0;
 }
 
+int Refcounts::block_or_new(u64 cluster, std::shared_ptr<MetaTable>& t) {
+  if (const int r = block(cluster / per_block_, t); r < 0 || t) return r;
+  if (cluster > kMostClusters) return -EIO;
+  if (const int r = make_block(cluster / per_block_); r < 0) return r;
+  if (const int r = block(cluster / per_block_, t); r < 0) return r;
+  return t ? 0 : -EIO;
+}
+
+int Refcounts::put(u64 cluster, u64 count) {
+  if (count > most()) return -ERANGE;
+  std::shared_ptr<MetaTable> t;
+  if (const int r = count != 0 ? block_or_new(cluster, t) : block(cluster / per_block_, t); r < 0) return r;
+  if (!t) return 0;
+  set_value(*t, cluster % per_block_, count);
+  if (count == 0 && cluster < hint_) hint_ = cluster;
+  return 0;
+}
+
 int Refcounts::add(u64 cluster, i64 delta, u64* now) {
   std::shared_ptr<MetaTable> t;
-  if (const int r = block(cluster / per_block_, t); r < 0) return r;
-  if (!t) {
-    if (delta < 0 || cluster > kMostClusters) return -EIO;
-    if (const int r = make_block(cluster / per_block_); r < 0) return r;
-    if (const int r = block(cluster / per_block_, t); r < 0) return r;
-    if (!t) return -EIO;
-  }
+  if (const int r = delta >= 0 ? block_or_new(cluster, t) : block(cluster / per_block_, t); r < 0) return r;
+  if (!t) return -EIO;
   const u64 before = value(*t, cluster % per_block_);
   if (delta < 0 ? before < static_cast<u64>(-delta) : most() - before < static_cast<u64>(delta)) {
     return delta < 0 ? -EIO : -ERANGE;

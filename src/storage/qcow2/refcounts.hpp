@@ -27,6 +27,8 @@ class Refcounts {
   /// The first cluster from `cluster` to before `end` whose refcount is not 0, or `end`. Both within one block's range.
   int next_used(u64 cluster, u64 end, u64& found);
   int add(u64 cluster, i64 delta, u64* now = nullptr);
+  /// The refcount becomes count. -ERANGE: it has no room for that; kNeedsGrowth as add().
+  int put(u64 cluster, u64 count);
   /// Up to `want` clusters in a row with refcount 0, now 1. -ENOSPC or the host's errors.
   int allocate(u64 want, u64& first, u64& got);
   /// Exactly `count` in a row, past all that is used.
@@ -54,6 +56,7 @@ class Refcounts {
 
  private:
   int block(u64 index, std::shared_ptr<MetaTable>& out);
+  int block_or_new(u64 cluster, std::shared_ptr<MetaTable>& t);  ///< of a cluster; 0 and not null, or an error
   int make_block(u64 index);
   u64 value(const MetaTable& t, u64 index) const;
   void set_value(MetaTable& t, u64 index, u64 v);
