@@ -30,6 +30,15 @@ def main():
     unittest.main()
 
 
+def guest_arguments(usage):
+    """Takes RING3 and FILES, what tests/guest/prepare made, off the command line; returns the second."""
+    global RING3
+    if len(sys.argv) < 3:
+        sys.exit(usage)
+    RING3 = os.path.abspath(sys.argv.pop(1))
+    return os.path.abspath(sys.argv.pop(1))
+
+
 def run(*arguments, timeout=60, stdin=subprocess.DEVNULL, **keywords):
     """Runs ring3 to its end; text in stdout and stderr."""
     return subprocess.run([sys.modules["support"].RING3, *arguments], stdin=stdin, capture_output=True, text=True,

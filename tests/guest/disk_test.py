@@ -360,8 +360,5 @@ class Killed(Disk):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    support.RING3 = os.path.abspath(sys.argv.pop(1))
-    FILES = os.path.abspath(sys.argv.pop(1))
+    FILES = support.guest_arguments(__doc__)
     unittest.main()

@@ -175,14 +175,7 @@ Exec by_element(Context& c, const DecodedInsn& insn) {
   bool done = false;
   for (unsigned i = 0; i < count; ++i) {
     if (!(mask >> i & 1)) continue;
-    u64 offset;
-    if (index_size == 4) {
-      i32 v;
-      std::memcpy(&v, indices.bytes + 4 * i, 4);
-      offset = static_cast<u64>(static_cast<i64>(v));
-    } else {
-      std::memcpy(&offset, indices.bytes + 8 * i, 8);
-    }
+    const u64 offset = vsib_index(indices.bytes, i, index_size);
     u64 linear;
     u8* const at = data.bytes + element * i;
     if (!c.linear(seg, (base + (offset << insn.mem.scale_log2)) & address_mask(insn), element, Scatter, &linear) ||

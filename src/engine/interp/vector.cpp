@@ -104,8 +104,8 @@ bool sse_available(Context& c) {
   return false;
 }
 
-bool avx_available(Context& c) {
-  if (!(c.s.cr4 & cr4::OSXSAVE) || (c.s.xcr0 & 6) != 6) {
+bool xstate_available(Context& c, u64 components) {
+  if (!(c.s.cr4 & cr4::OSXSAVE) || (c.s.xcr0 & components) != components) {
     c.ud();
     return false;
   }
@@ -146,18 +146,6 @@ void put_flags(Context& c, const StubFrame& frame) {
 Exec stub_fault(Context& c, u32 code) {
   if (code != static_cast<u32>(HostFault::FloatingPoint)) return c.ud();  // the host lacks it after all
   return c.fault(c.s.cr4 & cr4::OSXMMEXCPT ? vec::XM : vec::UD);
-}
-
-bool avx512_available(Context& c) {
-  if (!(c.s.cr4 & cr4::OSXSAVE) || (c.s.xcr0 & 0xe6) != 0xe6) {
-    c.ud();
-    return false;
-  }
-  if (c.s.cr0 & cr0::TS) {
-    c.fault(vec::NM);
-    return false;
-  }
-  return true;
 }
 
 VectorUnit* unit_of(Context& c) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <cstring>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -82,8 +83,9 @@ Status attach_vector_unit(Context& c);
 inline bool x87_pending(VcpuState& s) { return s.xsave.fsw() & ~s.xsave.fcw() & 0x3f; }
 /// #UD/#NM checks; false: stop() is set.
 bool sse_available(Context& c);  ///< legacy SSE
-bool avx_available(Context& c);  ///< VEX
-bool avx512_available(Context& c);  ///< EVEX, and VEX on opmask registers
+bool xstate_available(Context& c, u64 components);  ///< OSXSAVE, these bits of XCR0, TS
+inline bool avx_available(Context& c) { return xstate_available(c, 6); }        ///< VEX
+inline bool avx512_available(Context& c) { return xstate_available(c, 0xe6); }  ///< EVEX, and VEX on opmask registers
 bool mmx_available(Context& c);  ///< MMX: also #MF for a pending x87 exception
 
 /// The x87 stack becomes the MMX registers: TOP = 0, all tags valid; MM n is then ST(n)'s place.
@@ -98,6 +100,18 @@ inline bool alignment_spared(const Context& c) {
 bool read_unaligned(Context& c, u64 linear, u8* buffer, unsigned size, Seg seg);
 bool check_write_unaligned(Context& c, u64 linear, unsigned size, Seg seg);
 bool write_unaligned(Context& c, u64 linear, const u8* buffer, unsigned size, Seg seg);
+
+/// Element n of a gather's or scatter's indices, of 4 bytes, with their sign, or 8.
+inline u64 vsib_index(const u8* indices, unsigned n, unsigned size) {
+  if (size == 8) {
+    u64 v;
+    std::memcpy(&v, indices + 8 * n, 8);
+    return v;
+  }
+  i32 v;
+  std::memcpy(&v, indices + 4 * n, 4);
+  return static_cast<u64>(static_cast<i64>(v));
+}
 
 /// The context's VectorUnit, made if need be; null when the host refuses memory for code.
 VectorUnit* unit_of(Context& c);

@@ -145,14 +145,7 @@ Exec vgather(Context& c, const DecodedInsn& insn) {
   if (insn.mem.base < 16) base += c.s.gpr[insn.mem.base];
   for (unsigned i = 0; i < count; ++i) {
     if (!mask.sign(i, element)) continue;
-    u64 offset;
-    if (index_size == 4) {
-      i32 v;
-      std::memcpy(&v, indices.bytes + 4 * i, 4);
-      offset = static_cast<u64>(static_cast<i64>(v));
-    } else {
-      std::memcpy(&offset, indices.bytes + 8 * i, 8);
-    }
+    const u64 offset = vsib_index(indices.bytes, i, index_size);
     u64 linear;
     if (!c.linear(seg, (base + (offset << insn.mem.scale_log2)) & address_mask(insn), element, false, &linear) ||
         !read_element(c, linear, data.bytes + element * i, element, seg)) {

@@ -195,18 +195,6 @@ u32 size_in_mode(const Context& c, const XstateComponent& x) {
   return x.number == 7 ? 0 : x.size / 2;
 }
 
-bool xsave_available(Context& c) {
-  if (!(c.s.cr4 & cr4::OSXSAVE)) {
-    c.ud();
-    return false;
-  }
-  if (c.s.cr0 & cr0::TS) {
-    c.fault(vec::NM);
-    return false;
-  }
-  return true;
-}
-
 u64 requested(const Context& c) {
   return ((c.s.gpr[RDX] & 0xffffffff) << 32 | (c.s.gpr[RAX] & 0xffffffff)) & c.s.xcr0;
 }
@@ -219,7 +207,7 @@ enum class Save { Plain, Opt, Compact, Supervisor };
 /// Faults: the whole area is checked before its first byte is written.
 template <Save Kind>
 Exec xsave(Context& c, const DecodedInsn& insn) {
-  if (!xsave_available(c)) return Exec::Stop;
+  if (!xstate_available(c, 0)) return Exec::Stop;
   if (Kind == Save::Supervisor && c.cpl != 0) return c.gp0();
   constexpr bool compact = Kind == Save::Compact || Kind == Save::Supervisor;
   const u64 rfbm = requested(c);
@@ -266,7 +254,7 @@ Exec xsave(Context& c, const DecodedInsn& insn) {
 /// Faults: #GP(0) for a header or MXCSR with reserved bits; nothing is loaded before the last fault.
 template <bool Supervisor>
 Exec xrstor(Context& c, const DecodedInsn& insn) {
-  if (!xsave_available(c)) return Exec::Stop;
+  if (!xstate_available(c, 0)) return Exec::Stop;
   if (Supervisor && c.cpl != 0) return c.gp0();
   const u64 rfbm = requested(c);
   const Seg seg = segment_of(insn);

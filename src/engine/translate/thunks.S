@@ -407,6 +407,28 @@ thunk ring3_jit_exit_return
     pop %rax
 .endm
 
+/* The guest's vectors, to room at rsp, or with AVX-512's state to VcpuState; and back. r14 is lost. */
+.macro set_vectors_aside
+    cmpl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
+    jne 85f
+    put_away
+    movl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
+    jmp 87f
+85: all push_vector
+    vzeroupper
+87:
+.endm
+.macro bring_vectors
+    cmpl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
+    jne 86f
+    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
+    ldmxcsr 24(%r14)
+    call load_all
+    jmp 87f
+86: pop_vectors
+87:
+.endm
+
 /* Room for the guest's vectors is at rsp; r14 is lost. Where supervisor code had them kept they go away for good. */
 .macro vectors_aside
     cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
@@ -415,25 +437,13 @@ thunk ring3_jit_exit_return
     put_away
     movl $RING3_VECTORS_AWAY, SLOT(RING3_FRAME_VECTORS)
     jmp 83f
-82: cmpl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
-    jne 85f
-    put_away
-    movl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
-    jmp 83f
-85: all push_vector
-    vzeroupper
+82: set_vectors_aside
 83:
 .endm
 .macro vectors_back /* r14 is lost */
     cmpl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     jne 84f
-    cmpl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
-    jne 86f
-    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
-    ldmxcsr 24(%r14)
-    call load_all
-    jmp 84f
-86: pop_vectors
+    bring_vectors
 84:
 .endm
 
@@ -543,25 +553,13 @@ ring3_jit_call_out:
     mov %rdx, 512(%rsp)
     mov %r14, 520(%rsp)
     mov %rdx, %r9
-    cmpl $RING3_ZMM_IN, SLOT(RING3_FRAME_ZMM)
-    jne 1f
-    put_away
-    movl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
-    jmp 2f
-1:  all push_vector
-    vzeroupper
-2:  mov %rdi, %rax
+    set_vectors_aside
+    mov %rdi, %rax
     mov %rsi, %rdi
     call *%rax
     mov 512(%rsp), %r9
-    cmpl $RING3_ZMM_ASIDE, SLOT(RING3_FRAME_ZMM)
-    jne 3f
-    mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
-    ldmxcsr 24(%r14)
-    call load_all
-    jmp 4f
-3:  pop_vectors
-4:  mov 520(%rsp), %r14
+    bring_vectors
+    mov 520(%rsp), %r14
     mov %rbp, %rsp
     pop %rbp
     ret
