@@ -5,6 +5,8 @@
 #include <atomic>
 #include <chrono>
 #include <filesystem>
+#include <map>
+#include <string>
 #include <thread>
 
 #include "harness.hpp"
@@ -135,6 +137,44 @@ TEST_P(Interrupts, Msi) {
   m.expect_end();
   sender.join();
   EXPECT_GE(m.at<u32>(0x504), 50u);
+}
+
+// A vCPU that executed HLT looks for its interrupts for a while, as KVM_CAP_HALT_POLL says, and gets each one way or the other.
+TEST_P(Interrupts, HaltsLookForWhatWakesThem) {
+  SOFT_ONLY("statistics have more in the kernel");
+  for (const u64 limit : {u64{0}, u64{1'000'000'000}}) {
+    TestVm m(system(), {.irqchip = true});
+    Watchdog dog(m.vcpu());
+    ASSERT_TRUE(m.vm().enable_cap(KVM_CAP_HALT_POLL, limit).ok());
+    EXPECT_FALSE(m.vm().enable_cap(KVM_CAP_HALT_POLL, u64{1} << 32).ok());
+    prepare(m, 0xff, 0, 30);
+    std::thread sender([&] {
+      kvm_msi msi{};
+      msi.address_lo = 0xfee00000;
+      msi.data = 0x30;
+      for (u32 seen = 0; seen < 30;) {
+        std::this_thread::sleep_for(500us);
+        EXPECT_GE(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), 0);
+        while (__atomic_load_n(reinterpret_cast<u32*>(m.ram() + 0x504), __ATOMIC_ACQUIRE) == seen) std::this_thread::yield();
+        seen = __atomic_load_n(reinterpret_cast<u32*>(m.ram() + 0x504), __ATOMIC_ACQUIRE);
+      }
+    });
+    m.expect_end();
+    sender.join();
+    auto statistics = m.vcpu().statistics();
+    ASSERT_TRUE(statistics.ok());
+    std::map<std::string, u64> by_name;
+    for (const auto& s : *statistics) by_name[s.name] = s.value;
+    EXPECT_GT(by_name.at("halt_wakeup"), 15u);
+    EXPECT_EQ(by_name.at("blocking"), 0u);
+    if (limit == 0) {
+      EXPECT_EQ(by_name.at("halt_attempted_poll"), 0u);
+      EXPECT_GT(by_name.at("halt_wait_ns"), 0u);
+    } else {
+      EXPECT_GT(by_name.at("halt_successful_poll"), 5u);
+      EXPECT_GT(by_name.at("halt_poll_success_ns"), 0u);
+    }
+  }
 }
 
 // What comes while the VMM has the vCPU in the middle of an instruction is taken when that is done, also before code that

@@ -45,6 +45,8 @@ class AsyncPf {
     }
   }
 
+  /// MSR_KVM_POLL_CONTROL: the guest does not look for its wake-ups itself before it executes HLT.
+  bool host_may_poll() const { return (poll_ & 1) != 0; }
   /// There is something to tell the guest: tell() is to be called between instructions.
   bool due() const { return news_ == News::kDue; }
   /// Says that every page is there, once what was told before is taken. read and write: of guest memory, false where there is

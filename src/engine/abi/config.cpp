@@ -1,7 +1,11 @@
 #include "engine/abi/config.hpp"
 
+#include <sched.h>
+#include <unistd.h>
+
 #include <charconv>
 
+#include "engine/abi/halt_poll.hpp"
 #include "engine/abi/user_memory.hpp"
 
 namespace ring3::engine::abi {
@@ -15,12 +19,19 @@ Result<u64> number(const std::string& name, const std::string& text, u64 low, u6
   }
   return value;
 }
+
+/// Where the process has one CPU, who waits by looking keeps it from whom it waits for.
+bool has_several_cpus() {
+  cpu_set_t cpus;
+  return sched_getaffinity(getpid(), sizeof cpus, &cpus) != 0 || CPU_COUNT(&cpus) > 1;  // fails with more CPUs than a set holds
+}
 }  // namespace
 
 Result<Config> Config::create(const EngineOptions& options, bool can_translate) {
   Config config;
   config.translate = can_translate;
   config.signals_announced = options.signals_announced;
+  config.halt_poll_ns = has_several_cpus() ? HaltPoll::kDefaultLimit : 0;
   for (const auto& [name, text] : options.values) {
     if (name == "cache-mib") {
       auto v = number(name, text, 1, 1024);
@@ -42,6 +53,10 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
       if (config.translate && !can_translate) {
         return Error::of(ENOTSUP, "engine option engine=translator: " + std::string(kCannotTranslate));
       }
+    } else if (name == "halt-poll-ns") {
+      auto v = number(name, text, 0, 1'000'000'000);
+      if (!v) return v.error();
+      config.halt_poll_ns = *v;
     } else if (name == "lockstep") {
       auto v = number(name, text, 0, ~0u);
       if (!v) return v.error();
@@ -67,7 +82,7 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
       if (!v) return v.error();
       config.quantum = *v;
     } else {
-      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-cache, code-mib, engine, interpreted-ops, lockstep, perf-map, quantum, windows)");
+      return Error::of(EINVAL, "unknown engine option \"" + name + "\" (known: cache-mib, code-cache, code-mib, engine, halt-poll-ns, interpreted-ops, lockstep, perf-map, quantum, windows)");
     }
   }
   if (config.lockstep != 0 && !config.translate) {

@@ -21,6 +21,7 @@ struct Config {
   std::shared_ptr<PerfMap> perf_map;    ///< null: none is written
   std::shared_ptr<InterpretedOps> interpreted_ops;  ///< null: nobody asks
   unsigned windows = 0;                 ///< TranslatorVcpu::Options::window_samples
+  u64 halt_poll_ns = 0;                 ///< HaltPoll's limit, until KVM_CAP_HALT_POLL sets another
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
   bool signals_announced = false;       ///< EngineOptions::signals_announced
   std::shared_ptr<const HostClock> clock;

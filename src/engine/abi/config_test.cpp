@@ -25,6 +25,12 @@ TEST(Config, DoesWhatWasAskedFor) {
   EXPECT_FALSE(make({{"engine", "both"}}, true).ok());
 }
 
+TEST(Config, HowLongAHaltLooks) {
+  EXPECT_EQ(make({{"halt-poll-ns", "0"}}, true)->halt_poll_ns, 0u);
+  EXPECT_EQ(make({{"halt-poll-ns", "1000"}}, true)->halt_poll_ns, 1000u);
+  EXPECT_FALSE(make({{"halt-poll-ns", "2000000000"}}, true).ok());
+}
+
 TEST(Config, LockstepNeedsTheTranslator) {
   EXPECT_EQ(make({{"lockstep", "3"}}, true)->lockstep, 3u);
   EXPECT_FALSE(make({{"lockstep", "1"}, {"engine", "interpreter"}}, true).ok());

@@ -17,10 +17,12 @@ namespace ring3::engine {
 /// | code-cache  | a file           | translations of earlier runs, and of this one when the VM ends; the user's own file, made if missing (default: none) |
 /// | code-mib    | 1..1024          | translated code of a whole VM, MiB (default 512)     |
 /// | engine      | interpreter, translator | what runs guest code (default: the translator where can_translate(), else the interpreter) |
+/// | halt-poll-ns | 0..10^9         | for how long a vCPU after HLT looks for what wakes it before it sleeps, at most (default 200000; 0 where the process has one CPU); KVM_CAP_HALT_POLL sets it for a VM |
 /// | interpreted-ops | a file    | gets a table of the instructions that the translator left to the interpreter |
 /// | lockstep    | 0..2^32-1        | n: every n-th translated block is compared with the interpreter, differences go to standard error; VMs of one vCPU (default 0: none) |
 /// | perf-map    | 0, 1             | 1: /tmp/perf-PID.map names translated code for perf (default 0) |
 /// | quantum     | 1..2^32-1        | guest instructions between two looks at the event flag's slow sources |
+/// | windows     | 0..2^16          | a user program found running so often in a row gets a host window (TranslatorVcpu::Options; default 0: none) |
 struct EngineOptions {
   std::map<std::string, std::string> values;
   /// The embedding program promises: a signal that comes to a thread in KVM_RUN is announced by Endpoint::signal_came(),

@@ -38,8 +38,13 @@ Status Stats::create(const char* id, std::span<const Entry> entries) {
   std::snprintf(reinterpret_cast<char*>(map_ + header.id_offset), kNameSize, "%s", id);
   for (u32 i = 0; i < header.num_desc; i++) {
     kvm_stats_desc d{};
-    d.flags = (entries[i].kind == Kind::Instant ? KVM_STATS_TYPE_INSTANT : KVM_STATS_TYPE_CUMULATIVE) | KVM_STATS_UNIT_NONE |
+    const Kind kind = entries[i].kind;
+    d.flags = (kind == Kind::Flag ? KVM_STATS_TYPE_INSTANT | KVM_STATS_UNIT_BOOLEAN
+               : kind == Kind::Instant ? KVM_STATS_TYPE_INSTANT | KVM_STATS_UNIT_NONE
+               : kind == Kind::Nanoseconds ? KVM_STATS_TYPE_CUMULATIVE | KVM_STATS_UNIT_SECONDS
+                                           : KVM_STATS_TYPE_CUMULATIVE | KVM_STATS_UNIT_NONE) |
               KVM_STATS_BASE_POW10;
+    if (kind == Kind::Nanoseconds) d.exponent = -9;
     d.size = 1;
     d.offset = i * static_cast<u32>(sizeof(u64));
     u8* at = map_ + header.desc_offset + i * kDescriptor;

@@ -14,7 +14,7 @@ namespace ring3::engine::abi {
 
 class Stats {
  public:
-  enum class Kind : u8 { Cumulative, Instant };
+  enum class Kind : u8 { Cumulative, Nanoseconds, Instant, Flag };  ///< Nanoseconds: cumulative; Flag: 0 or 1 now
   struct Entry {
     const char* name;
     Kind kind;
@@ -45,6 +45,7 @@ class Stats {
 namespace vcpu_stat {
 enum : unsigned {
   Exits, IoExits, MmioExits, HaltExits, SignalExits, IrqInjections, NmiInjections, Hypercalls,
+  HaltAttemptedPoll, HaltSuccessfulPoll, HaltPollSuccessNs, HaltPollFailNs, HaltWaitNs, HaltWakeup, Blocking,
   // The translator's (TranslatorVcpu::Stats); 0 where code is interpreted.
   TranslatedBlocks, TranslatedEntries, InterpretedInsns, TlbFills, WindowFaults, RingTransitions, Count
 };
@@ -53,6 +54,10 @@ inline constexpr Stats::Entry kEntries[Count] = {
     {"mmio_exits", Stats::Kind::Cumulative},     {"halt_exits", Stats::Kind::Cumulative},
     {"signal_exits", Stats::Kind::Cumulative},   {"irq_injections", Stats::Kind::Cumulative},
     {"nmi_injections", Stats::Kind::Cumulative}, {"hypercalls", Stats::Kind::Cumulative},
+    {"halt_attempted_poll", Stats::Kind::Cumulative}, {"halt_successful_poll", Stats::Kind::Cumulative},
+    {"halt_poll_success_ns", Stats::Kind::Nanoseconds}, {"halt_poll_fail_ns", Stats::Kind::Nanoseconds},
+    {"halt_wait_ns", Stats::Kind::Nanoseconds},   {"halt_wakeup", Stats::Kind::Cumulative},
+    {"blocking", Stats::Kind::Flag},
     {"translated_blocks", Stats::Kind::Cumulative}, {"translated_entries", Stats::Kind::Cumulative},
     {"interpreted_insns", Stats::Kind::Cumulative}, {"tlb_fills", Stats::Kind::Cumulative},
     {"window_faults", Stats::Kind::Cumulative}, {"ring_transitions", Stats::Kind::Cumulative},

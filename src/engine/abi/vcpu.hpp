@@ -18,6 +18,7 @@
 #include "engine/abi/cpuid.hpp"
 #include "engine/abi/dirty_ring.hpp"
 #include "engine/abi/environment.hpp"
+#include "engine/abi/halt_poll.hpp"
 #include "engine/abi/pv_eoi.hpp"
 #include "engine/abi/stats.hpp"
 #include "engine/hyperv/vp.hpp"
@@ -172,6 +173,8 @@ class Vcpu final : private DirtySink, private hv::Processor, private xen::Proces
   bool accept_init_sipi();
   /// Waits until an attention bit is set or a signal arrives. False: a signal came.
   bool wait();
+  /// What a HLT's wait begins with, before the thread sleeps. True: an attention bit is set, or a signal has come.
+  bool poll_halt(u64 begin_ns, u64 time_ns);
   bool signal_pending() const;
   void fill_exit_state();
   /// Whether KVM_INTERRUPT's vector would come through, RFLAGS.IF and the like apart.
@@ -244,6 +247,7 @@ class Vcpu final : private DirtySink, private hv::Processor, private xen::Proces
   bool delivering_ = false;          // what the environment replays is the delivery of an event
   u32 put_off_ = 0;  ///< bits of attention that came while an instruction was half done, for when it is done
   bool want_window_ = false, look_for_signals_ = false;
+  HaltPoll halt_poll_;
   bool set_tpr_exit_ = false;        // CR8 was lowered without an irqchip
   u32 guest_debug_ = 0;
   bool enforce_pv_ = false;          // KVM_CAP_ENFORCE_PV_FEATURE_CPUID

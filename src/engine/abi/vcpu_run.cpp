@@ -287,10 +287,43 @@ long Vcpu::run_uninitialised() {
   }
 }
 
+bool Vcpu::poll_halt(u64 begin_ns, u64 time_ns) {
+  if (time_ns == 0) return false;
+  constexpr unsigned kLooks = 64;  // between two looks at the clock, a microsecond or some
+  const HostClock& clock = *vm_.config().clock;
+  const auto& attention = interp_->context().attention();
+  const auto woken = [&] { return attention.load(std::memory_order_relaxed) != 0 || immediate_exit(*run_page()); };
+  stats_.add(vcpu_stat::HaltAttemptedPoll);
+  u64 spent = 0;
+  bool came = woken();
+  while (!came && spent < time_ns) {
+    for (unsigned i = 0; i < kLooks && !came; i++) {
+      __builtin_ia32_pause();
+      came = woken();
+    }
+    came = came || signal_pending();
+    spent = clock.monotonic_ns() - begin_ns;
+  }
+  if (came) stats_.add(vcpu_stat::HaltSuccessfulPoll);
+  stats_.add(came ? vcpu_stat::HaltPollSuccessNs : vcpu_stat::HaltPollFailNs, spent);
+  return came;
+}
+
 /// A HLT, or what waits like one.
 Vcpu::Step Vcpu::halt(long* result) {
   vm_.tracker().leave_guest(index_);
-  const bool no_signal = wait();
+  const HostClock& clock = *vm_.config().clock;
+  const u64 begin = clock.monotonic_ns(), limit = async_pf_.host_may_poll() ? vm_.halt_poll_ns() : 0;
+  stats_.set(vcpu_stat::Blocking, 1);
+  bool no_signal = true;
+  if (!poll_halt(begin, halt_poll_.time(limit))) {
+    const u64 asleep = clock.monotonic_ns();
+    no_signal = wait();
+    stats_.add(vcpu_stat::HaltWaitNs, clock.monotonic_ns() - asleep);
+  }
+  halt_poll_.ended(clock.monotonic_ns() - begin, limit);
+  stats_.set(vcpu_stat::Blocking, 0);
+  if (no_signal) stats_.add(vcpu_stat::HaltWakeup);
   update_guest_time(true);
   vm_.tracker().enter_guest(index_);
   if (!vm_.stores_announced()) mmu_.expire_fetches();  // a device may have written while the vCPU slept

@@ -290,7 +290,9 @@ long Vm::enable_cap(u64 arg) {
       exits_without_code_.store(value != 0, std::memory_order_relaxed);
       return 0;
     case KVM_CAP_HALT_POLL:
-      return value == static_cast<u32>(value) ? 0 : -EINVAL;  // a limit: there is no polling
+      if (value != static_cast<u32>(value)) return -EINVAL;
+      halt_poll_ns_.store(value, std::memory_order_relaxed);
+      return 0;
     case KVM_CAP_X86_USER_SPACE_MSR:
       return msr_filter_.set_user_space(value);
     case KVM_CAP_MSR_PLATFORM_INFO:

@@ -89,6 +89,8 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   bool exits_without_code() const { return exits_without_code_.load(std::memory_order_relaxed); }
   /// HLT waits in KVM_RUN whoever has the interrupt controllers, and the vCPU counts as running.
   bool halts_in_guest() const { return halts_in_guest_.load(std::memory_order_relaxed); }
+  /// HaltPoll's limit.
+  u64 halt_poll_ns() const { return halt_poll_ns_.load(std::memory_order_relaxed); }
   /// Entries of a vCPU's dirty ring; 0: the dirty log is bitmaps. Fixed before the first vCPU.
   u32 dirty_ring_entries() const { return dirty_ring_entries_; }
   /// Whether the VMM tells of its stores to guest memory (Endpoint::announces_stores).
@@ -182,6 +184,7 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   std::atomic<u32> manual_dirty_log_{0};
   std::atomic<u64> disabled_quirks_{0}, hypercall_exits_{0};
   std::atomic<bool> exits_without_code_{false}, halts_in_guest_{false};
+  std::atomic<u64> halt_poll_ns_{config_.halt_poll_ns};
   u32 dirty_ring_entries_ = 0;
 
   // Destroyed in reverse order: first the threads that raise interrupts, then the vCPUs with their LAPICs, then the chips.

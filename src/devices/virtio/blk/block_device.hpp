@@ -18,7 +18,8 @@ namespace ring3::virtio {
 /// Errors:    what the host refuses is VIRTIO_BLK_S_IOERR for that request; the guest and the other requests go on. A
 ///            request without a header or a status byte breaks the device.
 /// Threading: one thread a queue; the image serves several at once. A small read of what the host has in its page cache, by a driver
-///            that sends one request at a time, is served on the thread of the vCPU that kicked: no other is woken for it.
+///            that sends one request at a time, is served on the thread of the vCPU that kicked: no other is woken for it. Such
+///            accesses that bypass the page cache are sent to the host there.
 /// Ownership: shares the image, which outlives a reset of the machine; whoever made it closes it.
 /// Trust:     requests come from the guest: ranges are checked here and by the image, data is never looked at.
 class BlockDevice final : public Device {
@@ -41,7 +42,7 @@ class BlockDevice final : public Device {
   void read_config(u64 offset, std::span<u8> data) override;
   void start(u64 features, std::span<Queue* const> queues) override;
   void stop() override;
-  bool takes_kicks() const override { return !config_.direct; }
+  bool takes_kicks() const override { return true; }
   bool kicked(u16 index) override;
   bool can_reset_queues() const override { return true; }
   void start_queue(u16 index, Queue& queue) override;

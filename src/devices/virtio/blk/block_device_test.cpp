@@ -221,42 +221,47 @@ TEST_P(Block, ManyRequestsOnAFile) {
   }
 }
 
-TEST_P(Block, OneAtATimeOnImagesThatTheHostHasInMemory) {
-  // Reads alone are served by the thread that kicks, the others not; all of them in order.
-  const TemporaryDirectory place;
-  storage::HostFile::Options o;
-  o.writable = true;
-  {
-    std::ofstream out(place.path() + "/disk", std::ios::binary);
-    for (u64 i = 0; i < kDisk; i += 512) out << std::string(512, static_cast<char>('a' + i / 512 % 26));
-  }
-  auto host = storage::HostFile::open(place.path() + "/disk", o);
-  ASSERT_TRUE(host) << host.error().message;
-  BlockDevice::Config c;
-  c.image = std::make_shared<RawImage>(std::move(*host), kDisk, true);
-  c.queues = 2;
-  make(std::move(c), kBase | GetParam());
-  std::mt19937 random(5);
-  std::vector<u8> model(kDisk);
-  for (u64 i = 0; i < kDisk; i++) model[i] = static_cast<u8>('a' + i / 512 % 26);
-  for (int i = 0; i < 3000; i++) {
-    const u32 sectors = 1 + random() % 40;  // also more than is served at once
-    const u64 sector = random() % (kDisk / 512);
-    const bool fits = sector + sectors <= kDisk / 512;
-    if (random() % 8 == 0) {
-      for (u32 k = 0; k < sectors * 512; k++) *bus->guest.at(kData + k) = static_cast<u8>(i);
-      ASSERT_EQ(request(1, sector, {{kData, sectors * 512, false}}), fits ? 0 : 1);
-      if (fits) std::fill_n(model.begin() + static_cast<std::ptrdiff_t>(sector * 512), sectors * 512, static_cast<u8>(i));
-      continue;
+// Reads alone are served, O_DIRECT accesses alone are sent, by the thread that kicks, the others not; all of them in order.
+TEST_P(Block, OneAtATime) {
+  for (const bool direct : {false, true}) {
+    const TemporaryDirectory place;
+    storage::HostFile::Options o;
+    o.writable = true;
+    {
+      std::ofstream out(place.path() + "/disk", std::ios::binary);
+      for (u64 i = 0; i < kDisk; i += 512) out << std::string(512, static_cast<char>('a' + i / 512 % 26));
     }
-    if (random() % 50 == 0) {
-      ASSERT_EQ(request(4, 0, {}), 0);
-      ASSERT_EQ(request(0, sector, {{kData, 100, true}}), 1);  // no whole sector
+    o.direct = direct;
+    auto host = storage::HostFile::open(place.path() + "/disk", o);
+    if (!host && direct) continue;  // a file system without O_DIRECT
+    ASSERT_TRUE(host) << host.error().message;
+    BlockDevice::Config c;
+    c.image = std::make_shared<RawImage>(std::move(*host), kDisk, true);
+    c.queues = 2;
+    c.direct = direct;
+    make(std::move(c), kBase | GetParam());
+    std::mt19937 random(5);
+    std::vector<u8> model(kDisk);
+    for (u64 i = 0; i < kDisk; i++) model[i] = static_cast<u8>('a' + i / 512 % 26);
+    for (int i = 0; i < 3000; i++) {
+      const u32 sectors = 1 + random() % 40;  // also more than is served at once
+      const u64 sector = random() % (kDisk / 512);
+      const bool fits = sector + sectors <= kDisk / 512;
+      if (random() % 8 == 0) {
+        for (u32 k = 0; k < sectors * 512; k++) *bus->guest.at(kData + k) = static_cast<u8>(i);
+        ASSERT_EQ(request(1, sector, {{kData, sectors * 512, false}}), fits ? 0 : 1);
+        if (fits) std::fill_n(model.begin() + static_cast<std::ptrdiff_t>(sector * 512), sectors * 512, static_cast<u8>(i));
+        continue;
+      }
+      if (random() % 50 == 0) {
+        ASSERT_EQ(request(4, 0, {}), 0);
+        ASSERT_EQ(request(0, sector, {{kData, 100, true}}), 1);  // no whole sector
+      }
+      std::memset(bus->guest.at(kData), 0, sectors * 512);
+      ASSERT_EQ(request(0, sector, {{kData, sectors * 512, true}}), fits ? 0 : 1) << i;
+      if (!fits) continue;
+      ASSERT_EQ(std::memcmp(bus->guest.at(kData), &model[sector * 512], sectors * 512), 0) << i;
     }
-    std::memset(bus->guest.at(kData), 0, sectors * 512);
-    ASSERT_EQ(request(0, sector, {{kData, sectors * 512, true}}), fits ? 0 : 1) << i;
-    if (!fits) continue;
-    ASSERT_EQ(std::memcmp(bus->guest.at(kData), &model[sector * 512], sectors * 512), 0) << i;
   }
 }
 

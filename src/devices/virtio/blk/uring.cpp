@@ -35,17 +35,16 @@ bool Uring::prepare(bool write, int fd, std::span<const iovec> buffers, u64 offs
   return true;
 }
 
-void Uring::submit() {
+bool Uring::submit() {
   while (unsent_ != 0) {
     const int n = io_uring_submit(&ring_);
     if (n > 0) {
       unsent_ -= static_cast<unsigned>(n) < unsent_ ? static_cast<unsigned>(n) : unsent_;
-    } else if (n != -EINTR && n != -EAGAIN && n != -EBUSY) {
-      return;  // stays queued; the next submit() tries again
     } else if (n != -EINTR) {
-      return;
+      return false;
     }
   }
+  return true;
 }
 
 bool Uring::submit_and_wait(unsigned count, unsigned microseconds) {

@@ -21,7 +21,8 @@ class Uring {
 
   /// Queues an access; submit() sends it. False: no room. The buffers' list stays valid until it is reaped.
   bool prepare(bool write, int fd, std::span<const iovec> buffers, u64 offset, void* tag);
-  void submit();
+  /// False: some stay queued, and the next submit() tries again.
+  bool submit();
   /// submit(), and sleeps until `count` accesses have ended or the time is over; reap() has to follow. False: this kernel cannot, or
   /// none has ended.
   bool submit_and_wait(unsigned count, unsigned microseconds);

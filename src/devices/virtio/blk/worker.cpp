@@ -76,22 +76,44 @@ BlockDevice::Worker::Request& BlockDevice::Worker::take() {
 bool BlockDevice::Worker::kicked() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   // Where several are under way, the thread does its part while the vCPU goes on.
-  if (!lock.owns_lock() || config_.direct || alone_ < kSingle || (uring_ && uring_->in_flight() != 0)) return false;
+  if (!lock.owns_lock() || alone_ < kSingle || (uring_ && uring_->in_flight() != 0)) return false;
   Request& r = take();
-  bool served = false;
+  bool served = false, flies = false;
   if (queue_.pop(r.chain) == Queue::Pop::kChain) {
-    served = read_cached(r);
-    if (served) {
+    if (config_.direct) {
+      flies = begin(r);
+    } else if (served = read_cached(r); served) {
       answer(r, kOkay);
       queue_.notify();
-    } else {
-      queue_.put_back(r.chain);
     }
+    if (!served && !flies) queue_.put_back(r.chain);
   }
-  free_.push_back(&r);
-  if (served && !queue_.enable_kicks()) return true;
+  if (!flies) free_.push_back(&r);
+  const bool sent = flies && uring_->submit();
+  if ((served || sent) && !queue_.enable_kicks()) return true;
   alone_ = 0;
   return false;
+}
+
+/// Prepares an access that bypasses the page cache; the thread answers it.
+bool BlockDevice::Worker::begin(Request& r) {
+  Header h;
+  const bool write = r.chain.readable_bytes() > sizeof h;
+  return uring_ && r.chain.read(0, &h, sizeof h) == sizeof h && h.type == (write ? kOut : kIn) && r.chain.writable_bytes() != 0 &&
+         check(r, write, h.sector) && fly(r);
+}
+
+/// Hands an access to the ring. False: that cannot do it.
+bool BlockDevice::Worker::fly(Request& r) {
+  if (r.length == 0) return false;
+  r.direct = config_.image->begin_direct(r.write, r.offset, r.buffers);
+  if (r.direct.fd < 0) return false;
+  if (!uring_->prepare(r.write, r.direct.fd, r.buffers, r.direct.host_offset, &r)) {
+    config_.image->end_direct(r.direct);
+    return false;
+  }
+  flying_bytes_ += r.length;
+  return true;
 }
 
 /// A small read that the host can serve without waiting for its disk.
@@ -217,16 +239,7 @@ bool BlockDevice::Worker::read_or_write(Request& r, bool write, u64 sector) {
     return true;
   }
   // Buffered writes go to the page cache at once: handing them to kernel threads would only cost.
-  if (uring_ && r.length != 0 && (!write || config_.direct)) {
-    r.direct = config_.image->begin_direct(write, r.offset, r.buffers);
-    if (r.direct.fd >= 0) {
-      if (uring_->prepare(write, r.direct.fd, r.buffers, r.direct.host_offset, &r)) {
-        flying_bytes_ += r.length;
-        return false;
-      }
-      config_.image->end_direct(r.direct);
-    }
-  }
+  if (uring_ && (!write || config_.direct) && fly(r)) return false;
   u8 status = transfer(r);
   if (status == kOkay && write && flush_each_) status = this->status(config_.image->flush());
   answer(r, status);

@@ -8,14 +8,15 @@
 
 namespace ring3::virtio {
 
-/// Serves one queue of a BlockDevice on a thread of its own, and single reads on a vCPU's, from construction to destruction.
+/// Serves one queue of a BlockDevice on a thread of its own, from construction to destruction; what comes alone is read, or begun, on
+/// a vCPU's.
 ///
 /// Threading: kicked() on any thread, but not beside the destructor; mutex_ guards queue, ring and requests.
 class BlockDevice::Worker {
  public:
   Worker(BlockDevice& device, u64 features, Queue& queue);
   ~Worker();
-  /// The driver's kick, on the thread of a vCPU. False: there is more to do than one small read from the page cache.
+  /// The driver's kick, on the thread of a vCPU. False: there is more to do than one small read from the page cache, or one access to send off.
   bool kicked();
 
  private:
@@ -40,6 +41,8 @@ class BlockDevice::Worker {
   bool read_or_write(Request& r, bool write, u64 sector);
   bool check(Request& r, bool write, u64 sector);
   bool read_cached(Request& r);
+  bool begin(Request& r);
+  bool fly(Request& r);
   u8 transfer(Request& r);
   /// The status of what the image answered.
   u8 status(int result);
