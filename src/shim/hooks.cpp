@@ -21,6 +21,7 @@
 #include "shim/kvm.hpp"
 #include "shim/reach.hpp"
 #include "shim/real.hpp"
+#include "shim/sharing.hpp"
 #include "shim/signals.hpp"
 
 using namespace ring3::shim;
@@ -64,6 +65,7 @@ void* map(void* address, size_t length, int protection, int flags, int fd, off_t
       return reinterpret_cast<void*>(result);
     }
   }
+  if (flags & MAP_FIXED) forget_shared(address, length);
   return real::mmap(address, length, protection, flags, fd, offset);
 }
 
@@ -121,6 +123,25 @@ HOOK void* mmap(void* address, size_t length, int protection, int flags, int fd,
 }
 HOOK void* mmap64(void* address, size_t length, int protection, int flags, int fd, off64_t offset) {
   return map(address, length, protection, flags, fd, offset);
+}
+
+HOOK int munmap(void* address, size_t length) {
+  forget_shared(address, length);
+  return real::munmap(address, length);
+}
+HOOK void* mremap(void* address, size_t old_length, size_t length, int flags, ...) {
+  va_list list;
+  va_start(list, flags);
+  void* to = flags & MREMAP_FIXED ? va_arg(list, void*) : nullptr;
+  va_end(list);
+  // With an old length of 0 what is there stays; a mapping that shrinks loses its end, one that moves all of it.
+  if (old_length != 0) forget_shared(address, old_length);
+  if (flags & MREMAP_FIXED) forget_shared(to, length);
+  return real::mremap(address, old_length, length, flags, to);
+}
+HOOK int madvise(void* address, size_t length, int advice) {
+  int result = 0;
+  return advise_shared(address, length, advice, &result) ? result : real::madvise(address, length, advice);
 }
 
 HOOK int pthread_cancel(pthread_t thread) {
@@ -331,6 +352,8 @@ HOOK long syscall(long number, ...) {
     case SYS_mmap:
       return reinterpret_cast<long>(map(reinterpret_cast<void*>(a), static_cast<size_t>(b), static_cast<int>(c),
                                         static_cast<int>(d), static_cast<int>(e), f));
+    case SYS_munmap: return munmap(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+    case SYS_madvise: return madvise(reinterpret_cast<void*>(a), static_cast<size_t>(b), static_cast<int>(c));
     case SYS_close: return close(static_cast<int>(a));
     case SYS_close_range:
       return close_range(static_cast<unsigned>(a), static_cast<unsigned>(b), static_cast<int>(c));

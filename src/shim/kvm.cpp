@@ -11,12 +11,14 @@
 #include "shim/engine.hpp"
 #include "shim/heap.hpp"
 #include "shim/real.hpp"
+#include "shim/sharing.hpp"
 #include "shim/signals.hpp"
 
 namespace ring3::shim {
 namespace {
 
 constexpr size_t kPage = 4096;
+constexpr unsigned long kSetUserMemoryRegion2 = _IOC(_IOC_WRITE, KVMIO, 0x49, 160);  // not in the headers of older kernels
 
 /// RING3_SHIM_TRACE=1: every ioctl but KVM_RUN, one line each on standard error.
 bool tracing() {
@@ -87,6 +89,7 @@ long ioctl_on(File* file, unsigned long request, void* arg) {
   } else if (file->kind == Kind::Vcpu && request == KVM_SET_SIGNAL_MASK) {
     result = set_signal_mask(file, arg);
   } else {
+    if (file->kind == Kind::Vm && (request == KVM_SET_USER_MEMORY_REGION || request == kSetUserMemoryRegion2)) share_region(arg);
     result = engine().ioctl(file->object, request, arg);
   }
   if (tracing()) trace(file, request, arg, result);

@@ -2,6 +2,8 @@
 migration, and the debugger.
 
 usage: qemu_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest/prepare made
+
+RING3_TEST_ENGINE_OPTION is given to the engine.
 """
 import json
 import os
@@ -19,6 +21,7 @@ RING3 = FILES = None
 QEMU = "qemu-system-x86_64"
 HERE = os.path.dirname(os.path.abspath(__file__))
 SKIPPED = 77
+ENGINE_OPTIONS = ["--engine-option=" + word for word in os.environ.get("RING3_TEST_ENGINE_OPTION", "").split()]
 # The generic kernel's drivers of emulated devices, each after what it needs.
 DRIVERS = ("crct10dif_common crct10dif_generic crc-t10dif crc64 crc64_rocksoft_generic crc64-rocksoft t10-pi scsi_common scsi_mod "
            "sd_mod libata ata_piix libahci ahci e1000 e1000e").split()
@@ -32,7 +35,7 @@ class Machine:
         self.work = tempfile.TemporaryDirectory(prefix="ring3-qemu-")
         self.monitor_path = os.path.join(self.work.name, "qmp")
         self.process = subprocess.Popen(
-            [RING3, "with", "--", QEMU, "-accel", "kvm", "-m", "512", "-display", "none",
+            [RING3, "with", *ENGINE_OPTIONS, "--", QEMU, "-accel", "kvm", "-m", "512", "-display", "none",
              "-serial", "stdio", "-monitor", "none", "-no-reboot", "-qmp", f"unix:{self.monitor_path},server=on,wait=off", *options],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.data = bytearray()

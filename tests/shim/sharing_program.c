@@ -1,0 +1,129 @@
+/* Guest memory of a VMM under `ring3 with --engine-option windows=8` (argument "on"), and without (argument "off"): which becomes shared,
+ * and that the program does not notice. Ends with status 0 and "all passed". */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHECK(condition)                                                                   \
+  do {                                                                                     \
+    if (!(condition)) {                                                                    \
+      printf("line %d: %s does not hold (errno %d)\n", __LINE__, #condition, errno);       \
+      exit(1);                                                                             \
+    }                                                                                      \
+  } while (0)
+
+enum { kSize = 32 << 20, kPage = 4096 };
+
+static int vm;
+
+static unsigned char *reserve(size_t size) {
+  unsigned char *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(p != MAP_FAILED);
+  return p;
+}
+
+static void set_slot(unsigned slot, unsigned long at, unsigned long size, void *memory) {
+  struct kvm_userspace_memory_region r = {.slot = slot, .guest_phys_addr = at, .memory_size = size, .userspace_addr = (unsigned long)memory};
+  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r) == 0);
+}
+
+/* A word of the guest's stores to address 0x1000 of its memory, read by the VMM: HLT ends it. */
+static void run_guest(unsigned char *memory) {
+  static const unsigned char code[] = {0xc7, 0x06, 0x00, 0x10, 0x34, 0x12, 0xf4}; /* mov word [0x1000], 0x1234; hlt */
+  int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+  CHECK(vcpu >= 0);
+  memcpy(memory + 0x100, code, sizeof code);
+  struct kvm_sregs s;
+  CHECK(ioctl(vcpu, KVM_GET_SREGS, &s) == 0);
+  s.cs.base = s.cs.selector = 0;
+  CHECK(ioctl(vcpu, KVM_SET_SREGS, &s) == 0);
+  struct kvm_regs regs = {.rip = 0x100, .rflags = 2};
+  CHECK(ioctl(vcpu, KVM_SET_REGS, &regs) == 0);
+  CHECK(ioctl(vcpu, KVM_RUN, 0) == 0);
+  CHECK(memory[0x1000] == 0x34 && memory[0x1001] == 0x12);
+}
+
+/* Whether the mapping at p is shared, as /proc/self/maps has it. */
+static int is_shared(const void *p) {
+  FILE *f = fopen("/proc/self/maps", "r");
+  char line[512];
+  int result = -1;
+  CHECK(f != NULL);
+  while (result < 0 && fgets(line, sizeof line, f) != NULL) {
+    unsigned long begin, end;
+    char rights[5];
+    CHECK(sscanf(line, "%lx-%lx %4s", &begin, &end, rights) == 3);
+    if (begin <= (unsigned long)p && (unsigned long)p < end) result = rights[3] == 's';
+  }
+  fclose(f);
+  CHECK(result >= 0);
+  return result;
+}
+
+int main(int argc, char **argv) {
+  CHECK(argc == 2);
+  const int on = strcmp(argv[1], "on") == 0;
+  const int system = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+  CHECK(system >= 0);
+  vm = ioctl(system, KVM_CREATE_VM, 0);
+  CHECK(vm >= 0);
+
+  /* What the program keeps from its children becomes shared as a whole, with what it holds. */
+  unsigned char *memory = reserve(kSize);
+  CHECK(madvise(memory, kSize, MADV_DONTFORK) == 0);
+  for (unsigned i = 0; i < kSize / kPage; i += 7) memory[(size_t)i * kPage + i % kPage] = (unsigned char)(i | 1);
+  set_slot(0, 0, 640 << 10, memory);
+  CHECK(is_shared(memory) == on && is_shared(memory + kSize - 1) == on);
+  set_slot(1, 1 << 20, kSize - (1 << 20), memory + (1 << 20));
+  for (unsigned i = 0; i < kSize / kPage; i++) CHECK(memory[(size_t)i * kPage + i % kPage] == (i % 7 == 0 ? (unsigned char)(i | 1) : 0));
+  run_guest(memory);
+
+  /* Advice still means zeroes, and a page in the middle only that. */
+  memset(memory + 5 * kPage, 5, 3 * kPage);
+  CHECK(madvise(memory + 6 * kPage, kPage, MADV_DONTNEED) == 0);
+  CHECK(memory[6 * kPage - 1] == 5 && memory[6 * kPage] == 0 && memory[7 * kPage - 1] == 0 && memory[7 * kPage] == 5);
+  CHECK(madvise(memory + 5 * kPage, 3 * kPage, MADV_FREE) == 0);
+  CHECK(madvise(memory + 1, kPage, MADV_DONTNEED) < 0 && errno == EINVAL);
+
+  /* A child has none of it still. */
+  const pid_t child = fork();
+  if (child == 0) {
+    int ends[2];
+    if (pipe(ends) != 0) _exit(2);
+    _exit(write(ends[1], memory, 1) < 0 && errno == EFAULT ? 0 : 1);
+  }
+  int status;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+
+  /* What children get, small memory, and mappings of files stay as they are. */
+  unsigned char *inherited = reserve(kSize), *small = reserve(1 << 20);
+  CHECK(mprotect(small + (1 << 20) - kPage, kPage, PROT_NONE) == 0);
+  CHECK(madvise(small, 1 << 20, MADV_DONTFORK) == 0);
+  set_slot(2, 1ul << 32, kSize, inherited);
+  set_slot(3, 2ul << 32, 64 << 10, small);
+  CHECK(!is_shared(inherited) && !is_shared(small));
+
+  /* Another file's memory where the guest's was is none of ours: advice leaves what the file holds. */
+  set_slot(1, 0, 0, NULL);
+  const int file = memfd_create("other", MFD_CLOEXEC);
+  CHECK(file >= 0 && ftruncate(file, 4 << 20) == 0);
+  unsigned char *other = mmap(memory + (8 << 20), 4 << 20, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0);
+  CHECK(other == memory + (8 << 20));
+  memset(other, 9, 4 << 20);
+  CHECK(madvise(memory + (7 << 20), 6 << 20, MADV_DONTNEED) == 0);
+  CHECK(other[0] == 9 && other[(4 << 20) - 1] == 9 && memory[(7 << 20)] == 0);
+  CHECK(munmap(memory, kSize) == 0);
+  other = mmap(memory, kSize, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0);
+  CHECK(other == memory);
+  CHECK(madvise(memory, 4 << 20, MADV_DONTNEED) == 0 && memory[0] == 9);
+  printf("all passed\n");
+  return 0;
+}
