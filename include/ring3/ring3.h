@@ -49,7 +49,10 @@ typedef struct ring3_kvm ring3_kvm;
 enum {
   /* The program calls ring3_signal() in the handler of every signal that comes to a thread in KVM_RUN. KVM_RUN then leaves
    * the thread's signal mask alone, and KVM_SET_SIGNAL_MASK has no effect. */
-  RING3_SIGNALS_ANNOUNCED = 1
+  RING3_SIGNALS_ANNOUNCED = 1,
+  /* The program says by ring3_window_memory() which guest memory may be mapped a second time. Guest programs that run for a while are
+   * then faster, without the option windows=; with it all shared memory is used so. */
+  RING3_WINDOW_MEMORY_ANNOUNCED = 2
 };
 
 /* "0.1.0" */
@@ -92,6 +95,11 @@ RING3_API void ring3_close(ring3_kvm *object);
  * flags: KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_PAGES. */
 RING3_API int ring3_set_memory(ring3_kvm *vm, uint32_t slot, uint64_t guest_physical, void *host, uint64_t size,
                                uint32_t flags);
+
+/* VM: host memory, page aligned, may (or may not any more) be mapped a second time by mremap(2) of old size 0, as shared memory can be,
+ * and stays mapped as it is until it is said that it may not. That returns when no second mapping is used; it waits for vCPUs to leave
+ * guest code for a moment. -EOPNOTSUPP: the engine has no use for it (size 0 asks that). */
+RING3_API int ring3_window_memory(ring3_kvm *vm, void *begin, size_t size, int may);
 
 /* KVM_RUN. 0: the exit stands in the run page. -EINTR, -EAGAIN: call it again. */
 RING3_API int ring3_run(ring3_kvm *vcpu);

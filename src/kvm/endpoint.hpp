@@ -52,6 +52,11 @@ class Endpoint {
   /// the stores, and before the guest can learn of them (a ring's index, an interrupt). Any thread; does not wait.
   virtual void stored(Gpa start, u64 size) { static_cast<void>(start), static_cast<void>(size); }
 
+  /// VM only: [begin, begin + size) of the caller's memory, page aligned, may be mapped a second time by mremap(2) of old size 0, and stays
+  /// what it is at these addresses (may), or from now on does not: nothing of it is used through such mappings when this
+  /// returns. Any thread that holds no lock which a vCPU's exit waits for. False: this provider has no use for it, and need not be told.
+  virtual bool window_memory(u64 begin, u64 size, bool may) { return static_cast<void>(begin), static_cast<void>(size), static_cast<void>(may), false; }
+
   /// vCPU only: the memory that mmap(2) of the vCPU's fd shows from this offset on (bytes, page aligned). It is shared
   /// memory, so that mremap(2) of old size 0 maps it a second time; its pages are not one mapping. Empty where
   /// nothing is, and on other objects. Owned by the endpoint.

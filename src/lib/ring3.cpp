@@ -69,9 +69,10 @@ const char* ring3_error(void) { return t_error; }
 
 int ring3_open(const char* options, unsigned flags, ring3_kvm** system) {
   return guarded([&] {
-    if (flags & ~static_cast<unsigned>(RING3_SIGNALS_ANNOUNCED)) return fail(EINVAL, "unknown flag of ring3_open");
+    if (flags & ~static_cast<unsigned>(RING3_SIGNALS_ANNOUNCED | RING3_WINDOW_MEMORY_ANNOUNCED)) return fail(EINVAL, "unknown flag of ring3_open");
     ring3::engine::EngineOptions o;
     o.signals_announced = (flags & RING3_SIGNALS_ANNOUNCED) != 0;
+    o.announces_window_memory = (flags & RING3_WINDOW_MEMORY_ANNOUNCED) != 0;
     if (const int error = parse(options, &o); error != 0) return error;
     return hand_out(ring3::engine::create_soft_system(o), system);
   });
@@ -108,6 +109,10 @@ int ring3_set_memory(ring3_kvm* vm, uint32_t slot, uint64_t guest_physical, void
   region.memory_size = size;
   region.userspace_addr = reinterpret_cast<ring3::u64>(host);
   return static_cast<int>(ring3_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
+}
+
+int ring3_window_memory(ring3_kvm* vm, void* begin, size_t size, int may) {
+  return guarded([&] { return vm->endpoint->window_memory(reinterpret_cast<ring3::u64>(begin), size, may != 0) ? 0 : -EOPNOTSUPP; });
 }
 
 int ring3_run(ring3_kvm* vcpu) { return static_cast<int>(ring3_ioctl(vcpu, KVM_RUN, nullptr)); }

@@ -40,7 +40,7 @@ bool load() {
   if (library == nullptr || !look_up(library, "ring3_error", &e.error) || !look_up(library, "ring3_open", &e.open) ||
       !look_up(library, "ring3_create", &e.create) || !look_up(library, "ring3_ioctl", &e.ioctl) ||
       !look_up(library, "ring3_mapping", &e.mapping) || !look_up(library, "ring3_signal", &e.signal) ||
-      !look_up(library, "ring3_close", &e.close)) {
+      !look_up(library, "ring3_window_memory", &e.window_memory) || !look_up(library, "ring3_close", &e.close)) {
     ::fprintf(stderr, "ring3-shim: the engine cannot be loaded: %s\n", ::dlerror());
     return false;
   }

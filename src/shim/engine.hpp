@@ -13,6 +13,7 @@ struct Engine {
   decltype(&ring3_ioctl) ioctl = nullptr;
   decltype(&ring3_mapping) mapping = nullptr;
   decltype(&ring3_signal) signal = nullptr;
+  decltype(&ring3_window_memory) window_memory = nullptr;
   decltype(&ring3_close) close = nullptr;
   uintptr_t begin = 0, end = 0;  ///< where its code lies
 };

@@ -9,6 +9,7 @@
 
 #include "shim/engine.hpp"
 #include "shim/real.hpp"
+#include "shim/sharing.hpp"
 
 namespace ring3::shim {
 namespace {
@@ -94,6 +95,7 @@ void release(File* file) {
   if (__atomic_sub_fetch(&file->references, 1, __ATOMIC_ACQ_REL) != 0) return;
   // Nobody has it any more, and nobody can get it: the count is zero.
   if (file->object != nullptr && (file->kind == Kind::System || file->process == process_generation())) {
+    if (file->kind == Kind::Vm) forget_vm(file->object);
     engine().close(file->object);
   }
   file->object = nullptr;

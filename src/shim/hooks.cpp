@@ -115,18 +115,24 @@ HOOK int ioctl(int fd, unsigned long request, ...) {
       return answer<int>(result);
     }
   }
+  watch_userfaultfd(static_cast<unsigned>(request), arg);
   return real::ioctl(fd, request, arg);
 }
 
+// The engine maps and unmaps where none of the program's memory is, on threads that others wait for here.
+#define FROM_ENGINE called_by_engine(__builtin_return_address(0))
+
 HOOK void* mmap(void* address, size_t length, int protection, int flags, int fd, off_t offset) {
+  if (FROM_ENGINE) return real::mmap(address, length, protection, flags, fd, offset);
   return map(address, length, protection, flags, fd, offset);
 }
 HOOK void* mmap64(void* address, size_t length, int protection, int flags, int fd, off64_t offset) {
+  if (FROM_ENGINE) return real::mmap(address, length, protection, flags, fd, offset);
   return map(address, length, protection, flags, fd, offset);
 }
 
 HOOK int munmap(void* address, size_t length) {
-  forget_shared(address, length);
+  if (!FROM_ENGINE) forget_shared(address, length);
   return real::munmap(address, length);
 }
 HOOK void* mremap(void* address, size_t old_length, size_t length, int flags, ...) {
@@ -135,13 +141,17 @@ HOOK void* mremap(void* address, size_t old_length, size_t length, int flags, ..
   void* to = flags & MREMAP_FIXED ? va_arg(list, void*) : nullptr;
   va_end(list);
   // With an old length of 0 what is there stays; a mapping that shrinks loses its end, one that moves all of it.
-  if (old_length != 0) forget_shared(address, old_length);
-  if (flags & MREMAP_FIXED) forget_shared(to, length);
+  if (old_length != 0 && !FROM_ENGINE) forget_shared(address, old_length);
+  if ((flags & MREMAP_FIXED) && !FROM_ENGINE) forget_shared(to, length);
   return real::mremap(address, old_length, length, flags, to);
 }
 HOOK int madvise(void* address, size_t length, int advice) {
   int result = 0;
-  return advise_shared(address, length, advice, &result) ? result : real::madvise(address, length, advice);
+  return !FROM_ENGINE && advise_shared(address, length, advice, &result) ? result : real::madvise(address, length, advice);
+}
+HOOK int mprotect(void* address, size_t length, int protection) {
+  if (!FROM_ENGINE) withdraw_shared(address, length);
+  return real::mprotect(address, length, protection);
 }
 
 HOOK int pthread_cancel(pthread_t thread) {

@@ -70,7 +70,7 @@ int open_system(int flags) {
   heap_for_engine();
   if (const int error = load_engine(); error != 0) return error;
   ring3_kvm* object = nullptr;
-  if (const int error = engine().open(::getenv("RING3_ENGINE_OPTIONS"), RING3_SIGNALS_ANNOUNCED, &object); error != 0) {
+  if (const int error = engine().open(::getenv("RING3_ENGINE_OPTIONS"), RING3_SIGNALS_ANNOUNCED | RING3_WINDOW_MEMORY_ANNOUNCED, &object); error != 0) {
     ::fprintf(stderr, "ring3-shim: %s\n", engine().error());
     return error;
   }
@@ -89,7 +89,7 @@ long ioctl_on(File* file, unsigned long request, void* arg) {
   } else if (file->kind == Kind::Vcpu && request == KVM_SET_SIGNAL_MASK) {
     result = set_signal_mask(file, arg);
   } else {
-    if (file->kind == Kind::Vm && (request == KVM_SET_USER_MEMORY_REGION || request == kSetUserMemoryRegion2)) share_region(arg);
+    if (file->kind == Kind::Vm && (request == KVM_SET_USER_MEMORY_REGION || request == kSetUserMemoryRegion2)) share_region(file->object, arg);
     result = engine().ioctl(file->object, request, arg);
   }
   if (tracing()) trace(file, request, arg, result);

@@ -38,6 +38,7 @@ RING3_REAL(mmap);
 RING3_REAL(munmap);
 RING3_REAL(mremap);
 RING3_REAL(madvise);
+RING3_REAL(mprotect);
 RING3_REAL(prctl);
 RING3_REAL(syscall);
 RING3_REAL(sigaction);

@@ -52,7 +52,7 @@ extern Real<int(int, int, void*)> fcntl;
 extern Real<void*(void*, size_t, int, int, int, off_t)> mmap;
 extern Real<int(void*, size_t)> munmap;
 extern Real<void*(void*, size_t, size_t, int, void*)> mremap;
-extern Real<int(void*, size_t, int)> madvise;
+extern Real<int(void*, size_t, int)> madvise, mprotect;
 extern Real<int(int, unsigned long, unsigned long, unsigned long, unsigned long)> prctl;
 extern Real<long(long, long, long, long, long, long, long)> syscall;
 extern Real<int(int, const struct sigaction*, struct sigaction*)> sigaction;

@@ -2,7 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/kvm.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -12,6 +12,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "shim/engine.hpp"
 #include "shim/real.hpp"
 
 namespace ring3::shim {
@@ -22,6 +23,7 @@ constexpr unsigned kMost = 32;
 
 struct Range {
   uintptr_t begin = 0, end = 0;
+  ring3_kvm* vm = nullptr;  ///< whose engine knows of it; null: none any more
   bool overlaps(uintptr_t from, uintptr_t to) const { return from < end && begin < to; }
 };
 struct Found : Range {
@@ -48,17 +50,6 @@ void after_fork_child() {
 }
 
 bool any() { return __atomic_load_n(&g_count, __ATOMIC_ACQUIRE) != 0; }
-
-/// Whether RING3_ENGINE_OPTIONS, key=value by commas, asks for windows.
-bool windows_wanted() {
-  const char* text = ::getenv("RING3_ENGINE_OPTIONS");
-  while (text != nullptr && *text != 0) {
-    if (strncmp(text, "windows=", 8) == 0) return ::strtoul(text + 8, nullptr, 10) != 0;
-    text = strchr(text, ',');
-    if (text != nullptr) text++;
-  }
-  return false;
-}
 
 /// From the lines of /proc/self/smaps: the parts of [from, to) that may be shared, whole mappings, as many as fit.
 unsigned find(uintptr_t from, uintptr_t to, Found* out, unsigned most) {
@@ -123,7 +114,13 @@ bool copy_touched(uintptr_t begin, uintptr_t end, char* to) {
   return good;
 }
 
-void share(const Found& f) {
+/// Under g_mutex. The part of s in [begin, end) is not for windows any more.
+void withdraw(const Range& s, uintptr_t begin, uintptr_t end) {
+  const uintptr_t from = begin > s.begin ? begin : s.begin, to = end < s.end ? end : s.end;
+  if (s.vm != nullptr) (void)engine().window_memory(s.vm, reinterpret_cast<void*>(from), to - from, 0);
+}
+
+void share(ring3_kvm* vm, const Found& f) {
   const size_t length = f.end - f.begin;
   void* const place = reinterpret_cast<void*>(f.begin);
   void* fresh = real::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | (f.accounted ? 0 : MAP_NORESERVE), -1, 0);
@@ -139,15 +136,15 @@ void share(const Found& f) {
   if (f.locked) (void)::mlock(place, length);
   static bool watched = false;
   if (!watched) watched = pthread_atfork(before_fork, after_fork_parent, after_fork_child) == 0;
-  g_shared[g_count] = f;
+  g_shared[g_count] = {f.begin, f.end, vm};
   __atomic_store_n(&g_count, g_count + 1, __ATOMIC_RELEASE);
+  (void)engine().window_memory(vm, place, length, 1);
 }
 
 }  // namespace
 
-void share_region(const void* region) {
-  static const bool wanted = windows_wanted();
-  if (!wanted) return;
+void share_region(ring3_kvm* vm, const void* region) {
+  if (engine().window_memory(vm, nullptr, 0, 1) != 0) return;
   kvm_userspace_memory_region r;
   const iovec to = {&r, sizeof r}, from = {const_cast<void*>(region), sizeof r};
   if (::process_vm_readv(::getpid(), &to, 1, &from, 1, 0) != static_cast<ssize_t>(sizeof r)) return;
@@ -159,8 +156,35 @@ void share_region(const void* region) {
   for (unsigned i = 0; i < g_count; i++) known = known || (g_shared[i].begin <= begin && end <= g_shared[i].end);
   Found found[kMost];
   const unsigned n = known ? 0 : find(begin, end, found, kMost - g_count);
-  for (unsigned i = 0; i < n; i++) share(found[i]);
+  for (unsigned i = 0; i < n; i++) share(vm, found[i]);
   errno = error;
+}
+
+void forget_vm(ring3_kvm* vm) {
+  if (!any()) return;
+  const Lock lock;
+  for (unsigned i = 0; i < g_count; i++) {
+    if (g_shared[i].vm != vm) continue;
+    withdraw(g_shared[i], g_shared[i].begin, g_shared[i].end);
+    g_shared[i].vm = nullptr;
+  }
+}
+
+void withdraw_shared(const void* address, size_t length) {
+  if (!any()) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(address), end = begin + length;
+  const Lock lock;
+  for (unsigned i = 0; i < g_count; i++) {
+    if (g_shared[i].overlaps(begin, end)) withdraw(g_shared[i], begin & ~(kPage - 1), (end + kPage - 1) & ~(kPage - 1));
+  }
+}
+
+void watch_userfaultfd(unsigned long request, const void* arg) {
+  if (request != UFFDIO_REGISTER || !any()) return;
+  uffdio_register r;
+  const iovec to = {&r, sizeof r}, from = {const_cast<void*>(arg), sizeof r};
+  if (::process_vm_readv(::getpid(), &to, 1, &from, 1, 0) != static_cast<ssize_t>(sizeof r)) return;
+  withdraw_shared(reinterpret_cast<void*>(r.range.start), r.range.len);
 }
 
 bool advise_shared(void* address, size_t length, int advice, int* result) {
@@ -188,8 +212,9 @@ void forget_shared(const void* address, size_t length) {
   for (unsigned i = 0; i < g_count; i++) {
     Range& s = g_shared[i];
     if (!s.overlaps(begin, end)) continue;
+    withdraw(s, begin, end);
     // What stays on either side: a range for each, as long as there is room; without one it is not zeroed by advice any more.
-    const Range behind = {end, s.end};
+    const Range behind = {end, s.end, s.vm};
     if (begin > s.begin) {
       s.end = begin;
       if (behind.begin < behind.end && g_count < kMost) {

@@ -1,14 +1,18 @@
-/* Guest memory of a VMM under `ring3 with --engine-option windows=8` (argument "on"), and without (argument "off"): which becomes shared,
+/* Guest memory of a VMM under `ring3 with` (argument "on"), and with `--engine-option windows=0` (argument "off"): which becomes shared,
  * and that the program does not notice. Ends with status 0 and "all passed". */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -51,6 +55,45 @@ static void run_guest(unsigned char *memory) {
   CHECK(memory[0x1000] == 0x34 && memory[0x1001] == 0x12);
 }
 
+/* A guest that runs on and on, on a thread of its own. */
+static int spinning;
+static struct kvm_run *run;
+static volatile int ended;
+
+static void handler(int sig) { (void)sig; }
+
+static void *spin(void *nothing) {
+  int result;
+  do {
+    result = ioctl(spinning, KVM_RUN, 0);
+  } while (result < 0 && errno == EINTR && !run->immediate_exit);
+  CHECK(result < 0 && errno == EINTR);
+  ended = 1;
+  return nothing;
+}
+
+static pthread_t start_spinning(int system, unsigned char *memory) {
+  static const unsigned char code[] = {0xff, 0x06, 0x00, 0x20, 0xeb, 0xfa}; /* again: inc word [0x2000]; jmp again */
+  memcpy(memory + 0x200, code, sizeof code);
+  spinning = ioctl(vm, KVM_CREATE_VCPU, 1);
+  CHECK(spinning >= 0);
+  run = mmap(NULL, (size_t)ioctl(system, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, spinning, 0);
+  CHECK(run != MAP_FAILED);
+  struct kvm_sregs s;
+  CHECK(ioctl(spinning, KVM_GET_SREGS, &s) == 0);
+  s.cs.base = s.cs.selector = 0;
+  CHECK(ioctl(spinning, KVM_SET_SREGS, &s) == 0);
+  struct kvm_regs regs = {.rip = 0x200, .rflags = 2};
+  CHECK(ioctl(spinning, KVM_SET_REGS, &regs) == 0);
+  const struct sigaction action = {.sa_handler = handler};
+  CHECK(sigaction(SIGUSR1, &action, NULL) == 0);
+  pthread_t thread;
+  CHECK(pthread_create(&thread, NULL, spin, NULL) == 0);
+  volatile unsigned short *counter = (volatile unsigned short *)(memory + 0x2000);
+  while (*counter == 0) usleep(1000);
+  return thread;
+}
+
 /* Whether the mapping at p is shared, as /proc/self/maps has it. */
 static int is_shared(const void *p) {
   FILE *f = fopen("/proc/self/maps", "r");
@@ -71,6 +114,7 @@ static int is_shared(const void *p) {
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   const int on = strcmp(argv[1], "on") == 0;
+  if (on && !(__builtin_cpu_supports("avx") && __builtin_cpu_supports("bmi2"))) return 77; /* guest code is interpreted */
   const int system = open("/dev/kvm", O_RDWR | O_CLOEXEC);
   CHECK(system >= 0);
   vm = ioctl(system, KVM_CREATE_VM, 0);
@@ -110,6 +154,24 @@ int main(int argc, char **argv) {
   set_slot(2, 1ul << 32, kSize, inherited);
   set_slot(3, 2ul << 32, 64 << 10, small);
   CHECK(!is_shared(inherited) && !is_shared(small));
+
+  /* The engine lets go of what is protected, given to userfaultfd, unmapped, while the guest runs. */
+  const pthread_t thread = start_spinning(system, memory);
+  CHECK(mprotect(memory + (20 << 20), 1 << 20, PROT_NONE) == 0);
+  CHECK(mprotect(memory + (20 << 20), 1 << 20, PROT_READ | PROT_WRITE) == 0);
+  const int faults = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+  if (faults >= 0) { /* not everybody may */
+    struct uffdio_api api = {.api = UFFD_API};
+    CHECK(ioctl(faults, UFFDIO_API, &api) == 0);
+    struct uffdio_register part = {.range = {(unsigned long)memory + (24 << 20), 1 << 20}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    CHECK(ioctl(faults, UFFDIO_REGISTER, &part) == 0);
+    CHECK(ioctl(faults, UFFDIO_REGISTER, NULL) < 0 && errno == EFAULT);
+    close(faults);
+  }
+  CHECK(munmap(memory + (30 << 20), 1 << 20) == 0);
+  CHECK(!ended);
+  run->immediate_exit = 1;
+  CHECK(pthread_kill(thread, SIGUSR1) == 0 && pthread_join(thread, NULL) == 0);
 
   /* Another file's memory where the guest's was is none of ours: advice leaves what the file holds. */
   set_slot(1, 0, 0, NULL);

@@ -51,7 +51,7 @@ Result<std::unique_ptr<kvm::Endpoint>> open_engine(EngineKind kind, const Engine
   if (kind == EngineKind::kSoft) {
     engine::EngineOptions ours{options};
     // Guest memory of ours can be mapped twice, and stays where it is.
-    ours.values.emplace("windows", "8");
+    ours.values.emplace("windows", std::to_string(engine::kWindows));
     return engine::create_soft_system(ours);
   }
   return kvm::open_kernel_kvm();

@@ -32,6 +32,10 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
   config.translate = can_translate;
   config.signals_announced = options.signals_announced;
   config.halt_poll_ns = has_several_cpus() ? HaltPoll::kDefaultLimit : 0;
+  if (options.announces_window_memory && !options.values.contains("windows")) {
+    config.windows_announced = true;
+    config.windows = kWindows;
+  }
   for (const auto& [name, text] : options.values) {
     if (name == "cache-mib") {
       auto v = number(name, text, 1, 1024);
@@ -88,6 +92,7 @@ Result<Config> Config::create(const EngineOptions& options, bool can_translate) 
   if (config.lockstep != 0 && !config.translate) {
     return Error::of(EINVAL, "engine option lockstep compares the translator with the interpreter, and the interpreter alone runs");
   }
+  if (!config.translate) config.windows = 0;
   config.clock = std::make_shared<HostClock>();
   config.user_copies = guard_user_copies();
   return config;

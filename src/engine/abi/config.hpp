@@ -23,6 +23,7 @@ struct Config {
   unsigned windows = 0;                 ///< TranslatorVcpu::Options::window_samples
   u64 halt_poll_ns = 0;                 ///< HaltPoll's limit, until KVM_CAP_HALT_POLL sets another
   u64 quantum = 1u << 18;               ///< instructions between two looks at signals and steal time
+  bool windows_announced = false;       ///< windows have what Endpoint::window_memory() says alone
   bool signals_announced = false;       ///< EngineOptions::signals_announced
   std::shared_ptr<const HostClock> clock;
   std::shared_ptr<const void> user_copies;  ///< guard_user_copies(): ioctls survive bad pointers while a VM lives

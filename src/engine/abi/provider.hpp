@@ -22,14 +22,21 @@ namespace ring3::engine {
 /// | lockstep    | 0..2^32-1        | n: every n-th translated block is compared with the interpreter, differences go to standard error; VMs of one vCPU (default 0: none) |
 /// | perf-map    | 0, 1             | 1: /tmp/perf-PID.map names translated code for perf (default 0) |
 /// | quantum     | 1..2^32-1        | guest instructions between two looks at the event flag's slow sources |
-/// | windows     | 0..2^16          | a user program found running so often in a row gets a host window (TranslatorVcpu::Options; default 0: none) |
+/// | windows     | 0..2^16          | a user program found running so often in a row gets a host window (TranslatorVcpu::Options; default 0: none; kWindows in ring3's own VMM and under announces_window_memory) |
 struct EngineOptions {
   std::map<std::string, std::string> values;
   /// The embedding program promises: a signal that comes to a thread in KVM_RUN is announced by Endpoint::signal_came(),
   /// called in its handler. KVM_RUN then leaves the thread's signal mask alone (KVM_SET_SIGNAL_MASK is the program's
   /// own matter too) and ends at once, in guest code as in a wait.
   bool signals_announced = false;
+  /// The embedding program promises: Endpoint::window_memory() tells which guest memory may be mapped a second time, and in time when
+  /// it may not any more. Host windows are then on unless the option `windows` says otherwise; with that option they take all shared
+  /// memory.
+  bool announces_window_memory = false;
 };
+
+/// The value of `windows` that serves best.
+inline constexpr unsigned kWindows = 8;
 
 /// Whether translated code runs on this host's CPU (it needs AVX and BMI2). Where not, the interpreter runs guests.
 bool can_translate();

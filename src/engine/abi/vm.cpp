@@ -14,7 +14,9 @@
 
 namespace ring3::engine::abi {
 
-Vm::Vm(const Config& config) : config_(config), timers_(*config.clock), clock_(*config.clock), xen_(*this, *config.clock, clock_) {}
+Vm::Vm(const Config& config) : config_(config), timers_(*config.clock), clock_(*config.clock), xen_(*this, *config.clock, clock_) {
+  if (config.windows_announced) tracker_.restrict_windows({});
+}
 
 Vm::~Vm() {
   irqfds_.reset();
@@ -160,6 +162,33 @@ long Vm::set_memory_region(unsigned long request, u64 arg) {
   }
   std::atomic_store(&retiring_, std::shared_ptr<const memory::SlotTable>());
   return result;
+}
+
+bool Vm::window_memory(u64 begin, u64 size, bool may) {
+  if (config_.windows == 0) return false;
+  if (size == 0) return true;
+  std::lock_guard lock(memory_mutex_);
+  const u64 end = begin + size;
+  std::vector<HostRange> left;
+  bool had = false;
+  for (const HostRange& r : window_memory_) {
+    had = had || (r.begin < end && begin < r.end);
+    if (r.begin < begin) left.push_back({r.begin, std::min(r.end, begin)});
+    if (end < r.end) left.push_back({std::max(r.begin, end), r.end});
+  }
+  if (may) left.push_back({begin, end});
+  std::sort(left.begin(), left.end(), [](const HostRange& a, const HostRange& b) { return a.begin < b.begin; });
+  window_memory_.clear();
+  for (const HostRange& r : left) {  // neighbours are one
+    if (!window_memory_.empty() && window_memory_.back().end == r.begin) {
+      window_memory_.back().end = r.end;
+    } else {
+      window_memory_.push_back(r);
+    }
+  }
+  if (config_.windows_announced) tracker_.restrict_windows(window_memory_);
+  if (!may && had) tracker_.memslots_changed();
+  return true;
 }
 
 bool Vm::owns_host(u64 host) const {

@@ -98,6 +98,9 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   void announce_stores() { stores_announced_.store(true, std::memory_order_relaxed); }
   unsigned reserved_ioapic_pins() const { return split_pins_; }
 
+  /// Endpoint::window_memory().
+  bool window_memory(u64 begin, u64 size, bool may);
+
   /// Whether a memslot has the host address, or one that vCPUs may still use. In a signal handler, where code that touches
   /// guest memory holds none of the locks that this takes.
   bool owns_host(u64 host) const;
@@ -173,6 +176,7 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   Stats stats_;
 
   std::mutex mutex_;
+  std::vector<HostRange> window_memory_;  // guarded by memory_mutex_
   std::mutex memory_mutex_;  // one memslot or dirty-log change at a time, with its shootdown
   unsigned boot_vcpu_ = 0;
   unsigned split_pins_ = 0;

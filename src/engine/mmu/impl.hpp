@@ -140,6 +140,8 @@ struct Mmu::Impl {
   bool has_window(const Space& sp) const { return &sp == window_space; }
   void close_window();
   void map_large(u64 linear, u64 host, bool write);
+  /// Window::map(), where that memory may be in windows.
+  bool map_window(u64 page, u64 host, unsigned count, bool write, u8 shift);
   void stale_window(const Space& sp) { window_stale |= &sp == window_space; }
   void show_deltas() const { std::copy(window.deltas().begin(), window.deltas().end(), window_deltas); }
 

@@ -4,9 +4,11 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "base/types.hpp"
 #include "engine/mmu/guest_access.hpp"
+#include "engine/mmu/host_range.hpp"
 #include "engine/mmu/stop.hpp"
 #include "engine/state/vcpu_state.hpp"
 #include "memory/guest_memory.hpp"
@@ -360,6 +362,9 @@ class PhysicalTracker {
   /// Memslots changed: every vCPU drops its TLB and decoded code before this returns. Any thread that is
   /// not inside guest code and holds no lock that a vCPU takes inside guest code.
   void memslots_changed();
+  /// Host windows map nothing but guest memory in these ranges from now on (before the first call: all guest memory). What they had
+  /// mapped goes with the next memslots_changed(). Any thread.
+  void restrict_windows(std::vector<HostRange> to);
   /// Dirty logging was switched on or its bitmap cleared: every vCPU drops writable entries before this
   /// returns. Threads as for memslots_changed().
   void dirty_log_changed();

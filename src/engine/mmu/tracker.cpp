@@ -230,6 +230,8 @@ bool PhysicalTracker::in_guest(unsigned index) const {
 
 void PhysicalTracker::memslots_changed() { impl_->core.slots_changed(); }
 
+void PhysicalTracker::restrict_windows(std::vector<HostRange> to) { impl_->core.restrict_windows(std::move(to)); }
+
 void PhysicalTracker::dirty_log_changed() {
   impl_->core.shoot_writers(TrackerCore::kWriters, 0, ~0u, [] {});
 }

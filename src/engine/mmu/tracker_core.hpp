@@ -9,6 +9,7 @@
 #include "base/backoff.hpp"
 #include "base/mapping.hpp"
 #include "base/types.hpp"
+#include "engine/mmu/host_range.hpp"
 #include "memory/guest_memory.hpp"
 
 /// What PhysicalTracker and Mmu share: a word of tracking state per guest page, who holds decoded code
@@ -119,6 +120,18 @@ class TrackerCore {
   }
 
   void slots_changed();
+  void restrict_windows(std::vector<HostRange> to) {
+    std::atomic_store(&window_memory_, std::make_shared<const std::vector<HostRange>>(std::move(to)));
+  }
+  /// Whether [host, host + size) may be mapped in windows.
+  bool windows_may_map(u64 host, u64 size) const {
+    const auto allowed = std::atomic_load(&window_memory_);
+    if (allowed == nullptr) return true;
+    for (const HostRange& r : *allowed) {
+      if (host >= r.begin && host < r.end && size <= r.end - host) return true;
+    }
+    return false;
+  }
   void host_wrote(Gpa gpa, u64 size);
   void host_wrote(const memory::SlotTable& table, const memory::Slot& slot, Gpa at, unsigned size);
 
@@ -135,6 +148,7 @@ class TrackerCore {
   void drop_holder_entry(u64 key_frame, const std::vector<Holder>& left);
 
   memory::GuestMemory& memory_;
+  std::shared_ptr<const std::vector<HostRange>> window_memory_;  ///< by atomic_load(); null: all
   std::array<std::atomic<Mailbox*>, kMaxVcpus> mailboxes_{};
   std::atomic<unsigned> mailbox_end_{0};
   Mapping directory_;  ///< lazily resident array of std::atomic<std::atomic<u16>*>, one a chunk

@@ -71,6 +71,7 @@ class Window {
   void drop_writes();
   void drop_writes_to(u64 host);
   bool full() const { return full_; }  ///< a page or a region found no room, or is of memory that cannot be mapped twice
+  void refuse() { full_ = true; }
   u64 take_calls() { return std::exchange(calls_, 0); }  ///< system calls since the last time
   /// All pages for which keep(linear, Page) says no.
   template <class Keep>

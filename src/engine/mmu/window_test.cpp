@@ -282,6 +282,35 @@ TEST_F(MmuWindowTest, MemslotsTakeItAway) {
   m.tracker.unregister_vcpu(0);
 }
 
+TEST_F(MmuWindowTest, HasWhatItMayHave) {
+  t.map(kLow, 0x800000, kUW);
+  t.map(kLow + 40 * kPageSize, 0x900000, kUW);
+  t.map(0x40000000, 0x1000000, kUW, 2 << 20);
+  const u64 host = reinterpret_cast<u64>(m.ram.data());
+  const HostRange range{host + 0x800000, host + 0x801000};
+  m.tracker.restrict_windows({range});
+  ASSERT_TRUE(m.mmu->open_window(deltas));
+  EXPECT_TRUE(m.mmu->warm_window(at(kLow), true));
+  EXPECT_FALSE(m.mmu->window_full());
+  EXPECT_FALSE(m.mmu->warm_window(at(kLow) + 40 * kPageSize, true));
+  EXPECT_FALSE(readable(at(kLow) + 40 * kPageSize));
+  EXPECT_TRUE(m.mmu->window_full());  // and so the window goes
+  EXPECT_FALSE(m.mmu->warm_window(at(0x40000000) + 77 * kPageSize, true));
+  EXPECT_FALSE(readable(at(0x40000000) + 77 * kPageSize));
+  // Not any more: what is mapped goes with the memslots' change, and does not come again.
+  std::atomic<u32> attention{0};
+  m.tracker.register_vcpu(0, m.mmu.get(), &attention, 1);
+  const u64 was = at(kLow);
+  m.tracker.restrict_windows({});
+  m.tracker.memslots_changed();
+  m.mmu->serve_requests();
+  EXPECT_FALSE(readable(was));
+  ASSERT_TRUE(m.mmu->open_window(deltas));
+  EXPECT_FALSE(m.mmu->warm_window(at(kLow), true));
+  EXPECT_FALSE(readable(at(kLow)));
+  m.tracker.unregister_vcpu(0);
+}
+
 TEST_F(MmuWindowTest, LargePagesComeWhole) {
   t.map(0x40000000, 0x1000000, kUW, 2 << 20);
   ASSERT_TRUE(m.mmu->open_window(deltas));

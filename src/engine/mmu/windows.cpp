@@ -65,6 +65,14 @@ void Mmu::refresh_window() {
   i.window_stale = false;
 }
 
+bool Mmu::Impl::map_window(u64 page, u64 host, unsigned count, bool write, u8 shift) {
+  if (!tracker.windows_may_map(host, count * kPageSize)) {
+    window.refuse();
+    return false;
+  }
+  return window.map(page, host, count, write, shift);
+}
+
 /// Of the guest's page of 2 MiB that holds linear: what one memslot backs, in runs with the same rights.
 void Mmu::Impl::map_large(u64 linear, u64 host, bool write) {
   constexpr unsigned kShift = 21;
@@ -82,7 +90,7 @@ void Mmu::Impl::map_large(u64 linear, u64 host, bool write) {
     const bool w = writable(at);
     u64 next = at + kPageSize;
     while (next < end && writable(next) == w) next += kPageSize;
-    if (!window.map(at, host_first + (at - first), static_cast<unsigned>((next - at) / kPageSize), w, kShift)) return;
+    if (!map_window(at, host_first + (at - first), static_cast<unsigned>((next - at) / kPageSize), w, kShift)) return;
     at = next;
   }
 }
@@ -159,7 +167,7 @@ bool Mmu::warm_window(u64 host, bool write) {
         const Here h = here(next);
         if (h.host != first.host + (next - page) || h.write != first.write || h.shift != first.shift || !missing(next, h)) break;
       }
-      (void)i.window.map(page, first.host, static_cast<unsigned>((next - page) / kPageSize), first.write, first.shift);
+      (void)i.map_window(page, first.host, static_cast<unsigned>((next - page) / kPageSize), first.write, first.shift);
     }
     page = next;
   }
