@@ -371,6 +371,14 @@ TEST_F(Card, TheLinksEndIsTold) {
   EXPECT_TRUE(used(1));  // into the void, but the guest goes on
 }
 
+// Found by the fuzzer: with no buffer to read the end into, it was looked at again and again and never told.
+TEST_F(Card, TheLinksEndIsToldToAGuestWithoutBuffers) {
+  make(kAll);
+  start();
+  wire.clear();
+  EXPECT_TRUE(until([&] { return transport.config_changes == 1; }));
+}
+
 TEST_F(Card, StopGivesBuffersBack) {
   make(kAll);
   for (u32 i = 0; i < 40; i++) drivers[0]->add({{0x80000 + 0x800 * u64{i}, 1536, true}});
