@@ -223,6 +223,9 @@ void Vsock::close(Connection& c, bool tell_guest) {
   c.watched = false;
   c.fd.reset();
   std::erase(lines_, keep);
+  // A guest that takes nothing leaves them there, as many as it likes.
+  if (c.queued) std::erase_if(ready_, [&](const auto& waiting) { return waiting.lock() == keep; });
+  c.queued = false;
   if (const auto it = open_.find(c.key); it != open_.end() && it->second == keep) {
     open_.erase(it);
     if (tell_guest) reset(c.key, kStream);

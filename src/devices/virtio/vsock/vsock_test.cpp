@@ -1,6 +1,7 @@
 #include "devices/virtio/vsock/vsock.hpp"
 
 #include <gtest/gtest.h>
+#include <malloc.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -11,6 +12,10 @@
 #include <thread>
 
 #include "devices/virtio/core/test_driver.hpp"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/allocator_interface.h>
+#endif
 
 namespace ring3::virtio {
 namespace {
@@ -344,6 +349,53 @@ TEST_F(VsockTest, HostilePackets) {
   while (drivers[1]->take()) {}
   Packet p;
   UniqueFd another = open(&p);
+}
+
+/// Bytes that are allocated.
+std::size_t allocated() {
+#ifdef __SANITIZE_ADDRESS__
+  return __sanitizer_get_current_allocated_bytes();
+#else
+  return mallinfo2().uordblks;
+#endif
+}
+
+// A guest that connects and resets, and takes no answer to either, costs nothing that stays.
+TEST_F(VsockTest, ConnectionsThatAreGoneWaitForNothing) {
+  UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  const std::string name = path + "_9";
+  ::unlink(name.c_str());
+  const auto a = address(name);
+  ASSERT_EQ(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&a), sizeof a), 0);
+  ASSERT_EQ(::listen(listener.get(), 64), 0);
+  // No buffer is left to the device.
+  Packet p;
+  p.source_port = 7, p.target_port = 8, p.op = kRequest;
+  for (int i = 0; i < 100; i++) send(p);
+  const auto round = [&](u32 first) {
+    constexpr u32 kPairs = 30;
+    for (u32 i = 0; i < 2 * kPairs; i++) {
+      p.source_port = first + i / 2, p.target_port = 9, p.op = i % 2 == 0 ? kRequest : kReset;
+      const u64 at = 0x60000 + 64 * u64{i};
+      std::memcpy(guest.at(at), &p, sizeof p);
+      ASSERT_TRUE(drivers[1]->add({{at, sizeof p, false}}));
+    }
+    kick(1);
+    u32 back = 0;
+    for (int i = 0; i < 20000 && back < 2 * kPairs; i++) {
+      if (drivers[1]->take()) back++;
+      else std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    ASSERT_EQ(back, 2 * kPairs);
+    u32 came = 0;
+    while (UniqueFd(::accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC))) came++;
+    ASSERT_EQ(came, kPairs);
+  };
+  for (u32 i = 0; i < 5; i++) ASSERT_NO_FATAL_FAILURE(round(1000));
+  const std::size_t before = allocated();
+  for (u32 i = 0; i < 100; i++) ASSERT_NO_FATAL_FAILURE(round(1000 + 40 * i));
+  EXPECT_LT(allocated(), before + (u32{64} << 10)) << "3000 connections came and went";
+  ::unlink(name.c_str());
 }
 
 TEST(VsockPath, InUseStaleAndTooLong) {
