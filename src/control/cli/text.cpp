@@ -1,5 +1,6 @@
 #include "control/cli/text.hpp"
 
+#include <algorithm>
 #include <cctype>
 #include <cstdio>
 #include <limits>
@@ -42,21 +43,39 @@ std::optional<u64> take_number(std::string_view& text) {
   return value;
 }
 
+/// The bytes of the character that UTF-8 text begins with; 0: it is no UTF-8, or one that a terminal obeys (C0, C1, DEL).
+std::size_t character(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const u32 first = byte(0);
+  if (first < 0x80) return first >= 0x20 && first != 0x7f ? 1 : 0;
+  const std::size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+  if (first < 0xc2 || first > 0xf4) return 0;
+  u32 code = first & (0x7fu >> length);
+  for (std::size_t i = 1; i < length; i++) {
+    if ((byte(i) & 0xc0) != 0x80) return 0;
+    code = code << 6 | (byte(i) & 0x3f);
+  }
+  constexpr u32 kLeast[] = {0xa0, 0x800, 0x10000};
+  const bool surrogate = code >= 0xd800 && code < 0xe000;
+  return code >= kLeast[length - 2] && code < 0x110000 && !surrogate ? length : 0;
+}
+
 }  // namespace
 
 std::string printable(std::string_view text) {
   constexpr std::size_t kLongest = 120;
   std::string out;
-  for (const char c : text) {
+  while (!text.empty()) {
     if (out.size() >= kLongest) return out + "…";
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte < 0x20 || byte == 0x7f) {
-      char hex[8];
-      std::snprintf(hex, sizeof hex, "\\x%02x", byte);
-      out += hex;
+    const std::size_t length = character(text);
+    if (length != 0) {
+      out += text.substr(0, length);
     } else {
-      out += c;
+      char hex[8];
+      std::snprintf(hex, sizeof hex, "\\x%02x", static_cast<unsigned char>(text[0]));
+      out += hex;
     }
+    text.remove_prefix(std::max<std::size_t>(length, 1));
   }
   return out;
 }

@@ -23,7 +23,8 @@ std::vector<std::string> option_words(std::string_view text);
 /// "512 MiB", "1.5 GiB": for people.
 std::string format_size(u64 bytes);
 
-/// The text with control characters made visible, cut to a line of sensible length: for errors.
+/// The text with control characters, and bytes that are no UTF-8, made visible, cut to a line of sensible length: for errors, and for
+/// what others than the user have written.
 std::string printable(std::string_view text);
 
 }  // namespace ring3::control

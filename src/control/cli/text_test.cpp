@@ -52,5 +52,14 @@ TEST(Printable, KeepsOneLine) {
   EXPECT_LE(printable(std::string(100000, 'x')).size(), 130u);
 }
 
+TEST(Printable, LeavesNothingThatATerminalObeys) {
+  EXPECT_EQ(printable("\x1b[2J\x7f"), "\\x1b[2J\\x7f");
+  EXPECT_EQ(printable("\xc2\x9b" "31m"), "\\xc2\\x9b31m");  // U+009B begins a sequence as ESC [ does
+  EXPECT_EQ(printable("\x9b" "31m"), "\\x9b31m");           // and so it does alone, where the terminal is no UTF-8 one
+  EXPECT_EQ(printable("\xe0\x82\x9b\xed\xa0\x80\xf4\x90\x80\x80\xc3"), "\\xe0\\x82\\x9b\\xed\\xa0\\x80\\xf4\\x90\\x80\\x80\\xc3");
+  EXPECT_EQ(printable("größe 字 🙂"), "größe 字 🙂");
+  EXPECT_EQ(printable(std::string(119, 'x') + "字x"), std::string(119, 'x') + "字…");
+}
+
 }  // namespace
 }  // namespace ring3::control

@@ -68,7 +68,8 @@ UniqueFd open_entry(const std::string& root, const std::string& name) {
 }
 
 UniqueFd open_lock(int directory, int flags) {
-  return UniqueFd(openat(directory, "lock", flags | O_NOFOLLOW | O_CLOEXEC, 0600));
+  // Not waiting for who opens the other end, should it be a pipe.
+  return UniqueFd(openat(directory, "lock", flags | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600));
 }
 
 /// Whether the file that is open is still the one that the name leads to.

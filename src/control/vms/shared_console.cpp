@@ -24,14 +24,14 @@ constexpr std::size_t kHeader = 3;
 
 }  // namespace
 
-Result<std::unique_ptr<SharedConsole>> SharedConsole::create(int directory_fd, OnSize on_size) {
+Result<std::unique_ptr<SharedConsole>> SharedConsole::create(int directory_fd, OnSize on_size, Serving serving) {
   std::unique_ptr<SharedConsole> console(new SharedConsole(directory_fd));
   console->on_size_ = std::move(on_size);
-  if (auto status = console->start(); !status) return status.error();
+  if (auto status = console->start(serving); !status) return status.error();
   return console;
 }
 
-Status SharedConsole::start() {
+Status SharedConsole::start(Serving serving) {
   log_fd_.reset(openat(directory_fd_, "console.log", O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC | O_APPEND, 0600));
   if (!log_fd_) return Error::from_errno("cannot make the console's log");
   ready_fd_.reset(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -46,6 +46,7 @@ Status SharedConsole::start() {
       listen(listen_fd_.get(), kMostClients) != 0) {
     return Error::from_errno("cannot make the console's socket");
   }
+  if (serving == Serving::kByCaller) return Ok{};
   thread_ = std::thread([this] { serve(); });
   pthread_setname_np(thread_.native_handle(), "console-socket");
   return Ok{};
@@ -85,7 +86,13 @@ bool SharedConsole::write(std::span<const u8> bytes) {
   if (line_.size() > kMostLine) line_.erase(line_.begin(), line_.end() - kMostLine);
   for (auto& client : clients_) {
     if (client->out.size() - client->sent + bytes.size() > kMostBehind) client->gone = true;
-    if (!client->gone) client->out.insert(client->out.end(), bytes.begin(), bytes.end());
+    if (client->gone) continue;
+    // One that reads, but never to the end, does not keep what it has read.
+    if (client->sent >= kMostBehind) {
+      client->out.erase(client->out.begin(), client->out.begin() + static_cast<std::ptrdiff_t>(client->sent));
+      client->sent = 0;
+    }
+    client->out.insert(client->out.end(), bytes.begin(), bytes.end());
   }
   if (!clients_.empty()) signal_event(wake_fd_.get());
   return true;
@@ -162,34 +169,38 @@ void SharedConsole::flush(Client& client) {
 }
 
 void SharedConsole::serve() {
-  std::vector<pollfd> fds;
-  for (;;) {
-    fds.clear();
-    {
-      const std::lock_guard lock(mutex_);
-      std::erase_if(clients_, [](const auto& client) { return client->gone; });
-      if (end_) {
-        for (auto& client : clients_) flush(*client);
-        return;
-      }
-      fds.push_back({wake_fd_.get(), POLLIN, 0});
-      fds.push_back({listen_fd_.get(), POLLIN, 0});
-      for (const auto& client : clients_) {
-        const bool room = input_.size() < kMostInput;
-        fds.push_back({client->fd.get(), static_cast<short>((room ? POLLIN : 0) | (client->out.empty() ? 0 : POLLOUT)), 0});
-      }
-    }
-    if (::poll(fds.data(), fds.size(), -1) < 0 && errno != EINTR) return;
-    const std::lock_guard lock(mutex_);
-    if (fds[0].revents != 0) drain_event(wake_fd_.get());
-    // Clients are added and removed on this thread only, so the order still holds.
-    for (std::size_t i = 2; i < fds.size(); i++) {
-      Client& client = *clients_[i - 2];
-      if ((fds[i].revents & (POLLIN | POLLHUP | POLLERR)) != 0 && !client.gone) receive(client);
-      if (!client.gone) flush(client);
-    }
-    if (fds[1].revents != 0) accept_one();
+  while (serve_once(-1) >= 0) {
   }
+}
+
+int SharedConsole::serve_once(int timeout_ms) {
+  std::vector<pollfd> fds;
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(clients_, [](const auto& client) { return client->gone; });
+    if (end_) {
+      for (auto& client : clients_) flush(*client);
+      return -1;
+    }
+    fds.push_back({wake_fd_.get(), POLLIN, 0});
+    fds.push_back({listen_fd_.get(), POLLIN, 0});
+    for (const auto& client : clients_) {
+      const bool room = input_.size() < kMostInput;
+      fds.push_back({client->fd.get(), static_cast<short>((room ? POLLIN : 0) | (client->out.empty() ? 0 : POLLOUT)), 0});
+    }
+  }
+  const int ready = ::poll(fds.data(), fds.size(), timeout_ms);
+  if (ready < 0) return errno == EINTR ? 0 : -1;
+  const std::lock_guard lock(mutex_);
+  if (fds[0].revents != 0) drain_event(wake_fd_.get());
+  // Clients are added and removed on this thread only, so the order still holds.
+  for (std::size_t i = 2; i < fds.size(); i++) {
+    Client& client = *clients_[i - 2];
+    if ((fds[i].revents & (POLLIN | POLLHUP | POLLERR)) != 0 && !client.gone) receive(client);
+    if (!client.gone) flush(client);
+  }
+  if (fds[1].revents != 0) accept_one();
+  return ready;
 }
 
 }  // namespace ring3::vms

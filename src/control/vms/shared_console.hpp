@@ -32,14 +32,17 @@ class SharedConsole final : public vmm::Console {
 
   using OnSize = std::function<void(u16 rows, u16 columns)>;
 
-  /// In that directory, whose descriptor must outlive the console.
-  static Result<std::unique_ptr<SharedConsole>> create(int directory_fd, OnSize on_size);
+  enum class Serving { kOwnThread, kByCaller };
+  /// In that directory, whose descriptor must outlive the console. kByCaller: without a thread, for tests: serve_once() does its work.
+  static Result<std::unique_ptr<SharedConsole>> create(int directory_fd, OnSize on_size, Serving serving = Serving::kOwnThread);
   ~SharedConsole() override;
 
   bool write(std::span<const u8> bytes) override;
   int input_fd() const override { return ready_fd_.get(); }
   vmm::ConsoleInput read(std::span<u8> into) override;
   void cancel() override {}
+  /// Waits for something to do with the socket and does it. How many descriptors were ready; negative: it is over.
+  int serve_once(int timeout_ms);
 
  private:
   struct Client {
@@ -51,7 +54,7 @@ class SharedConsole final : public vmm::Console {
   };
 
   explicit SharedConsole(int directory_fd) : directory_fd_(directory_fd) {}
-  Status start();
+  Status start(Serving serving);
   void log(std::span<const u8> bytes);
   void serve();
   void accept_one();

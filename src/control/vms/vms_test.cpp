@@ -190,6 +190,16 @@ TEST_F(Registry, ABrokenInfoIsAnEntryWithoutFacts) {
   }
 }
 
+TEST_F(Registry, AnEntryOfPipesIsWaitedForByNobody) {
+  ASSERT_EQ(mkdir((root + "/a").c_str(), 0700), 0);
+  for (const char* file : {"/a/lock", "/a/info.json"}) ASSERT_EQ(mkfifo((root + file).c_str(), 0600), 0);
+  auto info = find(root, "a");
+  ASSERT_TRUE(info);
+  EXPECT_FALSE(info->running());
+  auto sent = signal_stop(root, "a", 0);
+  EXPECT_TRUE(sent && !*sent);
+}
+
 /// A client as `ring3 console` is one.
 struct Client {
   explicit Client(int directory) : fd(socket(AF_UNIX, SOCK_STREAM, 0)) {
@@ -261,6 +271,43 @@ TEST_F(Consoles, AClientThatDoesNotReadIsDroppedAndTheGuestGoesOn) {
   // 12 MB were written; the log keeps the end of it only.
   EXPECT_LE(std::filesystem::file_size(root + "/console.log"), SharedConsole::kLogBytes + block.size());
   EXPECT_LE(std::filesystem::file_size(root + "/console.log.1"), SharedConsole::kLogBytes + block.size());
+}
+
+// What was read of the output once is not kept, though the client never comes to its end.
+TEST_F(Consoles, AClientThatIsAlwaysBehindCostsNoMore) {
+  const UniqueFd directory(open(root.c_str(), O_RDONLY | O_DIRECTORY));
+  auto console = SharedConsole::create(directory.get(), nullptr, SharedConsole::Serving::kByCaller);
+  ASSERT_TRUE(console);
+  Client client(directory.get());
+  const std::string block(64 << 10, 'y');
+  std::vector<char> buffer(block.size());
+  const auto settle = [&] {
+    for (int i = 0; i < 3; i++) (*console)->serve_once(0);
+  };
+  settle();
+  const auto held = [] {  // kB
+    std::ifstream status("/proc/self/status");
+    long size = 0;
+    for (std::string line; std::getline(status, line);) {
+      if (line.rfind("VmRSS:", 0) == 0) size = std::stol(line.substr(6));
+    }
+    return size;
+  };
+  for (int i = 0; i < 12; i++) (*console)->write(bytes(block));  // more than its socket takes
+  long before = 0;
+  for (int i = 0; i < 1000; i++) {
+    settle();
+    std::size_t got = 0;
+    while (got < block.size()) {
+      const ssize_t n = ::read(client.fd.get(), buffer.data(), block.size() - got);
+      ASSERT_GT(n, 0);
+      got += static_cast<std::size_t>(n);
+      settle();
+    }
+    (*console)->write(bytes(block));
+    if (i == 100) before = held();
+  }
+  EXPECT_LT(held() - before, 16 << 10) << "56 MiB went through it since";
 }
 
 TEST_F(Consoles, NoiseFromAClientEndsItAlone) {
