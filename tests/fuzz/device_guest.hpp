@@ -63,6 +63,7 @@ class Driver {
   static constexpr u8 kCanary = 0xa5;
 
   Driver() {
+    std::memset(canaries_, kCanary, sizeof canaries_);
     memory().set_region(0, 0, Gpa(0), 0, Hva(0));
     memory().set_region(1, 0, Gpa(0), 0, Hva(0));
     // Beside the slots a page of the host's that is looked at, and then none that can be touched.
@@ -87,7 +88,7 @@ class Driver {
   }
   void end() {
     for (u64 at : {kRam - kPageSize, kRamEnd, kReadOnly - kPageSize, kReadOnly, kReadOnlyEnd}) {
-      check(std::all_of(guest_.at(at), guest_.at(at) + kPageSize, [](u8 b) { return b == kCanary; }), "bytes that are not the device's have changed");
+      check(std::memcmp(guest_.at(at), canaries_, kPageSize) == 0, "bytes that are not the device's have changed");
     }
   }
 
@@ -99,7 +100,7 @@ class Driver {
     const std::size_t count = device.queue_sizes().size();
     check(count <= kMostQueues, "too many queues");
     broken_ = std::make_shared<std::atomic<bool>>(false);
-    owned_.assign(kRamEnd - kRam, 0);
+    std::memset(owned_, 0, sizeof owned_);
     tampered_ = unsure_ = false;
     indirect_ = (rings & 4) == 0;
     sides_.clear();
@@ -121,7 +122,7 @@ class Driver {
     running_ = false;
     sides_.clear();
     // What was not handed back is the driver's again.
-    owned_.assign(kRamEnd - kRam, 0);
+    std::memset(owned_, 0, sizeof owned_);
   }
   bool running() const { return running_; }
   bool broken() const { return broken_->load(); }
@@ -307,7 +308,7 @@ class Driver {
   static constexpr u16 kForGood = 0x8000;
   static constexpr int kTables = 2;  // a queue
   static bool in_ram(const test::Buffer& b) { return b.length != 0 && b.address >= kRam && b.address < kRamEnd && b.length <= kRamEnd - b.address; }
-  u16* owner(u64 gpa) { return owned_.data() + (gpa - kRam); }
+  u16* owner(u64 gpa) { return owned_ + (gpa - kRam); }
   bool is_owned(const test::Buffer& b) {
     return in_ram(b) && std::any_of(owner(b.address), owner(b.address) + b.length, [](u16 n) { return n != 0; });
   }
@@ -352,9 +353,10 @@ class Driver {
   UniqueFd kicks_[kMostQueues];
   Device* device_ = nullptr;
   std::shared_ptr<std::atomic<bool>> broken_;
-  std::vector<u16> owned_;    // by byte of RAM: how many buffers the device may write there
+  u16 owned_[kRamEnd - kRam] = {};  // by byte of RAM: how many buffers the device may write there
   std::vector<Side> sides_;
   u8 shadow_[kRamEnd - kRam];
+  u8 canaries_[kPageSize];
   u64 next_ = kData;
   bool indirect_ = true, running_ = false, names_pages_ = false;
   bool tampered_ = false;     // rings may hold anything: nothing is expected of them any more

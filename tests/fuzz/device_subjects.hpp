@@ -90,8 +90,13 @@ inline const std::string& place() {
 class Block final : public Subject {
  public:
   static constexpr u64 kSize = 32 << 10, kMost = 512 << 10;
-  Block(Driver& driver, u8 how) : Subject(driver), model_(kSize), how_(how) {
-    for (u64 i = 0; i < kSize; i++) model_[i] = static_cast<u8>(i / 512 + i);
+  Block(Driver& driver, u8 how) : Subject(driver) {
+    static const std::vector<u8> content = [] {
+      std::vector<u8> bytes(kSize);
+      for (u64 i = 0; i < kSize; i++) bytes[i] = static_cast<u8>(i / 512 + i);
+      return bytes;
+    }();
+    model_ = content;
     BlockDevice::Config c;
     const bool writable = (how & 4) == 0;
     if ((how & 3) == 1) {
@@ -241,7 +246,6 @@ class Block final : public Subject {
   storage::HostFile* host_ = nullptr;
   storage::qcow2::Qcow2Image* qcow2_ = nullptr;
   std::vector<u8> model_;
-  u8 how_;
   bool read_only_ = false, faulty_ = false;
 };
 
