@@ -85,6 +85,8 @@ class Driver {
   void begin() {
     std::memset(guest_.at(kRam), 0, kRamEnd - kRam);
     next_ = kData;
+    broken_ = std::make_shared<std::atomic<bool>>(false);
+    tampered_ = unsure_ = false;
   }
   void end() {
     for (u64 at : {kRam - kPageSize, kRamEnd, kReadOnly - kPageSize, kReadOnly, kReadOnlyEnd}) {
@@ -183,7 +185,7 @@ class Driver {
       for (const test::Buffer& other : all) unsure_ |= &other != &b && meet(other, b.address, b.length);
     }
     r.bad |= total > 0xffffffff;
-    r.bad |= backwards && !r.readable.empty() && !r.writable.empty();
+    r.bad |= backwards && !r.readable.empty() && r.room != 0;
     for (int i = 0; table && indirect_ && i < kTables && r.table < 0; i++) {
       if ((side.tables & 1u << i) == 0) r.table = i;
     }

@@ -111,6 +111,7 @@ vmm::ConsoleInput SharedConsole::read(std::span<u8> into) {
 
 void SharedConsole::accept_one() {
   UniqueFd fd(accept4(listen_fd_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  deaf_ = !fd && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED;
   if (!fd || clients_.size() >= kMostClients) return;
   auto client = std::make_unique<Client>();
   client->fd = std::move(fd);
@@ -183,13 +184,16 @@ int SharedConsole::serve_once(int timeout_ms) {
       return -1;
     }
     fds.push_back({wake_fd_.get(), POLLIN, 0});
-    fds.push_back({listen_fd_.get(), POLLIN, 0});
+    // Who cannot be let in stays at the door: it is looked for now and then, not all the time.
+    fds.push_back({deaf_ ? -1 : listen_fd_.get(), POLLIN, 0});
     for (const auto& client : clients_) {
       const bool room = input_.size() < kMostInput;
       fds.push_back({client->fd.get(), static_cast<short>((room ? POLLIN : 0) | (client->out.empty() ? 0 : POLLOUT)), 0});
     }
   }
-  const int ready = ::poll(fds.data(), fds.size(), timeout_ms);
+  constexpr int kPatience = 1000;  // ms
+  const int ready = ::poll(fds.data(), fds.size(), deaf_ && (timeout_ms < 0 || timeout_ms > kPatience) ? kPatience : timeout_ms);
+  deaf_ = false;
   if (ready < 0) return errno == EINTR ? 0 : -1;
   const std::lock_guard lock(mutex_);
   if (fds[0].revents != 0) drain_event(wake_fd_.get());

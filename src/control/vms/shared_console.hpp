@@ -74,6 +74,7 @@ class SharedConsole final : public vmm::Console {
   std::vector<u8> line_;                          ///< the output since the last line's end, bounded; guarded by mutex_
   std::vector<u8> input_;                         ///< guarded by mutex_
   bool end_ = false;                              ///< guarded by mutex_
+  bool deaf_ = false;    ///< no descriptor was left for who comes; serve_once() only
   std::thread thread_;
 };
 

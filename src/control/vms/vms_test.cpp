@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -308,6 +309,27 @@ TEST_F(Consoles, AClientThatIsAlwaysBehindCostsNoMore) {
     if (i == 100) before = held();
   }
   EXPECT_LT(held() - before, 16 << 10) << "56 MiB went through it since";
+}
+
+TEST_F(Consoles, WithoutDescriptorsNobodyIsLookedForAllTheTime) {
+  const UniqueFd directory(open(root.c_str(), O_RDONLY | O_DIRECTORY));
+  auto console = SharedConsole::create(directory.get(), nullptr, SharedConsole::Serving::kByCaller);
+  ASSERT_TRUE(console);
+  Client client(directory.get());
+  rlimit old{}, none{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &old), 0);
+  none.rlim_cur = 3, none.rlim_max = old.rlim_max;
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+  const int at_once = (*console)->serve_once(0);
+  const int again = (*console)->serve_once(0);
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &old), 0);
+  EXPECT_EQ(at_once, 1);
+  EXPECT_EQ(again, 0);
+  EXPECT_EQ((*console)->serve_once(0), 1);  // it has waited
+  (*console)->write(bytes("hello"));
+  while ((*console)->serve_once(0) > 0) {
+  }
+  EXPECT_EQ(client.read_some(), "hello");
 }
 
 TEST_F(Consoles, NoiseFromAClientEndsItAlone) {
