@@ -14,7 +14,7 @@
 #include "devices/virtio/core/test_driver.hpp"
 
 #ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/allocator_interface.h>
+extern "C" std::size_t __sanitizer_get_current_allocated_bytes();  // NOLINT: GCC comes without the header
 #endif
 
 namespace ring3::virtio {
