@@ -22,34 +22,6 @@ bool step_loops() {
   return worked;
 }
 
-Status EventLoop::prepare() {
-  if (!epoll_) epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
-  if (!epoll_) return Error::from_errno("event loop");
-  return Ok{};
-}
-
-Status EventLoop::add(int fd, u32 events, std::function<void(u32)> handler) {
-  if (auto r = prepare(); !r) return r;
-  epoll_event event{};
-  event.events = events;
-  event.data.fd = fd;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) return Error::from_errno("epoll_ctl");
-  handlers_[fd] = std::make_shared<std::function<void(u32)>>(std::move(handler));
-  return Ok{};
-}
-
-Status EventLoop::set_events(int fd, u32 events) {
-  epoll_event event{};
-  event.events = events;
-  event.data.fd = fd;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event) < 0) return Error::from_errno("epoll_ctl");
-  return Ok{};
-}
-
-void EventLoop::remove(int fd) {
-  if (handlers_.erase(fd) != 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
-}
-
 Status EventLoop::start(const std::string&) {
   if (auto r = prepare(); !r) return r;
   started.emplace_back(this, [this] { run(); });
@@ -63,6 +35,7 @@ void EventLoop::stop() {
   handlers_.clear();
   tasks_.clear();
   epoll_.reset();
+  wake_.reset();
 }
 
 void EventLoop::run() {

@@ -39,18 +39,24 @@ static void set_slot(unsigned slot, unsigned long at, unsigned long size, void *
   CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r) == 0);
 }
 
-/* A word of the guest's stores to address 0x1000 of its memory, read by the VMM: HLT ends it. */
-static void run_guest(unsigned char *memory) {
-  static const unsigned char code[] = {0xc7, 0x06, 0x00, 0x10, 0x34, 0x12, 0xf4}; /* mov word [0x1000], 0x1234; hlt */
-  int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+/* A vCPU in real mode that begins at ip, where code is put. */
+static int make_vcpu(unsigned id, unsigned char *memory, unsigned ip, const unsigned char *code, size_t size) {
+  const int vcpu = ioctl(vm, KVM_CREATE_VCPU, id);
   CHECK(vcpu >= 0);
-  memcpy(memory + 0x100, code, sizeof code);
+  memcpy(memory + ip, code, size);
   struct kvm_sregs s;
   CHECK(ioctl(vcpu, KVM_GET_SREGS, &s) == 0);
   s.cs.base = s.cs.selector = 0;
   CHECK(ioctl(vcpu, KVM_SET_SREGS, &s) == 0);
-  struct kvm_regs regs = {.rip = 0x100, .rflags = 2};
+  struct kvm_regs regs = {.rip = ip, .rflags = 2};
   CHECK(ioctl(vcpu, KVM_SET_REGS, &regs) == 0);
+  return vcpu;
+}
+
+/* A word of the guest's stores to address 0x1000 of its memory, read by the VMM: HLT ends it. */
+static void run_guest(unsigned char *memory) {
+  static const unsigned char code[] = {0xc7, 0x06, 0x00, 0x10, 0x34, 0x12, 0xf4}; /* mov word [0x1000], 0x1234; hlt */
+  const int vcpu = make_vcpu(0, memory, 0x100, code, sizeof code);
   CHECK(ioctl(vcpu, KVM_RUN, 0) == 0);
   CHECK(memory[0x1000] == 0x34 && memory[0x1001] == 0x12);
 }
@@ -74,17 +80,9 @@ static void *spin(void *nothing) {
 
 static pthread_t start_spinning(int system, unsigned char *memory) {
   static const unsigned char code[] = {0xff, 0x06, 0x00, 0x20, 0xeb, 0xfa}; /* again: inc word [0x2000]; jmp again */
-  memcpy(memory + 0x200, code, sizeof code);
-  spinning = ioctl(vm, KVM_CREATE_VCPU, 1);
-  CHECK(spinning >= 0);
+  spinning = make_vcpu(1, memory, 0x200, code, sizeof code);
   run = mmap(NULL, (size_t)ioctl(system, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, spinning, 0);
   CHECK(run != MAP_FAILED);
-  struct kvm_sregs s;
-  CHECK(ioctl(spinning, KVM_GET_SREGS, &s) == 0);
-  s.cs.base = s.cs.selector = 0;
-  CHECK(ioctl(spinning, KVM_SET_SREGS, &s) == 0);
-  struct kvm_regs regs = {.rip = 0x200, .rflags = 2};
-  CHECK(ioctl(spinning, KVM_SET_REGS, &regs) == 0);
   const struct sigaction action = {.sa_handler = handler};
   CHECK(sigaction(SIGUSR1, &action, NULL) == 0);
   pthread_t thread;
