@@ -129,15 +129,17 @@ bool Mmu::warm_window(u64 host, bool write) {
   Impl& i = *impl_;
   u64 linear = 0;
   if (window() != WindowState::Ready || !i.window.linear_of(host, &linear)) return false;
-  // It may lie in two pages: no flag is set in a page table when the other page faults.
+  // It may lie in two pages: no flag is set in a page table when the other page faults. Where none is left to be set, as once
+  // the interpreter has been there, what lies behind the page does not matter.
   constexpr u64 kLongest = 64;
   if ((linear & ~kPageMask) > kPageSize - kLongest) {
-    Impl::Walk w;
+    Impl::Walk next, here;
     Impl::WalkFor why;
     why.user = true;
     why.write = write;
     i.refresh_table();
-    if (!i.walk((linear & kPageMask) + kPageSize, why, false, &w)) return false;
+    if (!i.walk((linear & kPageMask) + kPageSize, why, false, &next) && !(i.walk(linear, why, false, &here) && here.settled))
+      return false;
   }
   linear &= kPageMask;
   if (!warm(linear, 1, write)) return false;
