@@ -5,6 +5,7 @@ usage: qemu_test.py RING3 FILES [unittest arguments]     FILES: what tests/guest
 
 RING3_TEST_ENGINE_OPTION is given to the engine.
 """
+import ctypes
 import json
 import os
 import re
@@ -345,6 +346,76 @@ class Snapshots(QemuTest):
             seen = self.ticks(source.text) + self.ticks(target.text)
             self.assertEqual(seen, list(range(len(seen))))
             self.assertEqual(target.command("query-status")["status"], "running")
+
+
+class Userfaults(QemuTest):
+    """Migration that QEMU watches guest memory for by userfaultfd, whose faults are the engine's own accesses here."""
+    OPTIONS = ("-M", "q35", "-cpu", "host", "-smp", "2", "-nic", "none")
+    WORK = ("for n in 0 1; do dd if=/dev/urandom of=/tmp/$n bs=1M count=8; done; i=0; while [ $i -lt 5000 ]; do n=$((i % 2)); cp /tmp/$n /tmp/copy; "
+            "cmp /tmp/$n /tmp/copy || echo damaged; echo tick $i; i=$((i+1)); usleep 20000; done")
+
+    def setUp(self):
+        library = ctypes.CDLL(None, use_errno=True)
+        descriptor = library.syscall(323, os.O_CLOEXEC)  # userfaultfd(2)
+        if descriptor < 0:
+            self.skipTest("userfaultfd: " + os.strerror(ctypes.get_errno()))
+        os.close(descriptor)
+
+    def enable(self, machine, capability):
+        machine.command("migrate-set-capabilities", capabilities=[{"capability": capability, "state": True}])
+
+    def migrated(self, machine):
+        end = time.monotonic() + 120
+        while (state := machine.command("query-migrate"))["status"] != "completed":
+            self.assertNotIn(state["status"], ("failed", "cancelled"), state)
+            self.assertLess(time.monotonic(), end, state)
+            time.sleep(0.05)
+        return state
+
+    def last(self, machine):
+        return int(re.findall(r"(?m)^tick (\d+)$", machine.text)[-1])
+
+    def expect_ticks(self, *machines):
+        text = "".join(machine.text for machine in machines)
+        self.assertNotIn("damaged", text)
+        seen = [int(n) for n in re.findall(r"(?m)^tick (\d+)$", text)]
+        self.assertEqual(seen, list(range(seen[0], seen[0] + len(seen))))
+
+    def test_postcopy(self):
+        with tempfile.TemporaryDirectory(prefix="ring3-postcopy-") as work:
+            source = self.linux(self.WORK, *self.OPTIONS)
+            target = self.linux(self.WORK, *self.OPTIONS, "-incoming", "defer")
+            for machine in (source, target):
+                self.enable(machine, "postcopy-ram")
+            target.command("migrate-incoming", uri=f"unix:{work}/channel")
+            source.wait_for(r"^tick 5$")
+            source.command("migrate-set-parameters", max_bandwidth=1 << 20)  # before the rest goes over as it is asked for
+            source.command("migrate", uri=f"unix:{work}/channel")
+            while source.command("query-migrate")["status"] in ("none", "setup"):
+                time.sleep(0.02)
+            source.command("migrate-start-postcopy")
+            self.assertGreater(self.migrated(source)["ram"]["postcopy-requests"], 0)
+            target.wait_for(r"^tick %d$" % (self.last(source) + 5))
+            self.expect_ticks(source, target)
+            self.assertEqual(target.command("query-status")["status"], "running")
+
+    def test_background_snapshot(self):
+        """Memory as it was when the snapshot began, though the guest went on to write."""
+        with tempfile.TemporaryDirectory(prefix="ring3-background-") as work:
+            machine = self.linux(self.WORK, *self.OPTIONS)
+            self.enable(machine, "background-snapshot")
+            machine.wait_for(r"^tick 5$")
+            machine.command("migrate", uri=f"exec:cat > {work}/image")
+            self.migrated(machine)
+            last = self.last(machine)
+            machine.wait_for(r"^tick %d$" % (last + 5))
+            self.expect_ticks(machine)
+            machine.close()
+            again = self.linux(self.WORK, *self.OPTIONS, "-incoming", f"exec:cat {work}/image")
+            first = int(again.wait_for(r"^tick (\d+)$")[1])
+            self.assertLessEqual(first, last)
+            again.wait_for(r"^tick %d$" % (first + 5))
+            self.expect_ticks(again)
 
 
 class Gdb(QemuTest):

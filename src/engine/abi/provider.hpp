@@ -31,7 +31,7 @@ struct EngineOptions {
   bool signals_announced = false;
   /// The embedding program promises: Endpoint::window_memory() tells which guest memory may be mapped a second time, and in time when
   /// it may not any more. Host windows are then on unless the option `windows` says otherwise; with that option they take all shared
-  /// memory.
+  /// memory until it is said that it may not be.
   bool announces_window_memory = false;
 };
 

@@ -15,7 +15,11 @@
 namespace ring3::engine::abi {
 
 Vm::Vm(const Config& config) : config_(config), timers_(*config.clock), clock_(*config.clock), xen_(*this, *config.clock, clock_) {
-  if (config.windows_announced) tracker_.restrict_windows({});
+  if (config.windows_announced) {
+    tracker_.restrict_windows({});
+  } else {
+    window_memory_.push_back({0, ~u64{0}});  // all, as long as nothing is taken away
+  }
 }
 
 Vm::~Vm() {
@@ -186,7 +190,7 @@ bool Vm::window_memory(u64 begin, u64 size, bool may) {
       window_memory_.push_back(r);
     }
   }
-  if (config_.windows_announced) tracker_.restrict_windows(window_memory_);
+  tracker_.restrict_windows(window_memory_);
   if (!may && had) tracker_.memslots_changed();
   return true;
 }
