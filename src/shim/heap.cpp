@@ -30,6 +30,8 @@ void watch_filters(long number, long first, long second) {
   leave_brk();
 }
 
+bool filtered() { return __atomic_load_n(&g_filtered, __ATOMIC_SEQ_CST); }
+
 void heap_for_engine() {
   __atomic_store_n(&g_engine, true, __ATOMIC_SEQ_CST);
   leave_brk();

@@ -10,6 +10,8 @@ namespace ring3::shim {
 
 /// Before a system call, or prctl(2) when number is SYS_prctl: one that installs a seccomp filter is remembered.
 void watch_filters(long number, long first, long second);
+/// Whether the program has one of its own making.
+bool filtered();
 /// The program has KVM now.
 void heap_for_engine();
 

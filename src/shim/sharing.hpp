@@ -8,10 +8,11 @@
 ///
 /// Only memory that the program has kept out of its children (MADV_DONTFORK), so that nobody sees the difference at fork(2); of
 /// 16 MiB or more; without userfaultfd. MADV_DONTNEED gives zeroes there as before: the hook of madvise(2) sees to it. Before it is
-/// unmapped, mapped anew, protected, or given to userfaultfd the engine takes it out of its windows, for good.
+/// unmapped, mapped anew, protected, or given to userfaultfd the engine takes it out of its windows, for good; all of it when a part goes to
+/// userfaultfd, which must not wait for a vCPU that waits for a page.
 /// Not with the engine option windows=0, nor where the engine uses no windows.
 ///
-/// Threading: any. A thread that writes to the memory while it becomes a memslot for the first time may lose what it writes.
+/// Threading: any. What other threads do with the memory while it becomes shared: make_shared().
 /// Errors:    none: what cannot be shared stays as it was.
 namespace ring3::shim {
 

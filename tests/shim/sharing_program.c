@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <linux/mempolicy.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <signal.h>
@@ -109,6 +110,111 @@ static int is_shared(const void *p) {
   return result;
 }
 
+/* Threads that write to memory while it becomes shared, with instructions and by system calls: nothing that they write is lost. */
+enum { kPages = kSize / kPage };
+struct writer {
+  unsigned char *memory;
+  int file; /* that system calls read from; -1: with instructions */
+  int lone; /* userfaultfd knows of user mode's accesses alone: a system call may fail */
+  volatile int stop;
+  volatile unsigned rounds;
+  unsigned long last[kPages];
+};
+
+static void *write_on(void *argument) {
+  struct writer *w = argument;
+  for (unsigned long n = 1; !w->stop; w->rounds++) {
+    for (unsigned i = 0; i < kPages; i++, n++) {
+      unsigned char *at = w->memory + (size_t)i * kPage + (w->file < 0 ? 0 : 64);
+      CHECK(*(volatile unsigned long *)at == w->last[i]);
+      if (w->file < 0) {
+        *(volatile unsigned long *)at = n;
+      } else {
+        CHECK(pwrite(w->file, &n, sizeof n, 0) == sizeof n);
+        if (pread(w->file, at, sizeof n, 0) != sizeof n) {
+          CHECK(w->lone && errno == EFAULT);
+          continue;
+        }
+      }
+      w->last[i] = n;
+    }
+  }
+  return NULL;
+}
+
+static int has_userfaultfd(int *lone) {
+  int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+  *lone = fd < 0 && access("/dev/userfaultfd", R_OK | W_OK) != 0;
+  if (fd < 0) fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+  if (fd >= 0) close(fd);
+  return fd >= 0;
+}
+
+static void test_writers(int on) {
+  static struct writer writers[2];
+  int lone;
+  if (!has_userfaultfd(&lone)) return; /* without userfaultfd they may lose it */
+  unsigned char *memory = reserve(kSize);
+  CHECK(madvise(memory, kSize, MADV_DONTFORK) == 0);
+  pthread_t threads[2];
+  for (int i = 0; i < 2; i++) {
+    writers[i].memory = memory;
+    writers[i].lone = lone;
+    writers[i].file = i == 0 ? -1 : memfd_create("numbers", MFD_CLOEXEC);
+    CHECK(pthread_create(&threads[i], NULL, write_on, &writers[i]) == 0);
+  }
+  for (int i = 0; i < 2; i++) {
+    while (writers[i].rounds == 0) usleep(1000);
+  }
+  set_slot(4, 3ul << 32, kSize, memory);
+  CHECK(is_shared(memory) == on);
+  for (int i = 0; i < 2; i++) {
+    const unsigned rounds = writers[i].rounds;
+    while (writers[i].rounds < rounds + 2) usleep(1000);
+    writers[i].stop = 1;
+    CHECK(pthread_join(threads[i], NULL) == 0);
+  }
+  close(writers[1].file);
+  set_slot(4, 3ul << 32, 0, NULL);
+  CHECK(munmap(memory, kSize) == 0);
+}
+
+static unsigned resident(unsigned char *memory) {
+  static unsigned char map[kPages];
+  unsigned n = 0;
+  CHECK(mincore(memory, kSize, map) == 0);
+  for (unsigned i = 0; i < kPages; i++) n += map[i] & 1;
+  return n;
+}
+
+/* Memory that was made to be there stays there, and what is only read is not; where it may lie on the host goes along. */
+static void test_preallocated(void) {
+  for (int full = 0; full < 2; full++) {
+    unsigned char *memory = reserve(kSize);
+    CHECK(madvise(memory, kSize, MADV_DONTFORK) == 0);
+    unsigned long node = 1, nodes[16] = {0};
+    const int bound = syscall(SYS_mbind, memory, kSize, MPOL_BIND, &node, 8 * sizeof node, 0) == 0;
+    volatile unsigned char sum = 0;
+    for (size_t i = 0; i < kPages; i++) {
+      if (full) memory[i * kPage] = 0;
+      sum += memory[i * kPage];
+    }
+    set_slot(4, 3ul << 32, kSize, memory);
+    const unsigned there = resident(memory);
+    CHECK(full ? there == kPages : is_shared(memory) == 0 || there == 0);
+    int mode = -1;
+    CHECK(!bound || (syscall(SYS_get_mempolicy, &mode, nodes, 8 * sizeof nodes, memory, MPOL_F_ADDR) == 0 && mode == MPOL_BIND && nodes[0] == 1));
+    /* Locked memory refuses advice that takes it away. */
+    if (mlock(memory, kPage) == 0) {
+      memory[0] = 7;
+      CHECK(madvise(memory, kPage, MADV_DONTNEED) < 0 && errno == EINVAL && memory[0] == 7);
+      CHECK(munlock(memory, kPage) == 0);
+    }
+    set_slot(4, 3ul << 32, 0, NULL);
+    CHECK(munmap(memory, kSize) == 0);
+  }
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   const int on = strcmp(argv[1], "on") == 0;
@@ -153,6 +259,9 @@ int main(int argc, char **argv) {
   set_slot(3, 2ul << 32, 64 << 10, small);
   CHECK(!is_shared(inherited) && !is_shared(small));
 
+  test_writers(on);
+  test_preallocated();
+
   /* The engine lets go of what is protected, given to userfaultfd, unmapped, while the guest runs. */
   const pthread_t thread = start_spinning(system, memory);
   CHECK(mprotect(memory + (20 << 20), 1 << 20, PROT_NONE) == 0);
@@ -161,8 +270,18 @@ int main(int argc, char **argv) {
   if (faults >= 0) { /* not everybody may */
     struct uffdio_api api = {.api = UFFD_API};
     CHECK(ioctl(faults, UFFDIO_API, &api) == 0);
-    struct uffdio_register part = {.range = {(unsigned long)memory + (24 << 20), 1 << 20}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    /* The guest waits for a page that this thread brings; what it does before that must not wait for the guest. */
+    struct uffdio_register part = {.range = {(unsigned long)memory + 0x2000, kPage}, .mode = UFFDIO_REGISTER_MODE_MISSING};
     CHECK(ioctl(faults, UFFDIO_REGISTER, &part) == 0);
+    CHECK(madvise(memory + 0x2000, kPage, MADV_DONTNEED) == 0);
+    struct uffd_msg message;
+    CHECK(read(faults, &message, sizeof message) == sizeof message && message.event == UFFD_EVENT_PAGEFAULT);
+    CHECK((message.arg.pagefault.address & ~(kPage - 1ul)) == part.range.start);
+    struct uffdio_register more = {.range = {(unsigned long)memory + (24 << 20), 1 << 20}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    CHECK(ioctl(faults, UFFDIO_REGISTER, &more) == 0);
+    struct uffdio_zeropage zero = {.range = part.range};
+    CHECK(ioctl(faults, UFFDIO_ZEROPAGE, &zero) == 0);
+    while (*(volatile unsigned short *)(memory + 0x2000) == 0) usleep(1000);
     CHECK(ioctl(faults, UFFDIO_REGISTER, NULL) < 0 && errno == EFAULT);
     close(faults);
   }
