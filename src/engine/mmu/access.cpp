@@ -122,6 +122,12 @@ bool Mmu::Impl::prepare_store(const Slot& slot, Gpa gpa) {
   return tracker.note_writer(TrackerCore::key(*table, slot, gpa.page()), TrackerCore::writer_bit(vcpu));
 }
 
+bool Mmu::Impl::takes_writes(const Walk& w, const Slot& slot, const Bank& bank) {
+  // As a processor's TLB keeps the dirty flag that a read found (SDM vol. 3A 4.10.2.2). Of the user's pages: those that are
+  // written most often are read first, and those of the supervisor's direct map are code now and then.
+  return w.writable && w.dirty && &bank == &space->bank[kUser] && !slot.readonly() && !slot.logs_dirty() && !prepare_store(slot, w.gpa);
+}
+
 bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
   Walk w;
   if (!walk(linear, walk_for(access, bank), true, &w)) {
@@ -169,9 +175,15 @@ bool Mmu::Impl::fill(u64 linear, Access access, Bank& bank, Part* out) {
         e.write_tag = page_start;
         bank.writable.set(i);
       }
-      [[fallthrough]];
+      e.read_tag = page_start;
+      break;
     case Access::Read:
       e.read_tag = page_start;
+      if (takes_writes(w, *slot, bank)) {
+        bank.write_walked.set(i);
+        bank.writable.set(i);
+        e.write_tag = page_start;
+      }
       break;
     case Access::Exec:
       executable(linear, bank, w.shift, w.global);

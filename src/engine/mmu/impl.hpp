@@ -26,6 +26,7 @@ struct Mmu::Impl {
     Gpa gpa;
     u8 shift = 12;
     bool writable = false, user = false, no_execute = false, global = false;  ///< all levels combined
+    bool dirty = false;    ///< the page's dirty flag stands, so that a write would change no table
     bool settled = false;  ///< the accessed and dirty flags that this walk asks for stand already
   };
 
@@ -90,6 +91,8 @@ struct Mmu::Impl {
   /// One page: from the TLB, or by walking and filling.
   bool page(u64 linear, Access access, Bank& bank, Part* out);
   bool fill(u64 linear, Access access, Bank& bank, Part* out);
+  /// Whether a page that was walked to for a read takes writes too, without a trace in the page tables or in a dirty log.
+  bool takes_writes(const Walk& w, const memory::Slot& slot, const Bank& bank);
   /// Sets the exec tag of linear's entry, which is filled.
   void executable(u64 linear, Bank& bank, unsigned page_shift, bool global);
   /// Walks without setting flags or filling: whether page() would succeed; sets stop() if not.

@@ -387,6 +387,14 @@ TEST_F(LongTest, DirtyLogSeesEveryFirstWrite) {
   }
   ASSERT_TRUE(m.mmu->write<u64>(0x400ffc, 1));
   EXPECT_EQ(log(), 3u);
+  // A read does not, of a page either whose dirty flag stands.
+  t.map(0x403000, 0x80003000, kRWU | pte::A | pte::D);
+  m.set_cpl(3);
+  ASSERT_TRUE(m.mmu->read(0x403000, &v));
+  EXPECT_EQ(log(), 0u);
+  ASSERT_TRUE(m.mmu->write<u32>(0x403000, 1));
+  EXPECT_EQ(log(), 8u);
+  m.set_cpl(0);
   // Page tables: an accessed flag dirties their page.
   t.map(0x402000, 0x9000, kRW);
   const u64 table_gpa = t.entry(0x402000, 1) & kPageMask;

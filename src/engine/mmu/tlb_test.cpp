@@ -193,6 +193,27 @@ TEST_F(TlbTest, ReadEntryDoesNotAllowWriting) {
   EXPECT_EQ(t.load(t.entry(0x400000, 1)) & (pte::A | pte::D), pte::A | pte::D);
 }
 
+TEST_F(TlbTest, ReadEntryOfADirtyPageAllowsTheUserToWrite) {
+  constexpr u64 kUser = kRW | pte::U;
+  const auto dirty_after_write = [&](u64 flags, bool user) {
+    t.map(0x400000, page(1), flags | pte::A | pte::D);
+    m.mmu->flush_all();
+    m.set_cpl(user ? 3 : 0);
+    EXPECT_EQ(value_at(m, 0x400000), 1u);
+    // Who takes the flag away has to flush before it may expect it back: whether a walk was made is seen by that.
+    t.store(t.entry(0x400000, 1), page(1) | flags | pte::A);
+    EXPECT_TRUE(m.mmu->write<u32>(0x400000, 1));
+    return (t.load(t.entry(0x400000, 1)) & pte::D) != 0;
+  };
+  EXPECT_FALSE(dirty_after_write(kUser, true));
+  EXPECT_TRUE(dirty_after_write(kUser, false));
+  m.set_cpl(3);
+  t.map(0x400000, page(1), (kUser & ~pte::W) | pte::A | pte::D);
+  m.mmu->flush_all();
+  value_at(m, 0x400000);
+  EXPECT_FALSE(m.mmu->write<u32>(0x400000, 1));
+}
+
 TEST_F(TlbTest, FetchesAreValidatedAtEachFill) {
   FakeObserver observer;
   m.mmu->set_code_observer(&observer);

@@ -62,7 +62,7 @@ bool Mmu::Impl::is_canonical(u64 linear) const {
 bool Mmu::Impl::walk(u64 linear, const WalkFor& why, bool set_flags, Walk* out) {
   *out = Walk{};
   if (paging == Paging::None) {
-    out->ok = out->writable = out->user = true;
+    out->ok = out->writable = out->user = out->dirty = true;
     out->gpa = Gpa(linear & 0xffffffff);
     return true;
   }
@@ -194,6 +194,7 @@ bool Mmu::Impl::walk(u64 linear, const WalkFor& why, bool set_flags, Walk* out) 
     out->user = user;
     out->no_execute = no_execute && nxe;
     out->global = pge && (entry & kG);
+    out->dirty = entry & kD;
     return true;
   }
 }

@@ -63,12 +63,15 @@ void InterpretedOps::write(const std::string& text) {
 void InterpretedOps::count(Reason reason, bool user, u64 rip, const DecodedInsn& insn) {
   const std::lock_guard lock(mutex_);
   Entry& e = entries_[key_of(reason, user, insn)];
-  if (e.count++ == 0) {
+  e.count++;
+  // The address that more than half of them have stays here, if one has (the majority vote of Boyer and Moore).
+  if (e.votes == 0) {
     e.rip = rip;
     e.example = insn;
     e.reason = reason;
     e.user = user;
   }
+  e.votes += e.rip == rip ? 1 : -1;
   if ((++total_ & 0xfffff) == 0) write(table());
 }
 

@@ -12,7 +12,7 @@
 ///
 /// A debug aid: with it every interpreted instruction of a vCPU is decoded once more and counted under a lock.
 /// The file is written when this is destroyed, and every million instructions: lines "COUNT REASON user|kernel NAME FORM EXAMPLE", most frequent
-/// first. EXAMPLE is the address and the bytes of one such instruction.
+/// first. EXAMPLE is the address and the bytes of one such instruction: of the most frequent one, if more than half are that.
 /// Threading: any thread.
 namespace ring3::engine {
 
@@ -41,6 +41,7 @@ class InterpretedOps {
   void write(const std::string& text);
   struct Entry {
     u64 count = 0, rip = 0;
+    i64 votes = 0;  ///< for rip
     DecodedInsn example;
     Reason reason = Reason::Mode;
     bool user = false;
