@@ -29,7 +29,8 @@ enum class Family : u8 {
   Jcc,
   Count,
   Call,
-  Ret
+  Ret,
+  Gather
 };
 
 constexpr Family family_of(Op op) {
@@ -101,6 +102,7 @@ constexpr Family family_of(Op op) {
     case Op::Cmovcc:
     case Op::Setcc:
     case Op::HostVec:
+    case Op::Vmaskmov:
       return Family::Plain;
     case Op::Mov:
       return Family::Mov;
@@ -150,6 +152,8 @@ constexpr Family family_of(Op op) {
     case Op::Wrfsbase:
     case Op::Wrgsbase:
       return Family::Rare;
+    case Op::Vgather:
+      return Family::Gather;
     case Op::HostX87:
     case Op::Fwait:
     case Op::Emms:
@@ -194,6 +198,8 @@ bool BlockBuilder::supported(std::size_t n) const {
       return i.has(kVex | kEvex) ? r.mode.avx : r.mode.sse;
     case Op::Vzeroupper:
     case Op::Vzeroall:
+    case Op::Vgather:
+    case Op::Vmaskmov:
       return r.mode.avx;
     case Op::Ldmxcsr:
     case Op::Stmxcsr:
@@ -236,6 +242,8 @@ bool BlockBuilder::one(const DecodedInsn& i) {
       return system(i);
     case Family::Rare:
       return rare(i);
+    case Family::Gather:
+      return gather(i);
     case Family::X87:
       return x87(i);
     case Family::Mmx:

@@ -305,6 +305,7 @@ class BlockBuilder {
   bool x87_memory(const DecodedInsn& i, Encoding& e, u8 size, bool store);
   bool fldcw(const DecodedInsn& i);
   bool mmx(const DecodedInsn& i);
+  bool gather(const DecodedInsn& i);  // vector_memory.cpp
   void need_zmm();  ///< from here on AVX-512's state is in the host's registers (vector512.cpp)
   void finish_zmm();
   static bool masked_store(const DecodedInsn& i);

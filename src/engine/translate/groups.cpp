@@ -107,6 +107,8 @@ bool BlockBuilder::written_registers(const DecodedInsn& i, u32* out) {
     case Op::Cmc:
     case Op::Sahf:
     case Op::Jcc:
+    case Op::Vgather:
+    case Op::Vmaskmov:
       break;
     case Op::Xchg:
     case Op::Xadd:

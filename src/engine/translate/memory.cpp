@@ -16,7 +16,7 @@ namespace ring3::engine {
 bool BlockBuilder::address_of(const DecodedInsn& i, Address* out) const {
   const MemOperand& m = i.mem;
   *out = Address{};
-  if (i.addrsize == 2 || !i.has(kHasMem)) return false;
+  if (i.addrsize == 2 || !i.has(kHasMem) || i.op == Op::Vgather) return false;
   out->narrow = i.addrsize == 4;
   out->linear32 = code32();
   if (code32() && (m.seg == CS || (m.seg == FS && !request_->mode.fs_flat) || (m.seg == GS && !request_->mode.gs_flat)))

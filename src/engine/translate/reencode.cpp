@@ -221,6 +221,8 @@ bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
       return false;
     }
     e.vectors = out->gpr_fields == 0;
+  } else if (insn.op == Op::Vmaskmov) {
+    e.vectors = true;
   } else if (e.has_modrm) {
     out->gpr_fields = integer_fields(e);
   } else {
@@ -234,7 +236,7 @@ bool take_apart(const DecodedInsn& insn, bool code32, Reencoding* out) {
     }
   }
   if (e.memory) out->gpr_fields &= static_cast<u8>(~kGprRm);
-  if (code32 && e.vex && !insn.has(kOpmask) && (insn.op != Op::HostVec || moves_general(e))) e.w = false;
+  if (code32 && e.vex && !insn.has(kOpmask) && insn.op != Op::Vmaskmov && (insn.op != Op::HostVec || moves_general(e))) e.w = false;
   for (const Operand& o : insn.operands) {
     if (o.kind != OperandKind::GprHigh) continue;
     e.rex_barred = true;

@@ -10,7 +10,7 @@
 namespace ring3::engine {
 
 bool BlockBuilder::masked_store(const DecodedInsn& i) {
-  if (i.masked == MaskedMemory::Whole) return false;
+  if (i.masked == MaskedMemory::Whole && i.op != Op::Vmaskmov) return false;
   for (const Operand& o : i.operands)
     if (o.kind == OperandKind::Mem && (o.access & kWrite) != 0) return true;
   return false;
