@@ -139,6 +139,20 @@ TEST_P(Interrupts, Msi) {
   EXPECT_GE(m.at<u32>(0x504), 50u);
 }
 
+// Blocked, but no error: the LAPIC is off by software, or another one is meant. Without any LAPIC there is nobody.
+TEST_P(Interrupts, MsiThatNobodyTakes) {
+  TestVm m(system(), {.irqchip = true, .vcpus = 0});
+  kvm_msi msi{};
+  msi.address_lo = 0xfee00000;
+  msi.data = 0x30;
+  EXPECT_EQ(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), -1);
+  m.add_vcpu(0);
+  for (const u32 address : {0xfee00000, 0xfee09000, 0xfee09004}) {
+    msi.address_lo = address;
+    EXPECT_EQ(m.vm().endpoint().ioctl(KVM_SIGNAL_MSI, arg(msi)), 0) << address;
+  }
+}
+
 // A vCPU that executed HLT looks for its interrupts for a while, as KVM_CAP_HALT_POLL says, and gets each one way or the other.
 TEST_P(Interrupts, HaltsLookForWhatWakesThem) {
   SOFT_ONLY("statistics have more in the kernel");

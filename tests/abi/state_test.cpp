@@ -167,6 +167,37 @@ TEST_P(State, ImpossibleSregsAreRefused) {
   refused([](kvm_sregs& s) { s.cr0 = 0x80000011, s.efer = 0x500, s.cr4 = 0x20, s.cr3 = 1ull << 60; });
 }
 
+// Without a LAPIC of the engine's too.
+TEST_P(State, ImpossibleApicBasesAreRefused) {
+  for (const bool irqchip : {false, true}) {
+    TestVm m(system(), {.irqchip = irqchip});
+    auto s = m.vcpu().sregs();
+    ASSERT_TRUE(s.ok());
+    for (const u64 value : {0xfee00500ull, 0xfee00901ull, 0xfee00900ull | 1ull << 60}) {
+      s->apic_base = value;
+      EXPECT_EQ(call(m, KVM_SET_SREGS, *s), -EINVAL) << value;
+    }
+    s->apic_base = 0xfee00100;
+    EXPECT_EQ(call(m, KVM_SET_SREGS, *s), 0);
+  }
+}
+
+// 32 banks as long as the VMM has not said how many.
+TEST_P(State, MachineCheckBanksBeforeTheirSetup) {
+  TestVm m(system());
+  struct {
+    kvm_msrs head;
+    kvm_msr_entry entry;
+  } msrs{};
+  msrs.head.nmsrs = 1;
+  for (const auto& [index, value, there] : {std::tuple<u32, u64, int>{0x179, 32, 1}, {0x400, 0, 1}, {0x400 + 4 * 31, 0, 1}, {0x400 + 4 * 32, 0, 0}}) {
+    msrs.entry = {};
+    msrs.entry.index = index;
+    EXPECT_EQ(call(m, KVM_GET_MSRS, msrs), there) << index;
+    EXPECT_EQ(msrs.entry.data, value) << index;
+  }
+}
+
 TEST_P(State, FpuAndXsave) {
   TestVm m(system());
   for (int round = 0; round < 50; round++) {
@@ -263,6 +294,15 @@ TEST_P(State, DebugRegs) {
     if (soft()) in.dr7 |= random() & 0xffff03ff;
     ASSERT_EQ(call(m, KVM_SET_DEBUGREGS, in), 0);
     kvm_debugregs out{};
+    ASSERT_EQ(call(m, KVM_GET_DEBUGREGS, out), 0);
+    expect_same(in, out, "kvm_debugregs");
+  }
+  // What the VMM sets stays as it is, also where a MOV to the register would not leave it so.
+  for (const u64 value : {u64{0}, u64{0xffffffff}}) {
+    kvm_debugregs in{}, out{};
+    in.dr6 = value;
+    in.dr7 = soft() ? value : 0x400;
+    ASSERT_EQ(call(m, KVM_SET_DEBUGREGS, in), 0);
     ASSERT_EQ(call(m, KVM_GET_DEBUGREGS, out), 0);
     expect_same(in, out, "kvm_debugregs");
   }

@@ -69,8 +69,8 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   v->xen_ = std::make_unique<xen::Vcpu>(vm.xen(), xen_processor, vm.timers(), v->tsc_, vm.tsc_sync(), v->lapic_.get(), id, index);
   v->state_.reset();
   Msrs& m = v->state_.msr;
-  m.mcg_cap = mce_cap_supported() & ~u64{0xff};
-  if (v->lapic_) v->lapic_->set_cmci(m.mcg_cap & kCmciPresent);
+  m.mcg_cap = 32;  // banks, and nothing else, until KVM_X86_SETUP_MCE
+  if (v->lapic_) v->lapic_->set_cmci(false);
   feature_msr(msr::ARCH_CAPABILITIES, &m.arch_capabilities);
   feature_msr(msr::UCODE_REV, &m.microcode_rev);
   feature_msr(msr::AMD_DE_CFG, &m.de_cfg);
@@ -348,6 +348,17 @@ long Vcpu::set_signal_mask(u64 arg) {
   if (fd != signal_fd_.get()) signal_fd_.reset(fd);
   have_sigmask_ = true;
   return 0;
+}
+
+/// Lapic::set_apic_base(); a LAPIC that the VMM models is held to the same rules.
+bool Vcpu::set_apic_base(u64 value, bool host) {
+  if (lapic_) return lapic_->set_apic_base(value, host);
+  Lapic::Features f;
+  f.x2apic = cpuid_.x2apic();
+  f.physical_bits = cpuid_.physical_bits();
+  if (!Lapic::allows_base(apic_base_, value, host, f)) return false;
+  apic_base_ = value;
+  return true;
 }
 
 long Vcpu::interrupt(u64 arg) {

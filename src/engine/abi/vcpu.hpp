@@ -95,6 +95,7 @@ class Vcpu final : private DirtySink, private hv::Processor, private xen::Proces
   u64 cr8() const { return lapic_ ? lapic_->cr8() : cr8_; }
   void set_cr8(u64 value);
   u64 apic_base() const { return lapic_ ? lapic_->apic_base() : apic_base_; }
+  bool set_apic_base(u64 value, bool host);
   bool pv_feature(u32 bit) const;
   /// Before anything looks at the LAPIC or changes what is in service there.
   void settle_pv_eoi() {

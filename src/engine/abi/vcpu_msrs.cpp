@@ -149,12 +149,8 @@ Vcpu::Msr Vcpu::write_msr(u32 index, bool host, u64 value) {
       if (lapic_) lapic_->set_tsc_deadline(value);
       return Msr::Ok;
     case kApicBase:
-      if (lapic_) {
-        if (!lapic_->set_apic_base(value, host)) return Msr::Fault;
-        raise(kAttendExtInt);  // a LAPIC that is off lets external interrupts through
-      } else {
-        apic_base_ = value;
-      }
+      if (!set_apic_base(value, host)) return Msr::Fault;
+      if (lapic_) raise(kAttendExtInt);  // a LAPIC that is off lets external interrupts through
       return Msr::Ok;
     case StealTime::kMsr:
       if (!host && !pv_feature(pv::kStealTime)) return Msr::Fault;

@@ -144,11 +144,7 @@ int Vcpu::set_sregs_common(const S& in) {
   if ((in.cr0 & cr0::NW) && !(in.cr0 & cr0::CD)) return -EINVAL;
   if ((in.cr0 & cr0::PG) && !(in.cr0 & cr0::PE)) return -EINVAL;
   if (in.efer & features.efer_reserved) return -EINVAL;
-  if (lapic_) {
-    if (!lapic_->set_apic_base(in.apic_base, true)) return -EINVAL;
-  } else {
-    apic_base_ = in.apic_base;
-  }
+  if (!set_apic_base(in.apic_base, true)) return -EINVAL;
 
   if (state_.seg[CS].base != in.cs.base || state_.seg[CS].selector != in.cs.selector) env_.drop();
   state_.seg[CS] = from_kvm(in.cs);
@@ -326,8 +322,8 @@ int Vcpu::set_debugregs(const kvm_debugregs& in) {
   if (in.flags != 0) return -EINVAL;
   if (in.dr6 >> 32 || in.dr7 >> 32) return -EINVAL;
   for (unsigned i = 0; i < 4; i++) state_.dr[i] = in.db[i];
-  state_.dr6 = (in.dr6 & 0xe00f) | 0xffff0ff0;
-  state_.dr7 = (in.dr7 & 0xffff23ff) | 0x400;
+  state_.dr6 = in.dr6;  // as it stands, also what no MOV to a debug register could leave there: as the kernel
+  state_.dr7 = in.dr7;
   state_changed();
   return 0;
 }

@@ -423,7 +423,9 @@ long Vm::irq_ioctl(unsigned long request, u64 arg) {
       kvm_msi msi;
       if (!copy_in(arg, &msi)) return -EFAULT;
       if (irqchip() == nullptr || msi.flags != 0) return -EINVAL;
-      return bus_.deliver_msi(msi.address_lo, msi.address_hi, msi.data);
+      const int taken = bus_.deliver_msi(msi.address_lo, msi.address_hi, msi.data);
+      // One that nobody takes is "blocked", 0, as soon as there is a LAPIC that could.
+      return taken == -1 && bus_.has_any() ? 0 : taken;
     }
     case KVM_SET_GSI_ROUTING: {
       kvm_irq_routing head;

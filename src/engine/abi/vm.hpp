@@ -35,8 +35,9 @@ inline constexpr unsigned kMaxVcpus = ApicBus::kMaxVcpus;
 int check_extension(u64 capability);
 
 /// Quirks of KVM that can be switched off. Of CD_NW_CLEARED nothing is seen, on or off: CR0.CD and CR0.NW change nothing here.
+/// OUT_7E_INC_RIP is off always: RIP stays at the OUT until it is done.
 inline constexpr u64 kQuirks = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_CD_NW_CLEARED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE |
-                               KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT | KVM_X86_QUIRK_FIX_HYPERCALL_INSN |
+                               KVM_X86_QUIRK_OUT_7E_INC_RIP | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT | KVM_X86_QUIRK_FIX_HYPERCALL_INSN |
                                KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
 /// KVM_CAP_EXIT_HYPERCALL: hypercalls, by number, that can be the VMM's.
 inline constexpr u64 kHypercallExits = 1u << 12;  // KVM_HC_MAP_GPA_RANGE

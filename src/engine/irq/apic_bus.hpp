@@ -67,6 +67,9 @@ class ApicBus {
     return vcpu < kMaxVcpus ? lapics_[vcpu].load(std::memory_order_acquire) : nullptr;
   }
 
+  /// Whether a LAPIC has ever been attached.
+  bool has_any() const { return limit_.load(std::memory_order_acquire) != 0; }
+
   /// Delivers to every LAPIC the message addresses (one of them for lowest priority). source: the sender
   /// of an IPI, null for devices. Returns how many LAPICs took it: 0 when it merged with one that
   /// was still pending everywhere, -1 when there was no destination.

@@ -128,20 +128,25 @@ void Lapic::set_x2apic_id() {
 
 u32 Lapic::apic_id() const { return x2apic() ? vcpu_ : reg(kId) >> 24; }
 
-bool Lapic::set_apic_base(u64 value, bool host_initiated) {
-  const u64 old = apic_base();
-  const unsigned bits = features_.physical_bits < 36   ? 36
-                        : features_.physical_bits > 52 ? 52
-                                                       : features_.physical_bits;
-  const u64 reserved = ~((1ull << bits) - 1) | 0x2ff | (features_.x2apic ? 0 : kBaseX2apic);
+bool Lapic::allows_base(u64 old, u64 value, bool host_initiated, const Features& features) {
+  const unsigned bits = features.physical_bits < 36   ? 36
+                        : features.physical_bits > 52 ? 52
+                                                      : features.physical_bits;
+  const u64 reserved = ~((1ull << bits) - 1) | 0x2ff | (features.x2apic ? 0 : kBaseX2apic);
   if (value & reserved) return false;
   const u64 mode_bits = kBaseEnable | kBaseX2apic;
   const u64 from = old & mode_bits, to = value & mode_bits;
   if (to == kBaseX2apic) return false;
-  if (!host_initiated) {
-    if (from == mode_bits && to == kBaseEnable) return false;  // only by way of "disabled"
-    if (from == 0 && to == mode_bits) return false;            // only by way of xAPIC
-  }
+  if (host_initiated) return true;
+  if (from == mode_bits && to == kBaseEnable) return false;  // only by way of "disabled"
+  return from != 0 || to != mode_bits;                       // only by way of xAPIC
+}
+
+bool Lapic::set_apic_base(u64 value, bool host_initiated) {
+  const u64 old = apic_base();
+  if (!allows_base(old, value, host_initiated, features_)) return false;
+  const u64 mode_bits = kBaseEnable | kBaseX2apic;
+  const u64 from = old & mode_bits, to = value & mode_bits;
   base_.store(value, std::memory_order_release);
   if (from == to) return true;
   if (to == mode_bits) {

@@ -88,6 +88,8 @@ class Lapic {
   /// WRMSR IA32_APIC_BASE. False: #GP (reserved bits, illegal transition); nothing changed.
   /// host_initiated (KVM_SET_MSRS, KVM_SET_SREGS): any transition between legal states is allowed. Owner.
   bool set_apic_base(u64 value, bool host_initiated);
+  /// Whether it would be, from `old` on. features: x2apic and physical_bits count.
+  static bool allows_base(u64 old, u64 value, bool host_initiated, const Features& features);
 
   bool enabled() const { return apic_base() & kBaseEnable; }
   bool x2apic() const { return (apic_base() & (kBaseEnable | kBaseX2apic)) == (kBaseEnable | kBaseX2apic); }
