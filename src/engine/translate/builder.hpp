@@ -180,7 +180,8 @@ class BlockBuilder {
   static u8 host(u8 guest) {
     return guest == RSP ? u8{kHostR13} : guest == R13 ? u8{kHostR10} : guest == R14 ? u8{kHostR11} : guest;
   }
-  static HostMem slot(u8 guest) { return HostMem::frame(guest == R15 ? frame::kR15 : frame::kR9 + 8u * (guest - R9)); }
+  static u32 slot_offset(u8 guest) { return guest == R15 ? frame::kR15 : frame::kR9 + 8u * (guest - R9); }
+  static HostMem slot(u8 guest) { return HostMem::frame(slot_offset(guest)); }
   bool address_of(const DecodedInsn& i, Address* out) const;
   static bool in_known_page(const Address& a, unsigned size);  // groups.cpp
   const Group* page_group(const Address& a, Kind kind) const;

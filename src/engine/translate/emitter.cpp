@@ -6,7 +6,7 @@ namespace ring3::engine {
 
 void Emitter::truncate(u32 size) {
   size_ = size;
-  r15_ = kUnknown;
+  forget();
   while (!relatives_.empty() && relatives_.back() >= size) relatives_.pop_back();
 }
 void Emitter::imm32(u32 v) {
@@ -37,10 +37,55 @@ u8* Emitter::memory_operand(u8* at, u8 reg, const HostMem& m, bool byte_disp) {
   return at + (mod == 1 ? 1 : mod == 2 || no_base ? 4 : 0);
 }
 
-bool Emitter::encode(const Encoding& e) {
-  const bool rm_used = e.has_modrm ? !e.memory : true;
+/// Which of its operands an instruction may write: of what is not known here, all.
+void Emitter::note_writes(const Encoding& e) {
   const bool calls = e.map == 0 && e.opcode == 0xff && e.has_modrm && (e.reg == 2 || e.reg == 3);
-  if ((!e.vectors && ((e.has_modrm && e.reg == kHostR15) || (rm_used && e.rm == kHostR15))) || calls) r15_ = kUnknown;
+  if (calls) {
+    forget();
+    return;
+  }
+  bool reg = true, rm = true;
+  if (!e.vex && !e.evex && e.has_modrm && e.map == 0) {
+    const u8 op = e.opcode;
+    if (op < 0x40) {
+      const bool compares = op >= 0x38;
+      reg = !compares && (op & 2) != 0;
+      rm = !compares && (op & 2) == 0;
+    } else if (op == 0x84 || op == 0x85) {
+      reg = rm = false;
+    } else if (op >= 0x88 && op <= 0x8b) {
+      reg = (op & 2) != 0;
+      rm = !reg;
+    } else if (op == 0x63 || op == 0x69 || op == 0x6b) {
+      rm = false;
+    } else if (op == 0x80 || op == 0x81 || op == 0x83) {
+      reg = false;
+      rm = e.reg != 7;
+    } else if (op == 0xf6 || op == 0xf7) {
+      reg = false;
+      rm = e.reg == 2 || e.reg == 3;
+    } else if (op == 0xff && e.reg == 4) {
+      reg = rm = false;
+    }
+  } else if (!e.vex && !e.evex && e.has_modrm && e.map == 1 && (e.opcode == 0xaf || (e.opcode & 0xf6) == 0xb6 || (e.opcode & 0xf0) == 0x40)) {
+    rm = false;  // IMUL, MOVZX and MOVSX, CMOVcc
+  }
+  if (e.vectors) {  // reg and rm are no general registers
+    if (e.memory && is_guest_slot(e.mem)) forget();
+    return;
+  }
+  if (reg && e.has_modrm) lost(e.reg);
+  if (e.vex || e.evex) lost(e.vvvv);
+  if (!rm) return;
+  if (e.memory && e.has_modrm) {
+    lost(e.mem);
+  } else {
+    lost(e.rm);
+  }
+}
+
+bool Emitter::encode(const Encoding& e) {
+  note_writes(e);
   u8* at = begin();
   const auto put = [&](unsigned b) { *at++ = static_cast<u8>(b); };
   const bool r = e.has_modrm && (e.reg & 8);
@@ -91,7 +136,11 @@ bool Emitter::encode(const Encoding& e) {
 }
 
 void Emitter::op_rm(bool w, u8 opcode, u8 reg, const HostMem& m) {
-  if (reg == kHostR15) r15_ = kUnknown;
+  if (opcode == 0x89 || opcode == 0xc7) {
+    lost(m);
+  } else if (opcode != 0x3b && opcode != 0x81 && opcode != 0x83) {
+    lost(reg);
+  }
   u8* at = begin();
   if (m.gs) *at++ = 0x65;
   unsigned rex = (w ? 8 : 0) | (reg & 8) >> 1;
@@ -102,7 +151,7 @@ void Emitter::op_rm(bool w, u8 opcode, u8 reg, const HostMem& m) {
   end(memory_operand(at, reg, m));
 }
 void Emitter::op_rr(bool w, u8 opcode, u8 reg, u8 rm) {
-  if (reg == kHostR15 || rm == kHostR15) r15_ = kUnknown;
+  lost(rm);  // of the opcodes used here
   u8* at = begin();
   const unsigned rex = (w ? 8u : 0) | (reg & 8u) >> 1 | (rm & 8u) >> 3;
   if (rex != 0) *at++ = static_cast<u8>(0x40 | rex);
@@ -114,7 +163,7 @@ void Emitter::op_rr(bool w, u8 opcode, u8 reg, u8 rm) {
 void Emitter::mov(u8 to, u8 from) { op_rr(true, 0x89, from, to); }
 void Emitter::mov32(u8 to, u8 from) { op_rr(false, 0x89, from, to); }
 void Emitter::mov_imm(u8 to, u64 value) {
-  if (to == kHostR15) r15_ = kUnknown;
+  lost(to);
   u8* at = begin();
   const u8 high = to & 8 ? 1 : 0, low = to & 7;
   u32 size = 4;
@@ -133,9 +182,35 @@ void Emitter::mov_imm(u8 to, u64 value) {
   std::memcpy(at, &value, 8);
   end(at + size);
 }
-void Emitter::load(u8 to, const HostMem& m) { op_rm(true, 0x8b, to, m); }
-void Emitter::load32(u8 to, const HostMem& m) { op_rm(false, 0x8b, to, m); }
-void Emitter::store(const HostMem& m, u8 from) { op_rm(true, 0x89, from, m); }
+void Emitter::load(u8 to, const HostMem& m) {
+  if (!is_guest_slot(m)) {
+    op_rm(true, 0x8b, to, m);
+    return;
+  }
+  const u32 slot = slot_of(m);
+  if (r14_ == slot) {
+    if (to != kHostR14) mov(to, kHostR14);
+  } else if (r15_ == slot) {
+    if (to != kHostR15) mov(to, kHostR15);
+  } else {
+    op_rm(true, 0x8b, to, m);
+  }
+  if (to == kHostR14) r14_ = slot;
+  if (to == kHostR15) r15_ = slot;
+}
+void Emitter::load32(u8 to, const HostMem& m) {
+  if (is_guest_slot(m) && (r14_ == slot_of(m) || r15_ == slot_of(m))) {
+    mov32(to, r14_ == slot_of(m) ? kHostR14 : kHostR15);
+  } else {
+    op_rm(false, 0x8b, to, m);
+  }
+}
+void Emitter::store(const HostMem& m, u8 from) {
+  op_rm(true, 0x89, from, m);
+  if (!is_guest_slot(m)) return;
+  if (from == kHostR14) r14_ = slot_of(m);
+  if (from == kHostR15) r15_ = slot_of(m);
+}
 void Emitter::store32(const HostMem& m, u8 from) { op_rm(false, 0x89, from, m); }
 void Emitter::store_imm32(const HostMem& m, i32 value) {
   op_rm(true, 0xc7, 0, m);
@@ -214,12 +289,12 @@ void Emitter::jmp(Label& to) {
   use(to);
 }
 void Emitter::call(Label& to) {
-  r15_ = kUnknown;
+  forget();
   put(0xe8);
   use(to);
 }
 void Emitter::bind(Label& l) {
-  r15_ = kUnknown;
+  forget();
   l.at = size();
   note_label();
   for (u32 use = l.uses; use != Label::kUnbound;) {

@@ -89,7 +89,7 @@ class Emitter {
     relatives_.clear();
     early_label_ = false;
     watched_ = 0;
-    r15_ = kUnknown;
+    forget();
   }
   /// From here on early_label() tells of the five bytes that come now.
   void watch() { watched_ = size(); }
@@ -102,12 +102,12 @@ class Emitter {
   bool early_label() const { return early_label_; }
 
   void byte(u8 b) {
-    r15_ = kUnknown;
+    forget();
     put(b);
   }
   /// At most kLongest.
   void bytes(std::initializer_list<u8> list) {
-    r15_ = kUnknown;
+    forget();
     put_all(list);
   }
   void imm32(u32 v);
@@ -122,7 +122,7 @@ class Emitter {
   void mov(u8 to, u8 from);  ///< 64 bits
   void mov32(u8 to, u8 from);
   void mov_imm(u8 to, u64 value);      ///< shortest form that gives this 64-bit value
-  void load(u8 to, const HostMem& m);  ///< 64 bits
+  void load(u8 to, const HostMem& m);  ///< 64 bits; from r14 or r15 where one of them holds this slot (below), or nothing at all
   void load32(u8 to, const HostMem& m);
   void store(const HostMem& m, u8 from);  ///< 64 bits
   void store32(const HostMem& m, u8 from);
@@ -143,10 +143,15 @@ class Emitter {
   void cmp32_imm(const HostMem& m, i32 value);
   void test8_imm(u8 reg, u8 mask);
 
+  // ---- what the scratch registers hold ----
+  // Known from one instruction to the next, to a label, a call, or raw bytes: of a guest register's slot of the frame, from its
+  // last load or store; and of r15, what holds() says.
+
+  bool r14_holds(u32 slot) const { return r14_ == slot; }
+  void let_r14_hold(u32 slot) { r14_ = slot; }  ///< the caller knows, of a guest register's slot
   /// r15 = the frame's slot, if it is not there since the last call for this slot or holds().
   void load_r15(u32 slot);
-  /// r15 holds what the frame's slot does: to any instruction that may write r15 (all that mention it, and raw bytes), call or
-  /// label. What is kept in the slot must not change meanwhile.
+  /// r15 holds what the frame's slot does. What is kept there must not change meanwhile.
   void holds(u32 slot) { r15_ = slot; }
 
   // ---- control ----
@@ -159,12 +164,13 @@ class Emitter {
   u32 jcc_short(u8 condition);
   void bind_short(u32 at) {
     code_[at] = static_cast<u8>(size() - at - 1);
-    r15_ = kUnknown;
+    forget();
     note_label();
   }
 
  private:
   static constexpr u32 kUnknown = ~0u;
+  static constexpr i32 kGuestSlots = 32;  ///< bytes of the frame, from its start on, that are guest registers
 
   void put(u8 b) {
     u8* at = begin();
@@ -176,6 +182,22 @@ class Emitter {
     for (const u8 b : list) *at++ = b;
     end(at);
   }
+  static bool is_guest_slot(const HostMem& m) { return m.base == kHostR9 && m.index == kHostNone && m.disp < kGuestSlots - RING3_FRAME_CENTRE; }
+  static u32 slot_of(const HostMem& m) { return static_cast<u32>(m.disp + RING3_FRAME_CENTRE); }
+  void forget() { r14_ = r15_ = kUnknown; }
+  /// The register is written.
+  void lost(u8 reg) {
+    if (reg == kHostR14) r14_ = kUnknown;
+    if (reg == kHostR15) r15_ = kUnknown;
+  }
+  /// The memory operand is written.
+  void lost(const HostMem& m) {
+    if (!is_guest_slot(m)) return;
+    const u32 slot = slot_of(m) & ~7u;
+    if (r14_ == slot) r14_ = kUnknown;
+    if (r15_ == slot) r15_ = kUnknown;
+  }
+  void note_writes(const Encoding& e);
   void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m);
   /// ModRM, SIB and displacement; returns their end.
   static u8* memory_operand(u8* at, u8 reg, const HostMem& m, bool byte_disp = true);
@@ -196,7 +218,7 @@ class Emitter {
   std::vector<u32> relatives_;
   bool early_label_ = false;
   u32 watched_ = 0;
-  u32 r15_ = kUnknown;  ///< the frame slot that r15 holds
+  u32 r14_ = kUnknown, r15_ = kUnknown;  ///< the frame slots that they hold
 };
 
 }  // namespace ring3::engine

@@ -134,7 +134,8 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
       *f.number = host(guest);
       continue;
     }
-    if (f.bit == kGprRm && rm_in_frame) continue;
+    if (f.bit == kGprRm && rm_in_frame && !e_.r14_holds(slot_offset(guest))) continue;
+    if (f.bit == kGprRm) rm_in_frame = false;
     unsigned n = 0;
     while (n < count && substitutes[n].guest != guest) n++;
     if (n == count) {

@@ -119,6 +119,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     emit_address(kScratch0, a);
   }
   emit_window_check(reg, expected_region(a), a, false);
+  if (off_base && reg == kScratch0) e_.let_r14_hold(slot_offset(a.base));  // by way of the miss too
   constexpr i32 kNone = 0;
   if (Group* const g = near ? free_group() : nullptr) {
     g->active = g->window = true;
@@ -133,10 +134,10 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
       return;
     }
   }
-  if (a.constant || a.segment != 0 || a.narrow) {
-    *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
-  } else {
+  if (off_base || a.bit != kNoReg) {
     operand_of(a, out);
+  } else {  // the address is in r14 still
+    *out = {HostMem{kScratch0, kScratch1, 0, false, 0}, false, false};
   }
   window_point();
 }
