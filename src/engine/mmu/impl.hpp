@@ -146,7 +146,10 @@ struct Mmu::Impl {
   /// Window::map(), where that memory may be in windows.
   bool map_window(u64 page, u64 host, unsigned count, bool write, u8 shift);
   void stale_window(const Space& sp) { window_stale |= &sp == window_space; }
-  void show_deltas() const { std::copy(window.deltas().begin(), window.deltas().end(), window_deltas); }
+  void show_deltas() const {
+    std::copy(window.deltas().begin(), window.deltas().end(), window_deltas);
+    if (window_first != nullptr) *window_first = window.deltas()[0];
+  }
 
   void serve_tlb();
   void serve_all();
@@ -205,7 +208,7 @@ struct Mmu::Impl {
   ring3::engine::Window window;
   Space* window_space = nullptr;  ///< whose user mode it belongs to; null: it holds nothing
   bool window_stale = false;
-  u64* window_deltas = nullptr;
+  u64 *window_deltas = nullptr, *window_first = nullptr;
 
   Parts open_rmw;  ///< of the Rmw that has no host pointer
 };

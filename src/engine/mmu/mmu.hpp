@@ -220,8 +220,8 @@ class Mmu {
   /// In user mode. Uses no vector registers.
   WindowState window() const;
   /// For the current address space, in user mode; another one's goes. False: not here. deltas: host - linear by region,
-  /// 32 of them, written now and whenever they change; until the window is closed by whomever.
-  bool open_window(u64* deltas);
+  /// 32 of them, written now and whenever they change, and the first one to `first` too; until the window is closed by whomever.
+  bool open_window(u64* deltas, u64* first = nullptr);
   void close_window();
   /// Compares what is mapped with the page tables: the flushes since are done then.
   void refresh_window();

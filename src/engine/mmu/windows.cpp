@@ -14,7 +14,7 @@ void Mmu::Impl::close_window() {
   show_deltas();
 }
 
-bool Mmu::open_window(u64* deltas) {
+bool Mmu::open_window(u64* deltas, u64* first) {
   Impl& i = *impl_;
   i.close_window();
   if (i.paging != Impl::Paging::Long || bank_ != &i.space->bank[kUser]) return false;
@@ -23,6 +23,7 @@ bool Mmu::open_window(u64* deltas) {
   i.window_space = i.space;
   i.window_stale = false;
   i.window_deltas = deltas;
+  i.window_first = first;
   i.show_deltas();
   return true;
 }

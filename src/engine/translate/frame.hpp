@@ -51,7 +51,8 @@ struct alignas(64) JitFrame {
   /// code runs sets 0; entering does.
   u64 stack_page = 0, stack_limit = 0, stack_addend = 0;
   u64 groups[6] = {};  ///< addends that one check has found for several accesses (groups.cpp)
-  u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
+  u64 window_first = Window::no_delta(0);  ///< window_deltas[0], whose region has the size:
+  u64 window_size = Window::kRegionSize;
   u64 tlb_mask = (Mmu::kTlbSize - 1) * sizeof(Mmu::TlbEntry);  ///< frame::kTlbMask
   u64 last_start[5] = {4095, 4094, 4092, 4088, 4080};  ///< in its page, where an access of 1, 2, 4, 8 or 16 bytes may start
   u32 bias_high = 0;    ///< jump_bias >> 48: what links to other pages are made for
@@ -136,6 +137,7 @@ struct alignas(64) JitFrame {
   u64 window_target = 0;   ///< the thunk's own
   /// Mmu::open_window() writes those of the regions; the others, of addresses that are no user's, are Window::no_delta() for ever.
   u64 window_deltas[256] = {};
+  u64 loop_start = 0, loop_room = 0;  ///< of a loop inside one block (loops.cpp)
   u64 fault_address = 0, fault_error = 0;  ///< the fault handler's: of the access, and the page fault's error code
   /// AVX-512's state beside the vectors, while these are IN or KEPT. RING3_ZMM_AWAY: ZMM16..31 and k0..k7 are in VcpuState, and
   /// bits 511:256 of ZMM0..15 are zero, there and in the host's registers (VEX instructions leave them so). IN: all is in the
@@ -193,6 +195,7 @@ static_assert(offsetof(JitFrame, last_start) + 40 <= 2 * RING3_FRAME_CENTRE);
 inline constexpr u32 kGroups = offsetof(JitFrame, groups);
 inline constexpr u32 kStackPage = offsetof(JitFrame, stack_page), kStackLimit = offsetof(JitFrame, stack_limit),
                      kStackAddend = offsetof(JitFrame, stack_addend);
+inline constexpr u32 kWindowFirst = offsetof(JitFrame, window_first), kWindowSize = offsetof(JitFrame, window_size);
 inline constexpr u32 kLoopStart = offsetof(JitFrame, loop_start), kLoopRoom = offsetof(JitFrame, loop_room);
 
 #define RING3_CHECK_OFFSET(field, value) static_assert(offsetof(JitFrame, field) == (value))

@@ -125,7 +125,7 @@ void TranslatorVcpu::sample_window() {
 
 void TranslatorVcpu::open_window() {
   window_.samples = 0;
-  if (!mmu_.open_window(frame_.window_deltas)) return;
+  if (!mmu_.open_window(frame_.window_deltas, &frame_.window_first)) return;
   window_.open = s_.cr3 & kSpace;
   window_.since = __builtin_ia32_rdtsc();
   window_.cost = 0;

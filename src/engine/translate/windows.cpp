@@ -5,6 +5,7 @@
 ///
 /// The check, for an operand whose address stands off a register:
 ///     register >> 42 is the region that the translator expects ?  r15 = that region's constant
+/// (of region 0, where addresses begin: register < 4 TiB)
 /// and the operand is at its own address + r15: nothing that the address depends on waits for the check. A displacement is
 /// less than the guard around the region's host addresses, so that one check serves all accesses off a register while it
 /// moves by constants alone: a group, whose slot in the frame holds the constant. Alignment, page ends and missing
@@ -50,10 +51,16 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
   m.page = page;
   interpret_label();
   m.insn = interpret_.size() - 1;
-  emit_rorx(kScratch1, reg, frame::kRegionShift);
-  e_.encode({.opcode = 0x80, .reg = 7, .rm = kScratch1, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
-  e_.jcc(5, m.entry);
-  e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas + static_cast<u32>(8 * region)));
+  if (region == 0) {
+    e_.cmp(reg, HostMem::frame(frame::kWindowSize));
+    e_.jcc(3, m.entry);
+    e_.load(kScratch1, HostMem::frame(frame::kWindowFirst));
+  } else {
+    emit_rorx(kScratch1, reg, frame::kRegionShift);
+    e_.encode({.opcode = 0x80, .reg = 7, .rm = kScratch1, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
+    e_.jcc(5, m.entry);
+    e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas + static_cast<u32>(8 * region)));
+  }
   e_.bind(m.resume);
 }
 
@@ -68,7 +75,7 @@ bool BlockBuilder::by_window(const Address& a) const {
 
 void BlockBuilder::window_access(const Address& a, Access* out) {
   if (a.constant && a.segment == 0) {
-    e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas));
+    e_.load_r15(frame::kWindowFirst);
     *out = {HostMem::at(kScratch1, static_cast<i32>(a.value)), true, false};
     window_point();
     return;
