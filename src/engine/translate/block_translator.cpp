@@ -348,6 +348,7 @@ void BlockBuilder::start_over() {
   x87_loads_.clear();
   zmm_loads_.clear();
   window_misses_.clear();
+  region_misses_.clear();
   start_groups(!request_->ungrouped && (!request_->mode.windowed || loop_.on));
   rip_ = request_->rip;
   flags_ = Flags::Host;
@@ -368,7 +369,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
     const u32 size = e_.size();
     const std::size_t slow = slow_.size(), faults = out_->faults.size();
     const Flags flags = flags_;
-    const std::size_t misses = group_misses_.size(), window_misses = window_misses_.size(), x87_loads = x87_loads_.size(), zmm_loads = zmm_loads_.size();
+    const std::size_t misses = group_misses_.size(), window_misses = window_misses_.size(), region_misses = region_misses_.size(), x87_loads = x87_loads_.size(), zmm_loads = zmm_loads_.size();
     const X87 x87 = x87_;
     const bool zmm_in = zmm_in_;
     const Family family = family_of(i.op);
@@ -395,6 +396,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       zmm_loads_.resize(zmm_loads);
       zmm_in_ = zmm_in;
       window_misses_.resize(window_misses);
+      region_misses_.resize(region_misses);
       out_->faults.resize(faults);
       interpret_.pop_back();
       flags_ = flags;
@@ -487,6 +489,7 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   plan_loop(count);
   // Of windowed code, only those that are better off so: all checks are before the loop.
   if (request.mode.windowed && loop_.on && !all_hoisted(count)) loop_.on = false;
+  plan_regions(count);
   padded_ = false;
   std::size_t done = attempt(count);
   if (done < count && !ended_) {

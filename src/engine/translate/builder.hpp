@@ -73,6 +73,8 @@ class BlockBuilder {
     bool whole = false;     ///< of the host address of base + index * scale as they were at the check
     unsigned others = 0;
     bool window = false;  ///< the slot holds what is added in the host window (windows.cpp)
+    bool certain = false;  ///< instead of a slot: `region` is where the base points
+    u8 region = 0;
   };
   struct GroupMiss {
     Label entry, resume;
@@ -106,6 +108,13 @@ class BlockBuilder {
     Address address;
     bool page = false;    ///< of RIP's page
     std::size_t insn = 0;
+  };
+  /// The same where the block does not go on: the rest runs in one without groups.
+  struct RegionMiss {
+    Label entry;
+    i64 offset = 0;  ///< of the instruction, to its page
+    std::size_t insn = 0;
+    bool in_frame = false;  ///< the flags
   };
   struct Interpret {
     Label entry;
@@ -222,6 +231,9 @@ class BlockBuilder {
   void emit_window_check(u8 reg, u64 region, const Address& a, bool page);
   u64 expected_region(const Address& a) const;
   bool used_again(Group g) const;
+  void plan_regions(std::size_t count);
+  void emit_certain_check(u8 reg, u64 region);
+  void through_region(const Group& g, const Address& a, Access* out);
   void finish_window_misses();
 
   void one_page_or(Label& otherwise, u32 size);
@@ -251,6 +263,7 @@ class BlockBuilder {
   void finish_groups();
   void emit_group_check(const Address& first, u32 size, bool write, Label& miss);
   void stack_miss(GroupMiss& m);
+  void leave_ungrouped(std::size_t insn, i64 offset, bool in_frame);
 
   // ---- loops.cpp ----
   void plan_loop(std::size_t count);
@@ -353,6 +366,10 @@ class BlockBuilder {
   std::array<Group, kGroups> groups_;
   std::vector<GroupMiss> group_misses_;
   std::vector<WindowMiss> window_misses_;
+  std::vector<RegionMiss> region_misses_;
+  bool certain_ = false;  ///< in this block, checks of windows make regions certain
+  u8 main_region_ = 0;    ///< the one whose constant belongs in r15
+  bool both_free_ = false;  ///< the operand of this instruction may take r14 instead of r15
   Foresight foresight_;
   bool by_tlb_ = false;  ///< this instruction reaches memory through the TLB also in windowed code
   Loop loop_;

@@ -265,6 +265,11 @@ void Emitter::load_r15(u32 slot) {
   load(kHostR15, HostMem::frame(slot));
   r15_ = slot;
 }
+void Emitter::load_r14(u32 slot) {
+  if (r14_ == slot) return;
+  load(kHostR14, HostMem::frame(slot));
+  r14_ = slot;
+}
 void Emitter::test8_imm(u8 reg, u8 mask) {
   put(static_cast<u8>(0x40 | (reg & 8 ? 1 : 0)));
   put_all({0xf6, static_cast<u8>(0xc0 | (reg & 7)), mask});

@@ -148,11 +148,14 @@ class Emitter {
   // last load or store; and of r15, what holds() says.
 
   bool r14_holds(u32 slot) const { return r14_ == slot; }
+  bool knows_r14() const { return r14_ != kUnknown; }
+  bool knows_r15() const { return r15_ != kUnknown; }
   void let_r14_hold(u32 slot) { r14_ = slot; }  ///< the caller knows, of a guest register's slot
   /// r15 = the frame's slot, if it is not there since the last call for this slot or holds().
   void load_r15(u32 slot);
   /// r15 holds what the frame's slot does. What is kept there must not change meanwhile.
   void holds(u32 slot) { r15_ = slot; }
+  void load_r14(u32 slot);  ///< as load_r15
 
   // ---- control ----
   void jcc(u8 condition, Label& to);  ///< rel32; condition: the low four bits of the opcode

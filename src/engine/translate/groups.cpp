@@ -420,17 +420,21 @@ void BlockBuilder::finish_groups() {
       e_.jmp(found);
     }
     e_.bind(ungrouped);
-    if (interpret_[m.insn].fip) emit_fip(interpret_[m.insn].fip_offset);
-    const bool in_frame = m.flags == Flags::Frame;
-    stubs_.push_back({{}, m.offset, in_frame, true});
-    DirectExit x;
-    x.field = e_.size() + 1;
-    x.target = pic() ? static_cast<u64>(m.offset) : (request_->rip & kPageMask) + static_cast<u64>(m.offset);
-    x.frame_flags = in_frame;
-    x.ungrouped = true;
-    out_->exits.push_back(x);
-    e_.jmp(stubs_.back().entry);
+    leave_ungrouped(m.insn, m.offset, m.flags == Flags::Frame);
   }
+}
+
+/// On at this instruction, of which nothing has happened, in a block without groups.
+void BlockBuilder::leave_ungrouped(std::size_t insn, i64 offset, bool in_frame) {
+  if (interpret_[insn].fip) emit_fip(interpret_[insn].fip_offset);
+  stubs_.push_back({{}, offset, in_frame, true});
+  DirectExit x;
+  x.field = e_.size() + 1;
+  x.target = pic() ? static_cast<u64>(offset) : (request_->rip & kPageMask) + static_cast<u64>(offset);
+  x.frame_flags = in_frame;
+  x.ungrouped = true;
+  out_->exits.push_back(x);
+  e_.jmp(stubs_.back().entry);
 }
 
 }  // namespace ring3::engine

@@ -93,7 +93,10 @@ bool BlockBuilder::plain(const DecodedInsn& i) {
 
   Access a;
   if (e.memory) {
-    if (!access_of(i, &a)) return false;
+    both_free_ = true;
+    const bool ok = access_of(i, &a);
+    both_free_ = false;
+    if (!ok) return false;
   } else {
     a.scratch0_free = a.scratch1_free = true;
   }

@@ -136,7 +136,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   // window_policy.cpp
   static u64 window_function(void* self, u64 pc, u64* r15);
   u64 window_fault(u64 pc, u64* r15);
-  bool open_region(u64* r15);
+  bool open_region(u64 pc, u64* r15);
   bool use_window();     ///< whether user code is entered windowed
   void sample_window();  ///< user code was found running
   void open_window();

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/decode/decoder.hpp"
+#include "engine/translate/emitter.hpp"
 #include "engine/translate/thunks.hpp"
 #include "engine/translate/translator_vcpu.hpp"
 
@@ -26,14 +28,20 @@ u64 TranslatorVcpu::window_function(void* self, u64 pc, u64* r15) {
   return static_cast<TranslatorVcpu*>(self)->window_fault(pc, r15);
 }
 
-/// Where r15 holds the constant of a region without host addresses, or that and an address: gets it some. What was kept
-/// of it in the frame is set right too.
-bool TranslatorVcpu::open_region(u64* r15) {
-  if (!Window::is_no_delta(*r15)) return false;
-  const u64 region = Window::region_of(*r15), none = Window::no_delta(region);
+/// Where the register that the instruction at pc addresses memory by holds the constant of a region without host addresses,
+/// or that and an address: gets it some. What was kept of it in the frame is set right too. r15[1] is r14.
+bool TranslatorVcpu::open_region(u64 pc, u64* r15) {
+  DecodedInsn insn;
+  // SAFETY: the arena has more than one instruction's bytes behind every instruction of a block.
+  if (decode(reinterpret_cast<const u8*>(pc), 15, CodeMode::Bits64, false, false, &insn) != DecodeResult::Ok) return false;
+  const auto named = [&](u8 reg) { return insn.mem.base == reg || insn.mem.index == reg; };
+  if (!named(kHostR15) && !named(kHostR14)) return false;
+  u64& constant = named(kHostR15) ? r15[0] : r15[1];
+  if (!Window::is_no_delta(constant)) return false;
+  const u64 region = Window::region_of(constant), none = Window::no_delta(region);
   if (frame_.window_deltas[region] == none && !mmu_.open_window_region(region << frame::kRegionShift)) return false;
   const u64 delta = frame_.window_deltas[region];
-  *r15 = *r15 - none + delta;
+  constant = constant - none + delta;
   for (u64& slot : frame_.groups)
     if (Window::is_no_delta(slot) && Window::region_of(slot) == region) slot = slot - none + delta;
   return true;
@@ -45,7 +53,7 @@ u64 TranslatorVcpu::window_fault(u64 pc, u64* r15) {
   if (!cache_->window_point(pc, frame_.page, &point)) return targets.lost;
   stats_.window_faults++;
   window_.cost += kFault;
-  if (~frame_.fault_address == 0 && open_region(r15)) return targets.again;
+  if (~frame_.fault_address == 0 && open_region(pc, r15)) return targets.again;
   struct Call {
     Mmu& mmu;
     u64 address;

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "engine/translate/builder.hpp"
 
 /// Guest memory by the host's MMU: pages of the guest's address space stand in host windows (mmu/window.hpp), region by
@@ -18,6 +20,15 @@
 ///              that makes addresses which are not canonical (when the first of them faults, it gets host addresses). The check looks at bits 42 to 49; an address with others
 ///              set above is not canonical, and not so with the constant added either.
 namespace ring3::engine {
+
+namespace {
+
+/// Of a region's constant, in the frame.
+u32 delta_slot(u64 region) {
+  return region == 0 ? frame::kWindowFirst : frame::kWindowDeltas + static_cast<u32>(8 * region);
+}
+
+}  // namespace
 
 constexpr i32 kWindowDisp = 0x10000000;  ///< displacements are below this, and constants that a register moves by
 
@@ -54,14 +65,87 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
   if (region == 0) {
     e_.cmp(reg, HostMem::frame(frame::kWindowSize));
     e_.jcc(3, m.entry);
-    e_.load(kScratch1, HostMem::frame(frame::kWindowFirst));
   } else {
     emit_rorx(kScratch1, reg, frame::kRegionShift);
     e_.encode({.opcode = 0x80, .reg = 7, .rm = kScratch1, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
     e_.jcc(5, m.entry);
-    e_.load(kScratch1, HostMem::frame(frame::kWindowDeltas + static_cast<u32>(8 * region)));
   }
+  e_.load(kScratch1, HostMem::frame(delta_slot(region)));
   e_.bind(m.resume);
+}
+
+/// Whether certain regions pay: accesses off different registers, by turns, each of which would load its group's constant.
+void BlockBuilder::plan_regions(std::size_t count) {
+  constexpr unsigned kTurns = 8;
+  certain_ = false;
+  if (!request_->mode.windowed || request_->ungrouped || loop_.on) return;
+  std::array<Group, kGroups> groups{};
+  unsigned turns = 0;
+  unsigned uses[Window::kRegions] = {};
+  const Group* last = nullptr;
+  for (std::size_t n = 0; n < count; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    index_ = n;
+    for (const Operand& o : i.operands) {
+      Address a;
+      if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || !address_of(i, &a)) continue;
+      if (!groupable(a) || a.index != kNoReg || special(a.base)) continue;
+      auto g = std::find_if(groups.begin(), groups.end(), [&](const Group& other) { return other.active && same_registers(other, a); });
+      if (g == groups.end()) {
+        g = std::find_if(groups.begin(), groups.end(), [](const Group& other) { return !other.active; });
+        if (g == groups.end()) continue;
+        *g = Group{};
+        g->active = true;
+        g->base = a.base;
+        g->region = static_cast<u8>(expected_region(a)) % Window::kRegions;
+      } else {
+        turns += &*g != last;
+      }
+      uses[g->region]++;
+      last = &*g;
+    }
+    for (Group& g : groups) follow(i, &g);
+  }
+  certain_ = turns >= kTurns;
+  main_region_ = static_cast<u8>(std::max_element(uses, std::end(uses)) - uses);
+}
+
+/// reg points into this region, or the block is left for one without groups. Clobbers r15, and r14 where flags are live in the host.
+void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
+  const bool keep = flags_ == Flags::Host && live_[index_] != 0;
+  if (!keep) clobber_flags();
+  region_misses_.emplace_back();
+  RegionMiss& m = region_misses_.back();
+  m.offset = page_offset(rip());
+  m.insn = interpret_.size() - 1;
+  m.in_frame = flags_ == Flags::Frame;
+  if (keep) {
+    emit_rorx(kScratch1, reg, frame::kRegionShift);
+    e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .rm = kScratch1, .rex_forced = true});  // movzx r15d, r15b
+    e_.mov(kScratch0, kHostRcx);
+    e_.lea32(kHostRcx, HostMem::at(kScratch1, -static_cast<i32>(region)));
+    const u32 over = e_.jrcxz_short(8);
+    e_.mov(kHostRcx, kScratch0);
+    e_.jmp(m.entry);
+    e_.bind_short(over);
+    e_.mov(kHostRcx, kScratch0);
+  } else if (region == 0) {
+    e_.cmp(reg, HostMem::frame(frame::kWindowSize));
+    e_.jcc(3, m.entry);
+  } else {
+    const u8 temp = e_.knows_r15() && !e_.knows_r14() ? kScratch0 : kScratch1;
+    emit_rorx(temp, reg, frame::kRegionShift);
+    e_.encode({.opcode = 0x80, .reg = 7, .rm = temp, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
+    e_.jcc(5, m.entry);
+  }
+}
+
+/// The constants of up to two regions stay in the scratch registers.
+void BlockBuilder::through_region(const Group& g, const Address& a, Access* out) {
+  const u32 slot = delta_slot(g.region);
+  const bool second = both_free_ && g.region != main_region_;
+  second ? e_.load_r14(slot) : e_.load_r15(slot);
+  *out = {HostMem{host(a.base), second ? kScratch0 : kScratch1, 0, false, a.disp}, !second, second};
 }
 
 /// The others, rare ones, go through the TLB.
@@ -109,7 +193,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
   if (near) {
     for (const Group& g : groups_) {
       if (!g.active || !g.window || !same_registers(g, a)) continue;
-      through(g, a, out);
+      g.certain ? through_region(g, a, out) : through(g, a, out);
       window_point();
       return;
     }
@@ -125,7 +209,19 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     if (!near) clobber_flags();
     emit_address(kScratch0, a);
   }
-  emit_window_check(reg, expected_region(a), a, false);
+  const u64 region = expected_region(a);
+  if (certain_ && off_base && !special(a.base) && region < Window::kRegions) {
+    if (Group* const g = free_group()) {
+      g->active = g->window = g->certain = true;
+      g->base = a.base;
+      g->region = static_cast<u8>(region);
+      emit_certain_check(reg, region);
+      through_region(*g, a, out);
+      window_point();
+      return;
+    }
+  }
+  emit_window_check(reg, region, a, false);
   if (off_base && reg == kScratch0) e_.let_r14_hold(slot_offset(a.base));  // by way of the miss too
   constexpr i32 kNone = 0;
   if (Group* const g = near ? free_group() : nullptr) {
@@ -168,6 +264,10 @@ bool BlockBuilder::used_again(Group g) const {
 }
 
 void BlockBuilder::finish_window_misses() {
+  for (RegionMiss& m : region_misses_) {
+    e_.bind(m.entry);
+    leave_ungrouped(m.insn, m.offset, m.in_frame);
+  }
   for (WindowMiss& m : window_misses_) {
     Label& interpret = interpret_[m.insn].entry;
     e_.bind(m.entry);
