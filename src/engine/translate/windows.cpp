@@ -86,6 +86,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
   for (std::size_t n = 0; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     index_ = n;
+    insn_ = &i;
     for (const Operand& o : i.operands) {
       Address a;
       if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || !address_of(i, &a)) continue;
