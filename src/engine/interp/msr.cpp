@@ -75,7 +75,11 @@ MsrAccess write_mce(VcpuState& s, u32 index, u64 v, bool host) {
 // ---- EFER ----
 
 MsrAccess write_efer(VcpuState& s, const GuestFeatures& f, u64 v, bool host) {
-  if (!host) {
+  if (host) {
+    // What there is at all, whether the guest's CPUID shows it or not.
+    constexpr u64 kThere = efer::SCE | efer::LME | efer::LMA | efer::NX | efer::FFXSR;
+    if (v & ~kThere) return MsrAccess::Fault;
+  } else {
     if (v & f.efer_reserved) return MsrAccess::Fault;
     if ((s.cr0 & cr0::PG) && ((v ^ s.efer) & efer::LME)) return MsrAccess::Fault;
   }

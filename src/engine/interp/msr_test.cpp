@@ -59,6 +59,8 @@ TEST(Msr, Efer) {
   EXPECT_EQ(m.wr(msr::EFER, efer::LME), MsrAccess::Ok);
   EXPECT_EQ(m.get(msr::EFER), efer::LME | efer::LMA);
   EXPECT_EQ(m.wr(msr::EFER, efer::SCE, true), MsrAccess::Ok);
+  EXPECT_EQ(m.wr(msr::EFER, efer::SCE | 1u << 1, true), MsrAccess::Fault);  // the VMM too
+  EXPECT_EQ(m.wr(msr::EFER, ~0ull, true), MsrAccess::Fault);
 }
 
 TEST(Msr, Pat) {
