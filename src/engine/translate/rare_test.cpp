@@ -63,6 +63,44 @@ TEST(Rare, PopToMemoryUsesTheNewStackPointer) {
   EXPECT_EQ(m.interpreted(), 1u);
 }
 
+/// 1: add eax, IMM, the last two bytes in the next page; dec ecx; jnz 1b; hlt
+struct EdgeLoop : Machine {
+  static constexpr u64 kAt = 0x2000ffd;
+  EdgeLoop() {
+    load_code(hex("05 01 00"), 0x800ffd);
+    load_code(hex("00 00 ff c9 75 f7 f4"), 0x801000);
+    load_code(hex("01 00 ff c9 75 f7 f4"), 0x802000);
+    map(kAt, 0x800000, kPresent | kWritable);
+  }
+  u64 go() {
+    s.gpr[RAX] = 0;
+    s.gpr[RCX] = 1000;
+    s.rip = kAt;
+    const u64 before = interpreted();
+    EXPECT_TRUE(resume().halted());
+    return interpreted() - before;
+  }
+};
+
+TEST(Rare, AnInstructionAtAPageEndIsTranslatedOnceTheNextPageIsThere) {
+  EdgeLoop m;
+  m.s.rip = EdgeLoop::kAt;
+  EXPECT_TRUE(m.resume().raised(vec::PF, pferr::I));
+  m.map(0x2001000, 0x801000, TestMachine::kPresent);
+  EXPECT_LE(m.go(), 2u);
+  EXPECT_EQ(m.s.gpr[RAX], 1000u);
+}
+
+TEST(Rare, AnInstructionAtAPageEndIsTranslatedAnewForAnotherNextPage) {
+  EdgeLoop m;
+  m.map(0x2001000, 0x801000, TestMachine::kPresent);
+  EXPECT_LE(m.go(), 2u);
+  m.map(0x2001000, 0x802000, TestMachine::kPresent);
+  EXPECT_LE(m.go(), 100u);
+  EXPECT_EQ(m.s.gpr[RAX], 1000u * 0x10001);
+  EXPECT_LE(m.go(), 2u);
+}
+
 TEST(Rare, MovWithAnOffset) {
   Machine m;
   m.store<u64>(kData, 0x1122334455667788);

@@ -272,6 +272,8 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
                        (out_.left_at.empty() || decode_kept(image + block.left_at, size - block.left_at, mode));
     if (!found) {
       unsigned read = decode_block(image, size, max, gpa, rip, &request);
+      // The next page is absent until the guest's system has brought it: nothing is made that would stay as it is then.
+      if (cut_off_) return nullptr;
       const bool keep = keeper != nullptr && read != 0 && insns_[0].op != Op::Invalid;
       const bool may_move = keep && KeptCode::may_move(source);
       if (may_move) {
@@ -383,6 +385,7 @@ unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned m
   const TranslateMode mode = request->mode;
   unsigned count = 0, at = 0, branches = 0;
   bool whole = true;
+  cut_off_ = false;
   while (count < max && at < size) {
     DecodedInsn& insn = insns_[count];
     if (decode_one(image + at, size - at, mode, &insn) != DecodeResult::Ok) {
@@ -411,6 +414,7 @@ unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned m
       count = 1;
       request->edge = insns_[0].length - size;
     }
+    cut_off_ = got <= size;
   }
   request->insns = std::span<const DecodedInsn>(insns_.data(), count);
   request->has_feature = std::span<const bool>(has_feature_.get(), count);
@@ -572,6 +576,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
             break;
           default:
             begun = true;
+            if ((s_.rip & (kPageSize - 1)) > kPageSize - 15 && ++edge_left_ % kEdgeLeft == 0) drop_edge();
             break;
         }
       }
@@ -586,6 +591,20 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     const Interpreter::Result r = begun ? interpreter_.run_one() : interpreter_.run(n);
     if (r != Interpreter::Result::Budget) return r;
   }
+}
+
+/// The instruction at RIP was left to the interpreter. Where it goes on in the next page and is one there that its translation does not
+/// know any more, another translation is made next time.
+void TranslatorVcpu::drop_edge() {
+  Gpa gpa;
+  const u8* host;
+  const Stop kept = mmu_.stop();
+  const bool there = mmu_.fetch(s_.rip, &gpa, &host) && host != nullptr;
+  mmu_.stop() = kept;
+  if (!there) return;
+  const TranslateMode m = mode();
+  const CodeBlock* const b = cache_->find(gpa, position_independent(s_.rip, m) ? 0 : s_.rip, key(m, false));
+  if (b != nullptr && b->count <= 1 && gpa.page_offset() + b->bytes == kPageSize) cache_->written(gpa, 1);
 }
 
 void TranslatorVcpu::code_written(Gpa gpa, unsigned size) {

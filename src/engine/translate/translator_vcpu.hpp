@@ -82,6 +82,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
 
   /// Whether the next instruction may run translated, but for its address.
   bool can_enter() const;
+  void drop_edge();
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
   TranslateMode mode();
@@ -193,6 +194,9 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::vector<Left> left_;
   std::unordered_map<std::string, u32> left_numbers_;
   bool left_stale_ = false;  ///< no block has a number: they begin anew with the next one
+  bool cut_off_ = false;     ///< decode_block()'s: its first instruction goes on in a page that is absent
+  static constexpr u32 kEdgeLeft = 64;
+  u32 edge_left_ = 0;        ///< instructions at a page's end that translations left to the interpreter
   WindowPolicy window_;
   u64 limit_ = 0;            ///< of Context::retired, in run()
   bool loaded_avx_ = false;  ///< TranslateMode::avx when the vectors were loaded last
