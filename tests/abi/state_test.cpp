@@ -198,6 +198,16 @@ TEST_P(State, MachineCheckBanksBeforeTheirSetup) {
   }
 }
 
+// As after FNINIT: a guest that never initialises the x87 has its exceptions masked.
+TEST_P(State, FpuOfANewVcpu) {
+  TestVm m(system());
+  kvm_fpu fpu{};
+  ASSERT_EQ(call(m, KVM_GET_FPU, fpu), 0);
+  EXPECT_EQ(fpu.fcw, 0x37f);
+  EXPECT_EQ(fpu.fsw, 0);
+  EXPECT_EQ(fpu.ftwx, 0);
+}
+
 TEST_P(State, FpuAndXsave) {
   TestVm m(system());
   for (int round = 0; round < 50; round++) {

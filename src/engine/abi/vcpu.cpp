@@ -68,6 +68,9 @@ Result<std::unique_ptr<Vcpu>> Vcpu::create(Vm& vm, unsigned id, unsigned index, 
   xen::Processor& xen_processor = *v;
   v->xen_ = std::make_unique<xen::Vcpu>(vm.xen(), xen_processor, vm.timers(), v->tsc_, vm.tsc_sync(), v->lapic_.get(), id, index);
   v->state_.reset();
+  // The kernel's vCPUs begin with the x87 state after FNINIT, not with that after RESET, whose exceptions are unmasked.
+  v->state_.xsave.fcw() = 0x37f;
+  v->state_.xsave.ftw_abridged() = 0;
   Msrs& m = v->state_.msr;
   m.mcg_cap = 32;  // banks, and nothing else, until KVM_X86_SETUP_MCE
   if (v->lapic_) v->lapic_->set_cmci(false);
