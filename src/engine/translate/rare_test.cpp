@@ -182,5 +182,27 @@ TEST(Rare, AnInstructionInTwoPagesFollowsItsBytes) {
   }
 }
 
+TEST(Rare, WhatWasUndefinedIsLookedAtAgain) {
+  Machine m;
+  m.s.gpr[RAX] = kData;
+  // nop; c7 /7 with a displacement is undefined, c7 /0 is none: a byte behind the first one changes.
+  EXPECT_TRUE(m.run(hex("90 48 c7 b8 08 00 00 00 44 33 22 11")).raised(vec::UD));
+  m.store<u8>(kCode + 3, 0x80);  // as a device would: nobody is told
+  m.mmu().expire_fetches();
+  m.s.rip = kCode;
+  EXPECT_TRUE(m.resume().halted());
+  EXPECT_EQ(m.load<u64>(kData + 8), 0x11223344u);
+  // By its own code, from a block that ran before: dec rcx; jz +5; mov byte [rdx], 80h; jmp +0; nop; c7 /7
+  Machine n;
+  n.s.gpr[RAX] = kData;
+  n.s.gpr[RDX] = kCode + 13;
+  n.s.gpr[RCX] = 1;
+  EXPECT_TRUE(n.run(hex("48 ff c9 74 05 c6 02 80 eb 00 90 48 c7 b8 08 00 00 00 44 33 22 11")).raised(vec::UD));
+  n.s.rip = kCode;
+  n.s.gpr[RCX] = 2;
+  EXPECT_TRUE(n.resume().halted());
+  EXPECT_EQ(n.load<u64>(kData + 8), 0x11223344u);
+}
+
 }  // namespace
 }  // namespace ring3::engine

@@ -282,7 +282,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
       }
       if (make(request, &out_)) stats_.translated++;
       left = &insns_[out_.left];
-      block.left_at = finish_bytes(room, &out_);
+      block.left_at = finish_bytes(size, &out_);
       if (keep) {
         const KeptCode::Moved moved{addresses_, &moved_};
         keeper->add(source, read, block, may_move ? &moved : nullptr);
@@ -311,13 +311,13 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
 }
 
 /// What is left to the interpreter was decoded with the block: it is a part of it. Returns where it begins, if it is there.
-u32 TranslatorVcpu::finish_bytes(unsigned room, TranslatedBlock* out) const {
+u32 TranslatorVcpu::finish_bytes(unsigned size, TranslatedBlock* out) const {
   u32 at = 0;
   if (!out->left_at.empty()) {
     for (u32 n = 0; n < out->left; n++) at += insns_[n].length;
-    out->bytes = std::max<u32>(out->bytes, at + insns_[out->left].length);
+    out->bytes = std::max<u32>(out->bytes, at + bytes_that_say(insns_[out->left]));
   }
-  out->bytes = std::min<u32>(room, out->bytes);
+  out->bytes = std::min<u32>(size, out->bytes);
   return at;
 }
 
@@ -358,7 +358,7 @@ void TranslatorVcpu::make_moved(const u8* image, unsigned size, Gpa gpa, BlockRe
   decode_block(there, size, static_cast<unsigned>(request->insns.size()), gpa, rip, request);
   request->rip = rip + KeptCode::kMove;
   make(*request, &moved_);
-  finish_bytes(static_cast<unsigned>(kPageSize - (rip & (kPageSize - 1))), &moved_);
+  finish_bytes(size, &moved_);
   request->rip = rip;
 }
 
@@ -369,6 +369,9 @@ u64 TranslatorVcpu::kept_context() const {
   const u64 low = (has << (has.size() - 64) >> (has.size() - 64)).to_ullong(), high = (has >> 64).to_ullong();
   return SplitMix64::mix(SplitMix64::mix(low) ^ high ^ u64{options_.max_insns} << 56) ^ u64{c_.features.amd};
 }
+
+/// Bytes that made the instruction what it is: of an undefined one, whose length is not known, as many as there may be.
+unsigned TranslatorVcpu::bytes_that_say(const DecodedInsn& insn) { return insn.op == Op::Invalid ? 15 : insn.length; }
 
 DecodeResult TranslatorVcpu::decode_one(const u8* bytes, unsigned size, TranslateMode mode, DecodedInsn* insn) {
   size = std::min(size, 15u);
@@ -395,7 +398,7 @@ unsigned TranslatorVcpu::decode_block(const u8* image, unsigned size, unsigned m
     has_feature_[count] = insn.op != Op::Invalid && c_.features.allows(insn);
     const bool ends = insn.has(kEndsBlock) && insn.op != Op::Sti;
     const bool on = ends && !request->ungrouped && may_go_on(insn) && ++branches < kMaxBranches;
-    at += insn.length;
+    at = std::min(size, at + bytes_that_say(insn));
     count++;
     if (ends && !on) break;
     // What stands there already is not made a second time.

@@ -118,7 +118,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   unsigned decode_block(const u8* image, unsigned size, unsigned max, Gpa gpa, u64 rip, BlockRequest* request);
   bool make(const BlockRequest& request, TranslatedBlock* out);
   void make_moved(const u8* image, unsigned size, Gpa gpa, BlockRequest* request);
-  u32 finish_bytes(unsigned room, TranslatedBlock* out) const;
+  u32 finish_bytes(unsigned size, TranslatedBlock* out) const;
+  static unsigned bytes_that_say(const DecodedInsn& insn);
   u32 number_left(const DecodedInsn& insn);
   /// host - linear of an access that the translation allows, 0: it is interpreted. In two pages only if the host's
   /// are neighbours too, or for a read, which then reads from a copy.
