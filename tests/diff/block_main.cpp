@@ -61,13 +61,23 @@ bool decode_at(const BlockGuest& g, BlockMode mode, u64 rip, DecodedInsn* i) {
   return decode(bytes, static_cast<unsigned>(count), code_mode, false, amd, i) == DecodeResult::Ok;
 }
 
+/// The same of the program's own code, as it is in `code`.
+bool decode_in(std::span<const u8> code, BlockMode mode, u64 rip, DecodedInsn* i) {
+  if (rip - kCode >= code.size()) return false;
+  const std::span<const u8> bytes = code.subspan(rip - kCode);
+  static const bool amd = host_features().amd;
+  return decode(bytes.data(), static_cast<unsigned>(std::min<std::size_t>(bytes.size(), 15)), mode == BlockMode::User32 ? CodeMode::Bits32 : CodeMode::Bits64,
+                false, amd, i) == DecodeResult::Ok;
+}
+
 /// Status flags that code from rip on overwrites before it reads them: where a block was left in its middle they may
 /// differ (docs/adr/0004).
-u64 dead_flags(BlockGuest& g, BlockMode mode, u64 rip) {
+template <class Decode>
+u64 dead_flags(u64 rip, Decode decode_next) {
   u64 dead = 0, live = 0;
   for (unsigned n = 0; n < kMaxBlockInsns; n++) {
     DecodedInsn i;
-    if (!decode_at(g, mode, rip, &i)) break;
+    if (!decode_next(rip, &i)) break;
     const FlagUse use = flag_use(i);
     live |= use.reads & ~dead;
     dead |= use.writes & ~live;
@@ -158,6 +168,7 @@ class Comparison {
   bool one(Random& rng) {
     std::atomic<u32>& attention = subject_.context().attention();
     const VcpuState before = reference_.state();
+    code_before_.assign(subject_.code(), subject_.code() + kBlockCodePages * kPageSize);
     attention.store(0);
     g_attention = &attention;
     const u64 interpreted_before = subject_.interpreted();
@@ -186,7 +197,7 @@ class Comparison {
     reference_.context().attention().store(0);
     std::string why;
     near_ = "never";
-    const u64 dead_here = dead_flags(subject_, mode_, subject_.state().rip);
+    const u64 dead_here = dead_flags_at(subject_);
     for (u64 n = 0;; n++) {
       if (!faulted_ && same_registers(dead_here, &why) && same_memory(&why)) {
         copy_registers(reference_, subject_);
@@ -217,10 +228,17 @@ class Comparison {
     if (!same_event) return report("events: " + describe(reference_) + " and " + describe(subject_), before);
     // A repeated comparison that faults has iterations left, which replace the flags: Intel's are those from before it (SDM vol. 2,
     // REP), AMD's and translated code's those of the last one done.
-    const u64 dead = repeats(reference_) ? rflags::STATUS : dead_flags(reference_, mode_, reference_.state().rip);
+    const u64 dead = repeats(reference_) ? rflags::STATUS : dead_flags_at(reference_);
     if (!same_registers(dead, &why) || !same_memory(&why)) return report(why, before);
     copy_registers(reference_, subject_);
     return true;
+  }
+
+  /// Of the code as it is, and of it as it was: a block that writes into its own next instructions was made of those.
+  u64 dead_flags_at(BlockGuest& g) const {
+    const u64 rip = g.state().rip;
+    return dead_flags(rip, [&](u64 at, DecodedInsn* i) { return decode_at(g, mode_, at, i); }) |
+           dead_flags(rip, [&](u64 at, DecodedInsn* i) { return decode_in(code_before_, mode_, at, i); });
   }
 
   bool repeats(BlockGuest& g) const {
@@ -320,6 +338,7 @@ class Comparison {
   bool verbose_;
   unsigned stop_after_;
   unsigned round_ = 0;
+  std::vector<u8> code_before_;
   static constexpr u64 kTrail = 24;
   u64 trail_[kTrail] = {}, trailed_ = 0;
   std::string near_;
