@@ -72,7 +72,10 @@ bool shows(std::string_view text) {
     for (std::size_t k = 1; k < n; k++) {
       if ((static_cast<unsigned char>(text[i + k]) & 0xc0) != 0x80) return false;
     }
-    if (c == 0xc2 && static_cast<unsigned char>(text[i + 1]) < 0xa0) return false;
+    const auto second = n > 1 ? static_cast<unsigned char>(text[i + 1]) : u8{0};
+    if (c == 0xc2 && second < 0xa0) return false;                                         // C1
+    if ((c == 0xe0 && second < 0xa0) || (c == 0xf0 && second < 0x90)) return false;        // longer than need be
+    if ((c == 0xed && second >= 0xa0) || (c == 0xf4 && second >= 0x90)) return false;      // surrogates; behind U+10FFFF
     i += n;
   }
   return true;
