@@ -61,23 +61,13 @@ bool decode_at(const BlockGuest& g, BlockMode mode, u64 rip, DecodedInsn* i) {
   return decode(bytes, static_cast<unsigned>(count), code_mode, false, amd, i) == DecodeResult::Ok;
 }
 
-/// The same of the program's own code, as it is in `code`.
-bool decode_in(std::span<const u8> code, BlockMode mode, u64 rip, DecodedInsn* i) {
-  if (rip - kCode >= code.size()) return false;
-  const std::span<const u8> bytes = code.subspan(rip - kCode);
-  static const bool amd = host_features().amd;
-  return decode(bytes.data(), static_cast<unsigned>(std::min<std::size_t>(bytes.size(), 15)), mode == BlockMode::User32 ? CodeMode::Bits32 : CodeMode::Bits64,
-                false, amd, i) == DecodeResult::Ok;
-}
-
 /// Status flags that code from rip on overwrites before it reads them: where a block was left in its middle they may
 /// differ (docs/adr/0004).
-template <class Decode>
-u64 dead_flags(u64 rip, Decode decode_next) {
+u64 dead_flags(BlockGuest& g, BlockMode mode, u64 rip) {
   u64 dead = 0, live = 0;
   for (unsigned n = 0; n < kMaxBlockInsns; n++) {
     DecodedInsn i;
-    if (!decode_next(rip, &i)) break;
+    if (!decode_at(g, mode, rip, &i)) break;
     const FlagUse use = flag_use(i);
     live |= use.reads & ~dead;
     dead |= use.writes & ~live;
@@ -234,11 +224,11 @@ class Comparison {
     return true;
   }
 
-  /// Of the code as it is, and of it as it was: a block that writes into its own next instructions was made of those.
+  /// All where the program has changed its code: a block that writes into its own next instructions was made of those that were
+  /// there, and what they would have overwritten may be gone.
   u64 dead_flags_at(BlockGuest& g) const {
-    const u64 rip = g.state().rip;
-    return dead_flags(rip, [&](u64 at, DecodedInsn* i) { return decode_at(g, mode_, at, i); }) |
-           dead_flags(rip, [&](u64 at, DecodedInsn* i) { return decode_in(code_before_, mode_, at, i); });
+    if (std::memcmp(g.code(), code_before_.data(), code_before_.size()) != 0) return rflags::STATUS;
+    return dead_flags(g, mode_, g.state().rip);
   }
 
   bool repeats(BlockGuest& g) const {
