@@ -187,9 +187,11 @@ class Comparison {
     reference_.context().attention().store(0);
     std::string why;
     near_ = "never";
-    const u64 dead_here = dead_flags_at(subject_);
+    const u64 dead_here = dead_flags(subject_, mode_, subject_.state().rip);
+    u64 changed = 0;  // all flags, from changed code on
     for (u64 n = 0;; n++) {
-      if (!faulted_ && same_registers(dead_here, &why) && same_memory(&why)) {
+      if (changed == 0 && at_changed_code()) changed = rflags::STATUS;
+      if (!faulted_ && same_registers(dead_here | changed, &why) && same_memory(&why)) {
         copy_registers(reference_, subject_);
         return true;
       }
@@ -218,17 +220,19 @@ class Comparison {
     if (!same_event) return report("events: " + describe(reference_) + " and " + describe(subject_), before);
     // A repeated comparison that faults has iterations left, which replace the flags: Intel's are those from before it (SDM vol. 2,
     // REP), AMD's and translated code's those of the last one done.
-    const u64 dead = repeats(reference_) ? rflags::STATUS : dead_flags_at(reference_);
+    const u64 dead = repeats(reference_) ? rflags::STATUS : dead_flags(reference_, mode_, reference_.state().rip) | changed;
     if (!same_registers(dead, &why) || !same_memory(&why)) return report(why, before);
     copy_registers(reference_, subject_);
     return true;
   }
 
-  /// All where the program has changed its code: a block that writes into its own next instructions was made of those that were
-  /// there, and what they would have overwritten may be gone.
-  u64 dead_flags_at(BlockGuest& g) const {
-    if (std::memcmp(g.code(), code_before_.data(), code_before_.size()) != 0) return rflags::STATUS;
-    return dead_flags(g, mode_, g.state().rip);
+  /// Whether the program has changed the instruction that comes now. A block that writes into its own next instructions was made of those
+  /// that were there: flags that these would have overwritten may be gone from here on.
+  bool at_changed_code() {
+    constexpr u64 kLongest = 15;
+    const u64 at = reference_.state().rip - kCode;
+    return at < code_before_.size() &&
+           std::memcmp(reference_.code() + at, code_before_.data() + at, std::min<u64>(kLongest, code_before_.size() - at)) != 0;
   }
 
   bool repeats(BlockGuest& g) const {

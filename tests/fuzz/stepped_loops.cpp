@@ -32,21 +32,13 @@ void EventLoop::post(std::function<void()> task) { tasks_.push_back(std::move(ta
 
 void EventLoop::stop() {
   std::erase_if(started, [this](const auto& s) { return s.first == this; });
-  handlers_.clear();
-  tasks_.clear();
-  epoll_.reset();
-  wake_.reset();
+  clear();
 }
 
 void EventLoop::run() {
   epoll_event events[16];
   const int n = ::epoll_wait(epoll_.get(), events, 16, 0);
-  for (int i = 0; i < n; i++) {
-    const auto it = handlers_.find(events[i].data.fd);
-    if (it == handlers_.end()) continue;
-    const auto handler = it->second;
-    (*handler)(events[i].events);
-  }
+  for (int i = 0; i < n; i++) dispatch(events[i].data.fd, events[i].events);
   const auto tasks = std::exchange(tasks_, {});
   for (const auto& task : tasks) task();
   worked |= n > 0 || !tasks.empty();

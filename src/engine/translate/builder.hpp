@@ -232,6 +232,8 @@ class BlockBuilder {
   u64 expected_region(const Address& a) const;
   bool used_again(Group g) const;
   void plan_regions(std::size_t count);
+  void emit_region_number(u8 reg);
+  void emit_region_compare(u8 reg, u64 region, u8 temp, Label& other);
   void emit_certain_check(u8 reg, u64 region);
   void through_region(const Group& g, const Address& a, Access* out);
   void finish_window_misses();

@@ -260,15 +260,10 @@ void Emitter::cmp32_imm(const HostMem& m, i32 value) {
     imm32(static_cast<u32>(value));
   }
 }
-void Emitter::load_r15(u32 slot) {
-  if (r15_ == slot) return;
-  load(kHostR15, HostMem::frame(slot));
-  r15_ = slot;
-}
-void Emitter::load_r14(u32 slot) {
-  if (r14_ == slot) return;
-  load(kHostR14, HostMem::frame(slot));
-  r14_ = slot;
+void Emitter::load_held(u8 to, u32* held, u32 slot) {
+  if (*held == slot) return;
+  load(to, HostMem::frame(slot));
+  *held = slot;
 }
 void Emitter::test8_imm(u8 reg, u8 mask) {
   put(static_cast<u8>(0x40 | (reg & 8 ? 1 : 0)));

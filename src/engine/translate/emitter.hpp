@@ -152,10 +152,10 @@ class Emitter {
   bool knows_r15() const { return r15_ != kUnknown; }
   void let_r14_hold(u32 slot) { r14_ = slot; }  ///< the caller knows, of a guest register's slot
   /// r15 = the frame's slot, if it is not there since the last call for this slot or holds().
-  void load_r15(u32 slot);
+  void load_r15(u32 slot) { load_held(kHostR15, &r15_, slot); }
   /// r15 holds what the frame's slot does. What is kept there must not change meanwhile.
   void holds(u32 slot) { r15_ = slot; }
-  void load_r14(u32 slot);  ///< as load_r15
+  void load_r14(u32 slot) { load_held(kHostR14, &r14_, slot); }  ///< as load_r15
 
   // ---- control ----
   void jcc(u8 condition, Label& to);  ///< rel32; condition: the low four bits of the opcode
@@ -201,6 +201,7 @@ class Emitter {
     if (r15_ == slot) r15_ = kUnknown;
   }
   void note_writes(const Encoding& e);
+  void load_held(u8 to, u32* held, u32 slot);
   void op_rm(bool w, u8 opcode, u8 reg, const HostMem& m);
   /// ModRM, SIB and displacement; returns their end.
   static u8* memory_operand(u8* at, u8 reg, const HostMem& m, bool byte_disp = true);

@@ -2,9 +2,7 @@
 
 #include <cstring>
 
-#include "engine/interp/features.hpp"
-#include "engine/interp/test_machine.hpp"
-#include "engine/translate/translator_vcpu.hpp"
+#include "engine/translate/test_either.hpp"
 
 /// Gathers and masked moves run translated, and do what the interpreter does.
 namespace ring3::engine {
@@ -17,17 +15,8 @@ using test::TestMode;
 
 constexpr u64 kData = TestMachine::kData;
 
-struct Machine : TestMachine {
-  explicit Machine(bool translated, TestMode mode) : TestMachine(mode, true) {
-    if (translated) {
-      auto v = TranslatorVcpu::create(s, mmu(), interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
-      CHECK(v.ok());
-      vcpu = std::move(*v);
-      runner = [this](u64 budget) { return vcpu->run(budget); };
-    } else {
-      runner = [this](u64 budget) { return interpreter().run(budget); };
-    }
-    c().features = host_features();
+struct Machine : test::EitherMachine {
+  Machine(bool translated, TestMode mode) : EitherMachine(translated, mode, true) {
     s.cr4 |= cr4::OSFXSR | cr4::OSXSAVE;
     s.xcr0 = 7;
     s.xsave.mxcsr() = 0x1f80;
@@ -35,12 +24,10 @@ struct Machine : TestMachine {
     run(hex("88 03 88 83 00 10 00 00"));  // the first stores to pages
     for (u64 n = 0; n < 1024; n++) store<u64>(kData + 8 * n, 0x0123'4567'89ab'cdefu * (n + 1));
   }
-  ~Machine() { vcpu.reset(); }
   void vector(unsigned n, const u8* bytes) {
     std::memcpy(s.xsave.xmm(n), bytes, 16);
     std::memcpy(s.xsave.ymm_high(n), bytes + 16, 16);
   }
-  std::unique_ptr<TranslatorVcpu> vcpu;
 };
 
 /// The same in the interpreter and translated: indices in vector 1 (or 14), the mask in 2 (or 13).
@@ -64,10 +51,7 @@ struct Both {
   }
   /// Ends at the HLT behind the code, having left that and `left` more to the interpreter.
   void run(const char* code, unsigned left = 0) {
-    const u64 before = b.vcpu->stats().interpreted;
-    const Outcome x = a.run(hex(code)), y = b.run(hex(code));
-    EXPECT_TRUE(a.ended_at_hlt(x) && b.ended_at_hlt(y)) << code;
-    EXPECT_EQ(b.vcpu->stats().interpreted - before, left + 1) << code;
+    test::run_both(a, b, code, left);
     same(code);
   }
   void same(const char* code) {

@@ -15,9 +15,12 @@
 /// comes back, or leaves the guest instruction to the interpreter. So, unlike with the TLB's check, the access itself may
 /// end an instruction: nothing of the guest's state changes before the last one.
 ///
+/// In some blocks (plan_regions()) a register of another region leaves the block instead of taking that region's constant: what it was
+/// checked for is certain from there on, and needs no slot.
+///
 /// Confinement: a register of the expected region, + a displacement below the guard, + the constant: inside the region's host
 ///              addresses and their guards, where nothing else is ever mapped. A region without host addresses has a constant
-///              that makes addresses which are not canonical (when the first of them faults, it gets host addresses). The check looks at bits 42 to 49; an address with others
+///              that makes addresses which are not canonical (when the first of them faults, it gets host addresses). The check looks at bits 42 to 49 (for region 0 at all); an address with others
 ///              set above is not canonical, and not so with the constant added either.
 namespace ring3::engine {
 
@@ -46,12 +49,29 @@ void BlockBuilder::window_point() {
   out_->faults.push_back({e_.size(), pic() ? static_cast<u64>(page_offset(i.rip)) : i.rip, true, flags_ == Flags::Frame});
 }
 
+/// r15 = bits 42 to 49 of reg. Flags stay.
+void BlockBuilder::emit_region_number(u8 reg) {
+  emit_rorx(kScratch1, reg, frame::kRegionShift);
+  e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .rm = kScratch1, .rex_forced = true});  // movzx r15d, r15b
+}
+
+/// To `other` where reg does not point into this region. Clobbers the flags, and temp.
+void BlockBuilder::emit_region_compare(u8 reg, u64 region, u8 temp, Label& other) {
+  if (region == 0) {
+    e_.cmp(reg, HostMem::frame(frame::kWindowSize));
+    e_.jcc(3, other);
+    return;
+  }
+  emit_rorx(temp, reg, frame::kRegionShift);
+  e_.encode({.opcode = 0x80, .reg = 7, .rm = temp, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp temp's low byte
+  e_.jcc(5, other);
+}
+
 /// r15 = what is added to addresses near reg's.
 void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool page) {
   if (flags_ == Flags::Host && live_[index_] != 0) {
     // Nothing here changes flags; what the address depends on waits for the table.
-    emit_rorx(kScratch1, reg, frame::kRegionShift);
-    e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .rm = kScratch1, .rex_forced = true});  // movzx r15d, r15b
+    emit_region_number(reg);
     e_.load(kScratch1, HostMem{kHostR9, kScratch1, 3, false, static_cast<i32>(frame::kWindowDeltas) - RING3_FRAME_CENTRE});
     return;
   }
@@ -62,14 +82,7 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
   m.page = page;
   interpret_label();
   m.insn = interpret_.size() - 1;
-  if (region == 0) {
-    e_.cmp(reg, HostMem::frame(frame::kWindowSize));
-    e_.jcc(3, m.entry);
-  } else {
-    emit_rorx(kScratch1, reg, frame::kRegionShift);
-    e_.encode({.opcode = 0x80, .reg = 7, .rm = kScratch1, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
-    e_.jcc(5, m.entry);
-  }
+  emit_region_compare(reg, region, kScratch1, m.entry);
   e_.load(kScratch1, HostMem::frame(delta_slot(region)));
   e_.bind(m.resume);
 }
@@ -121,8 +134,7 @@ void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
   m.insn = interpret_.size() - 1;
   m.in_frame = flags_ == Flags::Frame;
   if (keep) {
-    emit_rorx(kScratch1, reg, frame::kRegionShift);
-    e_.encode({.map = 1, .opcode = 0xb6, .reg = kScratch1, .rm = kScratch1, .rex_forced = true});  // movzx r15d, r15b
+    emit_region_number(reg);
     e_.mov(kScratch0, kHostRcx);
     e_.lea32(kHostRcx, HostMem::at(kScratch1, -static_cast<i32>(region)));
     const u32 over = e_.jrcxz_short(8);
@@ -130,14 +142,8 @@ void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
     e_.jmp(m.entry);
     e_.bind_short(over);
     e_.mov(kHostRcx, kScratch0);
-  } else if (region == 0) {
-    e_.cmp(reg, HostMem::frame(frame::kWindowSize));
-    e_.jcc(3, m.entry);
   } else {
-    const u8 temp = e_.knows_r15() && !e_.knows_r14() ? kScratch0 : kScratch1;
-    emit_rorx(temp, reg, frame::kRegionShift);
-    e_.encode({.opcode = 0x80, .reg = 7, .rm = temp, .rex_forced = true, .imm_size = 1, .imm = {static_cast<u8>(region)}});  // cmp r15b
-    e_.jcc(5, m.entry);
+    emit_region_compare(reg, region, e_.knows_r15() && !e_.knows_r14() ? kScratch0 : kScratch1, m.entry);
   }
 }
 

@@ -1,8 +1,6 @@
 #include <gtest/gtest.h>
 
-#include "engine/interp/features.hpp"
-#include "engine/interp/test_machine.hpp"
-#include "engine/translate/translator_vcpu.hpp"
+#include "engine/translate/test_either.hpp"
 
 /// x87 and MMX instructions run translated, and all of their state is as the interpreter has it, wherever it is looked at.
 namespace ring3::engine {
@@ -16,17 +14,8 @@ using test::TestMode;
 
 constexpr u64 kData = TestMachine::kData, kCode = TestMachine::kCode, kEntry = 0x80000;
 
-struct Machine : TestMachine {
-  explicit Machine(bool translated, TestMode mode = TestMode::Long64, bool user = false) : TestMachine(mode, user) {
-    if (translated) {
-      auto v = TranslatorVcpu::create(s, mmu(), interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
-      CHECK(v.ok());
-      vcpu = std::move(*v);
-      runner = [this](u64 budget) { return vcpu->run(budget); };
-    } else {
-      runner = [this](u64 budget) { return interpreter().run(budget); };
-    }
-    c().features = host_features();
+struct Machine : test::EitherMachine {
+  explicit Machine(bool translated, TestMode mode = TestMode::Long64, bool user = false) : EitherMachine(translated, mode, user) {
     s.cr4 |= cr4::OSFXSR;
     s.xsave.fcw() = 0x37f;
     s.xsave.fsw() = 0;
@@ -37,8 +26,6 @@ struct Machine : TestMachine {
     for (unsigned n = 0; n < 16; n++) store<double>(kData + 0x100 + 8 * n, 1.25 * n + 0.3);
     for (unsigned n = 0; n < 16; n++) store<u64>(kData + 0x200 + 8 * n, 0x0123'4567'89ab'cdef * (n + 1));
   }
-  ~Machine() { vcpu.reset(); }
-  std::unique_ptr<TranslatorVcpu> vcpu;
 };
 
 /// The same in the interpreter and translated.
@@ -51,10 +38,7 @@ struct Both {
   }
   /// Ends at the HLT behind the code, having left that alone to the interpreter, or `left` more.
   void run(const char* code, unsigned left = 0) {
-    const u64 before = b.vcpu->stats().interpreted;
-    const Outcome x = a.run(hex(code)), y = b.run(hex(code));
-    EXPECT_TRUE(a.ended_at_hlt(x) && b.ended_at_hlt(y)) << code;
-    EXPECT_EQ(b.vcpu->stats().interpreted - before, left + 1) << code;
+    test::run_both(a, b, code, left);
     same(code);
   }
   void raises(const char* code, u8 vector) {

@@ -39,4 +39,18 @@ void EventLoop::remove(int fd) {
   if (handlers_.erase(fd) != 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
 }
 
+void EventLoop::dispatch(int fd, u32 events) {
+  const auto it = handlers_.find(fd);
+  if (it == handlers_.end()) return;
+  const auto handler = it->second;
+  (*handler)(events);
+}
+
+void EventLoop::clear() {
+  handlers_.clear();
+  tasks_.clear();
+  epoll_.reset();
+  wake_.reset();
+}
+
 }  // namespace ring3::virtio

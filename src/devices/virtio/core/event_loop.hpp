@@ -41,6 +41,9 @@ class EventLoop {
  private:
   Status prepare();
   void run();
+  /// To the descriptor's handler, if it has one still: an earlier one of the round may have removed it, and it may remove itself.
+  void dispatch(int fd, u32 events);
+  void clear();  ///< no thread runs: descriptors and tasks are forgotten
 
   UniqueFd epoll_, wake_;
   std::map<int, std::shared_ptr<std::function<void(u32)>>> handlers_;

@@ -50,10 +50,7 @@ void EventLoop::stop() {
     signal_event(wake_.get());
     thread_.join();
   }
-  handlers_.clear();
-  tasks_.clear();
-  epoll_.reset();
-  wake_.reset();
+  clear();
 }
 
 void EventLoop::run() {
@@ -73,11 +70,7 @@ void EventLoop::run() {
         for (auto& task : tasks) task();
         continue;
       }
-      // An earlier handler of this round may have removed it; and a handler may remove itself.
-      const auto it = handlers_.find(fd);
-      if (it == handlers_.end()) continue;
-      const auto handler = it->second;
-      (*handler)(events[i].events);
+      dispatch(fd, events[i].events);
     }
     const std::lock_guard lock(mutex_);
     if (end_) return;
