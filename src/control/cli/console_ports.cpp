@@ -199,8 +199,9 @@ struct ConsolePorts::Impl {
     if (!client) return;
     p.peer = std::move(client);
     (void)loop.set_events(p.listener->fd(), 0);
-    device->set_open(index, true);
+    // In this order: what the guest writes as soon as it is told is the client's already.
     come(index);
+    device->set_open(index, true);
   }
 
   void look_for_reader(std::size_t index) {
