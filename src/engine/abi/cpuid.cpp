@@ -25,7 +25,8 @@ struct Regs {
 };
 Regs host(u32 leaf, u32 subleaf = 0) {
   Regs r;
-  const u32 max = __get_cpuid_max(leaf & 0x80000000u, nullptr);
+  static const u32 kMax[2] = {__get_cpuid_max(0, nullptr), __get_cpuid_max(0x80000000u, nullptr)};
+  const u32 max = kMax[leaf >> 31];
   if (max == 0 || leaf > max) return r;
   __cpuid_count(leaf, subleaf, r.eax, r.ebx, r.ecx, r.edx);
   return r;
@@ -110,7 +111,9 @@ u64 arch_capabilities() {
          kBhiNo | kPbrsbNo | kGdsNo | kRfdsNo | kItsNo;
 }
 
-std::vector<kvm_cpuid_entry2> supported_cpuid() {
+namespace {
+
+std::vector<kvm_cpuid_entry2> find_supported_cpuid() {
   std::vector<kvm_cpuid_entry2> out;
   const bool amd = host_is_amd();
   const bool avx = host_avx();
@@ -189,6 +192,13 @@ std::vector<kvm_cpuid_entry2> supported_cpuid() {
     out.push_back(entry(0x80000021, Regs{bits(0, 2, 6, 29), 0, bits(1, 2), 0}));
   }
   return out;
+}
+
+}  // namespace
+
+std::vector<kvm_cpuid_entry2> supported_cpuid() {
+  static const std::vector<kvm_cpuid_entry2> found = find_supported_cpuid();  // each CPUID may be an exit (host_features())
+  return found;
 }
 
 std::vector<kvm_cpuid_entry2> emulated_cpuid() {

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 
 #include <cstring>
+#include <vector>
 
 namespace ring3::engine {
 namespace {
@@ -145,10 +146,21 @@ GuestFeatures make_features(std::span<const kvm_cpuid_entry2> entries) {
   });
 }
 
-GuestFeatures host_features() {
-  GuestFeatures f = distil([](u32 leaf, u32 subleaf) {
+namespace {
+
+/// Under a hypervisor each CPUID is an exit, of 13 us and more where that one is nested: each leaf is asked for once.
+GuestFeatures find_host_features() {
+  struct Asked {
+    u32 leaf, subleaf;
+    Leaf is;
+  };
+  std::vector<Asked> asked;
+  GuestFeatures f = distil([&asked](u32 leaf, u32 subleaf) {
+    for (const Asked& before : asked)
+      if (before.leaf == leaf && before.subleaf == subleaf) return before.is;
     Leaf l;
-    if (__get_cpuid_count(leaf, subleaf, &l.r[0], &l.r[1], &l.r[2], &l.r[3]) == 0) return Leaf{};
+    if (__get_cpuid_count(leaf, subleaf, &l.r[0], &l.r[1], &l.r[2], &l.r[3]) == 0) l = Leaf{};
+    asked.push_back({leaf, subleaf, l});
     return l;
   });
   // The bits say what the CPU has; XGETBV what the host's kernel switches.
@@ -168,6 +180,13 @@ GuestFeatures host_features() {
     f.xcr0_supported &= ~0xe0ull;
   }
   return f;
+}
+
+}  // namespace
+
+GuestFeatures host_features() {
+  static const GuestFeatures found = find_host_features();
+  return found;
 }
 
 }  // namespace ring3::engine

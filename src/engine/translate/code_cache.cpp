@@ -126,6 +126,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   index_.add(hash(gpa, rip, mode), &b);
   CodePage& page = pages_[gpa.frame()];
   page.blocks.push_back(&b);
+  page.stores = 0;
   if (page.image != nullptr && std::memcmp(page.image.get() + gpa.page_offset(), guest, block.bytes) != 0) page.image.reset();
   stats_.built++;
   return &b;
@@ -262,12 +263,15 @@ void CodeCache::sweep(u64 frame, F&& doomed) {
   if (list.empty()) pages_.erase(page);
 }
 
-void CodeCache::written(Gpa gpa, unsigned size) {
+bool CodeCache::written(Gpa gpa, unsigned size) {
   const u64 first = gpa.page_offset(), end = first + size;
   sweep(gpa.frame(), [&](const CodeBlock& b) {
     const u64 from = b.gpa.page_offset();
     return from < end && first < from + b.bytes;
   });
+  const auto page = pages_.find(gpa.frame());
+  if (page == pages_.end()) return false;
+  return ++page->second.stores > kFewStores + kStoresPerBlock * page->second.blocks.size();
 }
 
 void CodeCache::validate(Gpa page, const u8* host) {

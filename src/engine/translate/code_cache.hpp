@@ -136,7 +136,8 @@ class CodeCache {
   /// RIP of the block that pc stands in; 0 when it is none's.
   u64 block_rip(u64 pc, u64 page) const;
 
-  void written(Gpa gpa, unsigned size);
+  /// True: the page was stored to so often since its last block was made that it is better given up.
+  bool written(Gpa gpa, unsigned size);
   void validate(Gpa page, const u8* host);
   bool holds_page(Gpa page) const { return pages_.count(page.frame()) != 0; }
   /// Drops everything. No block may be running.
@@ -146,6 +147,8 @@ class CodeCache {
 
  private:
   static constexpr u32 kNone = ~0u;
+  /// A store to a page with code costs near 1 us, a block made anew some four times that, and not all are wanted again.
+  static constexpr u32 kFewStores = 8, kStoresPerBlock = 2;
 
   struct Exit {
     const u8* field = nullptr;  ///< the rel32 of its jump
@@ -197,6 +200,7 @@ class CodeCache {
     std::vector<CodeBlock*> blocks;
     /// The whole page as it was last looked at, or null; each of the blocks was made from these bytes.
     std::unique_ptr<u8[]> image;
+    u32 stores = 0;  ///< since its last block was made
   };
   std::unordered_map<u64, CodePage> pages_;
   std::unique_ptr<u8[]> spare_;  ///< of the page that is being looked at: what is cut off runs no destructors

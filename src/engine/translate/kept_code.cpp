@@ -11,6 +11,7 @@ namespace ring3::engine {
 namespace {
 
 constexpr u32 kNoBias = 0xffff;
+constexpr char kMagic[] = "ring3kc2";
 constexpr u64 kTop = 0xffffffff80000000;  ///< the 2 GiB that code moves in
 enum RecordFlags : u8 { kPic = 1, kMoves = 2 };
 enum ExitFlags : u16 { kFrameFlags = 1, kWide = 2, kToUngrouped = 4 };
@@ -28,21 +29,6 @@ u64 load(const u8* at) {
   u64 v;
   std::memcpy(&v, at, sizeof v);
   return v;
-}
-
-u64 checksum(std::span<const u8> bytes) {
-  u64 h[4] = {1, 2, 3, 4};
-  std::size_t at = 0;
-  for (; at + 32 <= bytes.size(); at += 32) {
-    for (unsigned n = 0; n < 4; n++) {
-      h[n] = (h[n] ^ load(bytes.data() + at + 8 * n)) * 0x9e3779b97f4a7c15;
-      h[n] ^= h[n] >> 29;
-    }
-  }
-  u64 rest = bytes.size();
-  for (; at < bytes.size(); at++) rest = SplitMix64::mix(rest ^ bytes[at]);
-  for (u64 v : h) rest = SplitMix64::mix(rest ^ v);
-  return rest;
 }
 
 template <class T>
@@ -63,10 +49,34 @@ std::size_t aligned(std::size_t n) { return (n + 7) & ~std::size_t{7}; }
 
 }  // namespace
 
+void FileSum::add(std::span<const u8> bytes) {
+  u64 h[4] = {h_[0], h_[1], h_[2], h_[3]};
+  for (; done_ + 32 <= bytes.size(); done_ += 32) {
+    for (unsigned n = 0; n < 4; n++) {
+      h[n] = (h[n] ^ load(bytes.data() + done_ + 8 * n)) * 0x9e3779b97f4a7c15;
+      h[n] ^= h[n] >> 29;
+    }
+  }
+  std::copy_n(h, 4, h_);
+}
+
+u64 FileSum::value_of(std::span<const u8> bytes) {
+  add(bytes);
+  u64 rest = bytes.size();
+  for (u8 byte : bytes.subspan(done_)) rest = SplitMix64::mix(rest ^ byte);
+  for (u64 v : h_) rest = SplitMix64::mix(rest ^ v);
+  return rest;
+}
+
 struct KeptCode::Header {
   char magic[8];
   u64 build, records, bytes, checksum;  ///< bytes, checksum: of what follows
   u64 reserved[3];
+};
+
+/// Of a record: where it begins in the file in units of 8, and its hash.
+struct KeptCode::Place {
+  u32 at, hash;
 };
 
 /// Followed by exits and faults, then the u16s of addresses, relatives, moves and lefts, then guest bytes, then code.
@@ -85,17 +95,17 @@ struct KeptCode::Record {
 };
 
 /// Code that moves keeps its place in 2 MiB; of code at any address more bytes tell one from the other.
-u64 KeptCode::hash_of(u64 context, u64 rip, u8 mode, bool pic, const u8* bytes, bool eight) {
+u32 KeptCode::hash_of(u64 context, u64 rip, u8 mode, bool pic, const u8* bytes, bool eight) {
   const u64 place = pic ? rip & (kPageSize - 1) : rip & (kTop >= rip ? ~u64{0} : 0x1fffff);
-  return SplitMix64::mix((eight ? load(bytes) : bytes[0]) ^ context ^ place << 9 ^ u64{mode} << 52 ^ u64{pic} << 60 ^ u64{eight} << 61);
+  return static_cast<u32>(SplitMix64::mix((eight ? load(bytes) : bytes[0]) ^ context ^ place << 9 ^ u64{mode} << 52 ^ u64{pic} << 60 ^ u64{eight} << 61));
 }
 
-u64 KeptCode::hash_of(const Record& r, const u8* guest) {
+u32 KeptCode::hash_of(const Record& r, const u8* guest) {
   const bool pic = (r.flags & kPic) != 0;
   return hash_of(r.context, pic ? r.offset : r.rip, r.mode, pic, guest, pic && r.read >= 8);
 }
 
-void KeptCode::Table::insert(u64 hash, u32 at) {
+void KeptCode::Table::insert(u32 hash, u32 at) {
   if (2 * ++count > slots.size()) grow();
   std::size_t n = hash & (slots.size() - 1);
   while (slots[n] != 0) n = (n + 1) & (slots.size() - 1);
@@ -116,20 +126,25 @@ void KeptCode::Table::grow() {
   }
 }
 
-/// False: the records do not follow each other as they should.
+bool KeptCode::take(const Table& t, std::size_t at, Record* r) {
+  if (at < t.first || at >= t.end || t.end - at < sizeof *r) return false;
+  std::memcpy(r, t.bytes.data() + at, sizeof *r);
+  return r->size % 8 == 0 && r->size <= t.end - at && aligned(r->end()) == r->size && r->read != 0;
+}
+
+/// False: the places are none. What stands at them is looked at when it is wanted: to go through all of it at every start
+/// would take as long as reading it.
 bool KeptCode::index(Table* t, u64 records) {
-  std::size_t at = t->first;
-  if (records > t->bytes.size() / sizeof(Record)) return false;
+  if (records > (t->bytes.size() - t->first) / (sizeof(Record) + sizeof(Place))) return false;
+  t->end = t->bytes.size() - records * sizeof(Place);
   t->slots.assign(std::bit_ceil(std::max<u64>(1024, 2 * records + 2)), 0);
-  while (at < t->bytes.size()) {
-    if (t->bytes.size() - at < sizeof(Record)) return false;
-    Record r;
-    std::memcpy(&r, t->bytes.data() + at, sizeof r);
-    if (r.size % 8 != 0 || r.size > t->bytes.size() - at || aligned(r.end()) != r.size || r.read == 0) return false;
-    t->insert(hash_of(r, t->bytes.data() + at + r.guest_at()), static_cast<u32>(at));
-    at += r.size;
+  for (const u8* at = t->bytes.data() + t->end; at != t->bytes.data() + t->bytes.size(); at += sizeof(Place)) {
+    Place p;
+    std::memcpy(&p, at, sizeof p);
+    if (u64{p.at} * 8 < t->first || u64{p.at} * 8 >= t->end) return false;
+    t->insert(p.hash, p.at * 8);
   }
-  return t->count == records;
+  return true;
 }
 
 bool KeptCode::matches(const Record& r, const u8* at, const Source& s) {
@@ -158,12 +173,11 @@ const u8* KeptCode::lookup(const Table& t, const Source& s) {
   if (t.slots.empty() || s.bytes.empty()) return nullptr;
   for (const bool eight : {true, false}) {
     if (eight && (!s.pic || s.bytes.size() < 8)) continue;
-    const u64 hash = hash_of(s.context, s.rip, s.mode, s.pic, s.bytes.data(), eight);
+    const u32 hash = hash_of(s.context, s.rip, s.mode, s.pic, s.bytes.data(), eight);
     for (std::size_t n = hash & (t.slots.size() - 1); t.slots[n] != 0; n = (n + 1) & (t.slots.size() - 1)) {
-      const u8* at = t.bytes.data() + std::size_t{t.slots[n] - 1} * 8;
+      const std::size_t at = std::size_t{t.slots[n] - 1} * 8;
       Record r;
-      std::memcpy(&r, at, sizeof r);
-      if ((s.pic && r.read >= 8) == eight && matches(r, at, s)) return at;
+      if (take(t, at, &r) && (s.pic && r.read >= 8) == eight && matches(r, t.bytes.data() + at, s)) return t.bytes.data() + at;
     }
   }
   return nullptr;
@@ -372,6 +386,7 @@ void KeptCode::add(const Source& source, unsigned read, const Block& block, cons
   append(&fresh_.bytes, source.bytes.first(read));
   append(&fresh_.bytes, std::span<const u8>(b.code));
   fresh_.bytes.resize(start + r.size, u8{0});
+  fresh_.end = fresh_.bytes.size();
   fresh_.insert(hash_of(r, fresh_.bytes.data() + start + r.guest_at()), static_cast<u32>(start));
 }
 
@@ -380,17 +395,17 @@ KeptCode::Stats KeptCode::stats() const {
   return {found_.load(std::memory_order_relaxed), fresh_.count};
 }
 
-std::shared_ptr<KeptCode> KeptCode::parse(RawBytes file, u64 build, std::string* refused) {
+std::shared_ptr<KeptCode> KeptCode::parse(RawBytes file, u64 build, std::string* refused, FileSum sum) {
   std::shared_ptr<KeptCode> k(new KeptCode);
   k->build_ = build;
   refused->clear();
   Header h{};
-  const char magic[8] = {'r', 'i', 'n', 'g', '3', 'k', 'c', '1'};
+  static_assert(sizeof h == FileSum::kHeader);
   if (file.size() >= sizeof h) std::memcpy(&h, file.data(), sizeof h);
-  if (std::memcmp(h.magic, magic, sizeof magic) != 0) *refused = "it is no file of kept code";
+  if (std::memcmp(h.magic, kMagic, sizeof h.magic) != 0) *refused = "it is no file of kept code";
   else if (h.build != build) *refused = "another build of the engine wrote it";
   else if (file.size() > kMaxBytes || h.bytes != file.size() - sizeof h) *refused = "it is cut off";
-  else if (h.checksum != checksum(std::span<const u8>(file).subspan(sizeof h))) *refused = "it is damaged";
+  else if (h.checksum != sum.value_of(std::span<const u8>(file).subspan(sizeof h))) *refused = "it is damaged";
   if (refused->empty()) {
     k->kept_.bytes = std::move(file);
     k->kept_.first = sizeof h;
@@ -404,24 +419,26 @@ std::shared_ptr<KeptCode> KeptCode::parse(RawBytes file, u64 build, std::string*
 RawBytes KeptCode::file(u64 build) const {
   const std::lock_guard lock(mutex_);
   Header h{};
-  std::memcpy(h.magic, "ring3kc1", sizeof h.magic);
-  h.build = build;
+  std::memcpy(h.magic, kMagic, sizeof h.magic);
   RawBytes out(sizeof h, u8{0});
-  out.reserve(sizeof h + std::min(kMaxBytes, kept_.bytes.size() + fresh_.bytes.size()));
-  const auto take = [&](const Table& t, auto&& wanted) {
-    for (std::size_t at = t.first; at < t.bytes.size();) {
-      Record r;
-      std::memcpy(&r, t.bytes.data() + at, sizeof r);
-      if (wanted(at) && out.size() + r.size <= kMaxBytes) {
-        out.insert(out.end(), t.bytes.begin() + static_cast<std::ptrdiff_t>(at), t.bytes.begin() + static_cast<std::ptrdiff_t>(at + r.size));
-      }
-      at += r.size;
+  out.reserve(std::min(kMaxBytes, kept_.bytes.size() + fresh_.bytes.size() + sizeof h + fresh_.count * sizeof(Place)));
+  std::vector<Place> places;
+  const auto copy = [&](const Table& t, auto&& wanted) {
+    Record r;
+    for (std::size_t at = t.first; take(t, at, &r); at += r.size) {
+      const std::size_t size = out.size() + r.size + (places.size() + 1) * sizeof(Place);
+      if (!wanted(at) || size > kMaxBytes) continue;
+      const u8* record = t.bytes.data() + at;
+      places.push_back({static_cast<u32>(out.size() / 8), hash_of(r, record + r.guest_at())});
+      out.insert(out.end(), record, record + r.size);
     }
   };
   const auto used = [&](std::size_t at) { return used_[at / 64].load(std::memory_order_relaxed) != 0; };
-  take(fresh_, [](std::size_t) { return true; });
-  take(kept_, used);
-  take(kept_, [&](std::size_t at) { return !used(at); });
+  copy(fresh_, [](std::size_t) { return true; });
+  copy(kept_, used);
+  copy(kept_, [&](std::size_t at) { return !used(at); });
+  append(&out, std::span<const Place>(places));
+  h.records = places.size();
   std::memcpy(out.data(), &h, sizeof h);
   seal(&out, build);
   return out;
@@ -432,24 +449,18 @@ void KeptCode::seal(RawBytes* file, u64 build) {
   if (file->size() < sizeof h) return;
   std::memcpy(&h, file->data(), sizeof h);
   h.build = build;
-  h.records = 0;
-  for (std::size_t at = sizeof h; file->size() - at >= sizeof(Record); h.records++) {
-    Record r;
-    std::memcpy(&r, file->data() + at, sizeof r);
-    if (r.size == 0 || r.size > file->size() - at) break;
-    at += r.size;
-  }
   h.bytes = file->size() - sizeof h;
-  h.checksum = checksum(std::span<const u8>(*file).subspan(sizeof h));
+  h.checksum = FileSum().value_of(std::span<const u8>(*file).subspan(sizeof h));
   std::memcpy(file->data(), &h, sizeof h);
 }
 
-KeptCode::Source KeptCode::source_of(std::size_t* at) const {
+bool KeptCode::source_of(std::size_t* at, Source* s) const {
   Record r;
+  if (!take(kept_, *at, &r)) return false;
   const u8* record = kept_.bytes.data() + *at;
-  std::memcpy(&r, record, sizeof r);
   *at += r.size;
-  return {r.context, (r.flags & kPic) != 0 ? r.offset : r.rip, r.mode, (r.flags & kPic) != 0, {record + r.guest_at(), r.read}};
+  *s = {r.context, (r.flags & kPic) != 0 ? r.offset : r.rip, r.mode, (r.flags & kPic) != 0, {record + r.guest_at(), r.read}};
+  return true;
 }
 
 KeptCode::~KeptCode() { save(); }

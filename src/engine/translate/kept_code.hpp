@@ -20,7 +20,8 @@
 /// same offset in a page, with the same features. Supervisor code in the topmost 2 GiB, which KASLR moves about, is
 /// used at another address when a second translation at another one has shown which numbers in it move along.
 ///
-/// File:      Header, then records. Host byte order; what another build of the engine wrote is not read.
+/// File:      Header, then records, then where each one begins and the hash that finds it. Host byte order; what another
+///            build of the engine wrote is not read.
 /// Trust:     the file's code runs in this process, so it is taken from nobody but the user: a regular file of his that
 ///            nobody else may write, reached without a symbolic link. Its checksum finds damage, not malice; even so,
 ///            whatever its bytes say, no number in a record is used before it is known to lie in range.
@@ -30,6 +31,19 @@
 ///            name. Several VMs with one file: the last one's stays.
 /// Threading: any; what the file held is read without a lock, what is new under one.
 namespace ring3::engine {
+
+/// The checksum of a file's records, taken while they come in: what was just read is in the caches still.
+class FileSum {
+ public:
+  static constexpr std::size_t kHeader = 64;  ///< bytes of a file that it is not of
+  /// bytes: all so far, each time.
+  void add(std::span<const u8> bytes);
+  u64 value_of(std::span<const u8> bytes);
+
+ private:
+  u64 h_[4] = {1, 2, 3, 4};
+  std::size_t done_ = 0;
+};
 
 class KeptCode {
  public:
@@ -54,8 +68,8 @@ class KeptCode {
   /// path empty: for one VM alone. A file that is missing, damaged, somebody else's or of another build is not an error:
   /// it is begun anew, and a warning says so; one that must not be replaced is EPERM.
   static Result<std::shared_ptr<KeptCode>> create(const std::string& path);
-  /// The same of a file's bytes, for tests.
-  static std::shared_ptr<KeptCode> parse(RawBytes file, u64 build, std::string* refused);
+  /// The same of a file's bytes. sum: of as many of them as may be.
+  static std::shared_ptr<KeptCode> parse(RawBytes file, u64 build, std::string* refused, FileSum sum = {});
   ~KeptCode();
   KeptCode(const KeptCode&) = delete;
   KeptCode& operator=(const KeptCode&) = delete;
@@ -79,12 +93,13 @@ class KeptCode {
   static bool near(u64 number, u64 rip) { return number - rip + (64u << 20) < 128u << 20 && may_move({.rip = number}); }
 
   RawBytes file(u64 build) const;  ///< what is to be written
-  /// Makes length, count, checksum and build of these bytes right, for tests; they begin with a header.
+  /// Makes length, checksum and build of these bytes right, for tests; they begin with a header.
   static void seal(RawBytes* file, u64 build);
   /// Calls f with what each record of the file would be found for, for tests.
   template <class F>
   void for_each(F&& f) const {
-    for (std::size_t at = kept_.first; at < kept_.bytes.size();) f(source_of(&at));
+    Source s;
+    for (std::size_t at = kept_.first; source_of(&at, &s);) f(s);
   }
   Stats stats() const;
   /// Of the engine's code: changes with every change of it.
@@ -97,18 +112,21 @@ class KeptCode {
   struct Table {
     RawBytes bytes;
     std::vector<u32> slots;  ///< offset of a record in units of 8, plus 1; 0: free
-    std::size_t count = 0, first = 0;  ///< how many; where they begin
-    void insert(u64 hash, u32 at);
+    std::size_t count = 0, first = 0, end = 0;  ///< how many; where they begin; where they end, once that is settled
+    void insert(u32 hash, u32 at);
     void grow();
   };
   KeptCode() = default;
-  static u64 hash_of(u64 context, u64 rip, u8 mode, bool pic, const u8* bytes, bool eight);
-  static u64 hash_of(const Record& r, const u8* guest);
+  static u32 hash_of(u64 context, u64 rip, u8 mode, bool pic, const u8* bytes, bool eight);
+  static u32 hash_of(const Record& r, const u8* guest);
+  struct Place;
+  /// The record there, if it is whole and lies in the table.
+  static bool take(const Table& t, std::size_t at, Record* r);
   static bool matches(const Record& r, const u8* at, const Source& s);
   static const u8* lookup(const Table& t, const Source& s);
   static bool expand(const u8* record, const Source& s, u32 first_tag, Block* out);
   static bool index(Table* t, u64 records);
-  Source source_of(std::size_t* at) const;
+  bool source_of(std::size_t* at, Source* s) const;
   void save();
 
   std::string name_, path_;

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <random>
@@ -16,6 +17,8 @@
 /// The file of kept code: opening, reading, replacing.
 namespace ring3::engine {
 namespace {
+
+constexpr std::size_t kPiece = 256u << 10;  ///< read at once
 
 /// What is wrong with using or replacing this file, or null.
 const char* not_ours(const struct stat& st) {
@@ -81,6 +84,7 @@ Result<std::shared_ptr<KeptCode>> KeptCode::create(const std::string& path) {
   UniqueFd in(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!in) return Error::from_errno("code-cache: cannot open " + directory);
   RawBytes bytes;
+  FileSum sum;
   const u64 build = build_identity();
   UniqueFd fd(::openat(in.get(), name.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   const bool there = static_cast<bool>(fd);
@@ -94,14 +98,15 @@ Result<std::shared_ptr<KeptCode>> KeptCode::create(const std::string& path) {
     bytes.resize(size);
     std::size_t got = 0;
     while (got < size) {
-      const ssize_t n = ::read(fd.get(), bytes.data() + got, size - got);
+      const ssize_t n = ::read(fd.get(), bytes.data() + got, std::min<std::size_t>(size - got, kPiece));
       if (n < 0 && errno == EINTR) continue;
       if (n <= 0) break;
       got += static_cast<std::size_t>(n);
+      if (got > FileSum::kHeader) sum.add(std::span<const u8>(bytes).first(got).subspan(FileSum::kHeader));
     }
     bytes.resize(got);
   }
-  std::shared_ptr<KeptCode> k = parse(std::move(bytes), build, &refused);
+  std::shared_ptr<KeptCode> k = parse(std::move(bytes), build, &refused, sum);
   if (there && !refused.empty()) log::warn("code-cache: {} is begun anew: {}", path, refused);
   k->path_ = path;
   k->name_ = name;

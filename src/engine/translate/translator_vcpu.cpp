@@ -611,7 +611,7 @@ void TranslatorVcpu::drop_edge() {
 }
 
 void TranslatorVcpu::code_written(Gpa gpa, unsigned size) {
-  cache_->written(gpa, size);
+  if (cache_->written(gpa, size)) cache_->written(gpa = gpa.page(), size = kPageSize);
   interpreter_.code_written(gpa, size);
 }
 
