@@ -14,30 +14,62 @@ std::atomic<long> g_mappings{0};  // of all windows, but for what is mapped nowh
 
 void* pointer(u64 address) { return reinterpret_cast<void*>(address); }
 
+constexpr u64 kReserved = Window::kRegionSize + 2 * Window::kGuard;
+
+/// Host addresses at which nothing is: just there, or nowhere; null: wherever there is room.
+void* reserve(void* there) {
+  const int fixed = there != nullptr ? MAP_FIXED_NOREPLACE : 0;
+  void* p = ::mmap(there, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+  if (p != MAP_FAILED && there != nullptr && p != there) {  // a kernel that does not know the flag
+    ::munmap(p, kReserved);
+    p = MAP_FAILED;
+  }
+  if (p != MAP_FAILED) (void)::madvise(p, kReserved, MADV_DONTDUMP);
+  return p;
+}
+
 }  // namespace
 
 bool Window::open_region(u64 linear) {
   const u64 region = linear >> kRegionShift;
   if (region >= kRegions) return false;
   if (has_region(region)) return true;
+  if (is_twin(region)) return open_twins();
   void* p = MAP_FAILED;
-  if (regions_ < kMaxRegions)
-    p = ::mmap(nullptr, kRegionSize + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  // From the bottom up: what lies further up is for twins.
+  for (u64 at = kReserved; regions_ < kMaxRegions && p == MAP_FAILED && at < kPrograms << (kRegionShift - 1); at += kReserved) p = reserve(pointer(at));
+  if (regions_ < kMaxRegions && p == MAP_FAILED) p = reserve(nullptr);
   if (p == MAP_FAILED) {
     full_ = true;
     return false;
   }
-  (void)::madvise(p, kRegionSize + 2 * kGuard, MADV_DONTDUMP);
   deltas_[region] = reinterpret_cast<u64>(p) + kGuard - (region << kRegionShift);
   regions_++;
   return true;
+}
+
+/// As far below the guest's addresses as need be: the host's own lie in the same regions.
+bool Window::open_twins() {
+  for (u64 down = kReserved; regions_ + 2 <= kMaxRegions && down < kPrograms << kRegionShift; down += kReserved) {
+    const auto start = [&](u64 region) { return (region << kRegionShift) - down - kGuard; };
+    if (reserve(pointer(start(kPrograms))) == MAP_FAILED) continue;
+    if (reserve(pointer(start(kStacks))) == MAP_FAILED) {
+      CHECK(::munmap(pointer(start(kPrograms)), kReserved) == 0);
+      continue;
+    }
+    deltas_[kPrograms] = deltas_[kStacks] = 0 - down;
+    regions_ += 2;
+    return true;
+  }
+  full_ = true;
+  return false;
 }
 
 void Window::close() {
   for (u64 region = 0; region < kRegions; region++) {
     if (!has_region(region)) continue;
     const u64 start = (region << kRegionShift) + deltas_[region] - kGuard;
-    CHECK(::munmap(pointer(start), kRegionSize + 2 * kGuard) == 0);
+    CHECK(::munmap(pointer(start), kReserved) == 0);
     deltas_[region] = no_delta(region);
   }
   regions_ = 0;

@@ -29,6 +29,11 @@ class Window {
   static constexpr bool is_no_delta(u64 sum) { return sum >> 62 == 1; }
   static constexpr u64 region_of(u64 sum) { return sum >> 52 & 0xff; }
   static constexpr unsigned kMaxRegions = 6;
+  /// Where Linux puts position-independent programs with what they allocate, and where libraries, mappings and stacks. These two
+  /// regions get host addresses at the same time and by one constant, so that code that goes from one to the other need not
+  /// load another.
+  static constexpr u64 kPrograms = 21, kStacks = 31;
+  static constexpr bool is_twin(u64 region) { return region == kPrograms || region == kStacks; }
   /// Of all windows of the process, where the host allows it 65530. Neighbours that are neighbours in the memslot too, with the
   /// same rights, are one mapping.
   static constexpr long kMaxMappings = 48 << 10;
@@ -83,6 +88,7 @@ class Window {
   }
 
  private:
+  bool open_twins();
   void put(u64 page, const Page& p);
   void forget(u64 page);
   bool parted(u64 page) const;  ///< another mapping begins there

@@ -51,6 +51,45 @@ TEST_F(WindowTest, RegionsThatAreNotOpenMakeNoAddress) {
   EXPECT_FALSE(window.open_region(1ull << 47));
 }
 
+/// Whatever there is of them already, the two regions' addresses are one constant away, and nobody else's.
+TEST_F(WindowTest, TwinsHaveOneConstant) {
+  constexpr u64 kProgram = 0x555555554000;
+  std::vector<std::unique_ptr<Window>> several;
+  std::vector<std::pair<u64, u64>> taken;
+  for (unsigned n = 0; n < 6; n++) {
+    Window& w = *several.emplace_back(std::make_unique<Window>());
+    ASSERT_TRUE(w.open_region(kLow));
+    ASSERT_TRUE(w.open_region(n % 2 != 0 ? kProgram : kStack));
+    ASSERT_TRUE(w.open_region(kProgram));
+    EXPECT_EQ(w.deltas()[Window::kPrograms], w.deltas()[Window::kStacks]);
+    for (u64 region : {Window::kPrograms, Window::kStacks}) {
+      const u64 from = (region << Window::kRegionShift) + w.deltas()[region] - Window::kGuard;
+      const u64 to = from + Window::kRegionSize + 2 * Window::kGuard;
+      for (const auto& [a, b] : taken) EXPECT_TRUE(to <= a || b <= from);
+      taken.emplace_back(from, to);
+      for (u64 at : {from, from + Window::kGuard, to - kPageSize}) EXPECT_FALSE(readable(at));
+    }
+    ASSERT_TRUE(w.map(kProgram, host(1), 1, true, kPageShift));
+    u64 linear = 0;
+    ASSERT_TRUE(w.linear_of(kProgram + w.deltas()[Window::kPrograms] + 9, &linear));
+    EXPECT_EQ(linear, kProgram + 9);
+  }
+}
+
+/// A process has room for a few windows; the one that finds none says so, and takes nothing.
+TEST_F(WindowTest, NoRoomForTwins) {
+  std::vector<std::unique_ptr<Window>> several;
+  bool open = true;
+  while (open && several.size() < 64) open = several.emplace_back(std::make_unique<Window>())->open_region(kStack);
+  ASSERT_FALSE(open);
+  EXPECT_GT(several.size(), 6u);
+  Window& last = *several.back();
+  EXPECT_TRUE(last.full());
+  EXPECT_FALSE(last.has_region(Window::kPrograms) || last.has_region(Window::kStacks));
+  several.front()->close();
+  EXPECT_TRUE(last.open_region(kStack));
+}
+
 TEST_F(WindowTest, ShowsThePageAndNothingBesideIt) {
   ASSERT_TRUE(window.open_region(kLow));
   ASSERT_TRUE(window.open_region(kStack));

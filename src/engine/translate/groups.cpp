@@ -245,6 +245,11 @@ void BlockBuilder::keep(Group* g, const i32* near) {
 
 /// An access by way of what a group keeps.
 void BlockBuilder::through(const Group& g, const Address& a, Access* out) {
+  if (g.whole && certain_ && both_free_) {  // r15 has a region's constant, most likely
+    e_.load_r14(g.slot);
+    *out = {HostMem::at(kScratch0, static_cast<i32>(g.moved + a.disp)), false, true};
+    return;
+  }
   e_.load_r15(g.slot);
   if (g.whole) {
     *out = {HostMem::at(kScratch1, static_cast<i32>(g.moved + a.disp)), true, false};

@@ -294,6 +294,37 @@ TEST(TranslatorVcpu, SelfModifyingCode) {
   EXPECT_GE(m.vcpu->cache().stats().killed, 1u);
 }
 
+/// Stores beside code that ran go through the interpreter; a page that gets many is given up until code runs there again,
+/// which is as it is then.
+TEST(TranslatorVcpu, APageThatIsWrittenAgainAndAgainIsGivenUp) {
+  TestMachine m(TestMode::Long64);
+  auto v = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
+  ASSERT_TRUE(v.ok());
+  m.runner = [&](u64 budget) { return (*v)->run(budget); };
+  constexpr u64 kOther = TestMachine::kCode + kPageSize;
+  const u64 stack = m.s.gpr[RSP];
+  m.load_code(hex("48 83 c0 01 c3"), kOther);  // add rax, 1; ret
+  // call rdx; l: mov [rbx + rcx], cl; dec rcx; jnz l; mov [rdx + 3], sil; call rdx; hlt
+  m.load_code(hex("ff d2 88 0c 0b 48 ff c9 75 f8 40 88 72 03 ff d2 f4"));
+  u64 left = 0;
+  for (u64 round = 0; round < 50; round++) {
+    m.s.gpr[RAX] = 0;
+    m.s.gpr[RBX] = kOther + 0x100;
+    m.s.gpr[RCX] = 200;
+    m.s.gpr[RDX] = kOther;
+    m.s.gpr[RSI] = round + 2;
+    m.s.gpr[RSP] = stack;
+    m.s.rip = TestMachine::kCode;
+    const u64 before = (*v)->stats().interpreted;
+    ASSERT_TRUE(m.resume(~0ull).halted());
+    EXPECT_EQ(m.s.gpr[RAX], (round == 0 ? 1 : round + 1) + round + 2);
+    left = (*v)->stats().interpreted - before;
+  }
+  EXPECT_LT(left, 40u);
+  for (u64 n = 1; n <= 200; n++) EXPECT_EQ(m.load<u8>(kOther + 0x100 + n), static_cast<u8>(n));
+  v->reset();
+}
+
 TEST(TranslatorVcpu, WritesUnseenByTheEngineAreFoundAtTheNextFetch) {
   Machine m;
   m.s.gpr[RAX] = 0;

@@ -26,9 +26,9 @@ namespace ring3::engine {
 
 namespace {
 
-/// Of a region's constant, in the frame.
+/// Of a region's constant, in the frame. The twins have the same one, whichever of the two it is read from.
 u32 delta_slot(u64 region) {
-  return region == 0 ? frame::kWindowFirst : frame::kWindowDeltas + static_cast<u32>(8 * region);
+  return region == 0 ? frame::kWindowFirst : frame::kWindowDeltas + static_cast<u32>(8 * (Window::is_twin(region) ? Window::kStacks : region));
 }
 
 }  // namespace
@@ -103,7 +103,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
     for (const Operand& o : i.operands) {
       Address a;
       if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || !address_of(i, &a)) continue;
-      if (!groupable(a) || a.index != kNoReg || special(a.base)) continue;
+      if (!groupable(a) || a.index != kNoReg) continue;
       auto g = std::find_if(groups.begin(), groups.end(), [&](const Group& other) { return other.active && same_registers(other, a); });
       if (g == groups.end()) {
         g = std::find_if(groups.begin(), groups.end(), [](const Group& other) { return !other.active; });
@@ -115,7 +115,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
       } else {
         turns += &*g != last;
       }
-      uses[g->region]++;
+      uses[Window::is_twin(g->region) ? Window::kStacks : g->region]++;
       last = &*g;
     }
     for (Group& g : groups) follow(i, &g);
@@ -143,14 +143,20 @@ void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
     e_.bind_short(over);
     e_.mov(kHostRcx, kScratch0);
   } else {
-    emit_region_compare(reg, region, e_.knows_r15() && !e_.knows_r14() ? kScratch0 : kScratch1, m.entry);
+    emit_region_compare(reg, region, e_.knows_r15() && reg != kScratch0 ? kScratch0 : kScratch1, m.entry);
   }
 }
 
 /// The constants of up to two regions stay in the scratch registers.
 void BlockBuilder::through_region(const Group& g, const Address& a, Access* out) {
   const u32 slot = delta_slot(g.region);
-  const bool second = both_free_ && g.region != main_region_;
+  if (special(a.base)) {
+    e_.load(kScratch0, this->slot(a.base));
+    e_.load_r15(slot);
+    *out = {HostMem{kScratch0, kScratch1, 0, false, a.disp}, false, false};
+    return;
+  }
+  const bool second = both_free_ && slot != delta_slot(main_region_);
   second ? e_.load_r14(slot) : e_.load_r15(slot);
   *out = {HostMem{host(a.base), second ? kScratch0 : kScratch1, 0, false, a.disp}, !second, second};
 }
@@ -175,8 +181,9 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     const i64 offset = static_cast<i64>(a.value);
     for (const Group& g : groups_) {
       if (!g.active || g.base != kRipBase) continue;
-      e_.load_r15(g.slot);
-      *out = {HostMem::at(kScratch1, static_cast<i32>(offset)), true, false};
+      const bool other = certain_ && both_free_;  // r15 has a region's constant, most likely
+      other ? e_.load_r14(g.slot) : e_.load_r15(g.slot);
+      *out = {HostMem::at(other ? kScratch0 : kScratch1, static_cast<i32>(offset)), !other, other};
       window_point();
       return;
     }
@@ -217,7 +224,8 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     emit_address(kScratch0, a);
   }
   const u64 region = expected_region(a);
-  if (certain_ && off_base && !special(a.base) && region < Window::kRegions) {
+  const bool flags_in_the_way = flags_ == Flags::Host && live_[index_] != 0;
+  if (certain_ && off_base && !(special(a.base) && flags_in_the_way) && region < Window::kRegions) {
     if (Group* const g = free_group()) {
       g->active = g->window = g->certain = true;
       g->base = a.base;

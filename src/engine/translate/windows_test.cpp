@@ -9,8 +9,9 @@ namespace {
 
 using namespace test;
 
-/// The same pages once more, in the region where programs have their stacks.
-constexpr u64 kFar = 0x7ffd'0000'0000;
+/// The same pages once more, in the regions where programs have their stacks, where position-independent ones are, and in
+/// one of no particular use.
+constexpr u64 kFar = 0x7ffd'0000'0000, kProgram = 0x5580'0000'0000, kElsewhere = 0x2000'0000'0000;
 
 class Code {
  public:
@@ -66,8 +67,9 @@ TEST(TranslatedCode, RegionsThatAreCertainAreSo) {
   Random memory(9);
   pair.randomise_memory(memory);
   for (Side* side : {&pair.interpreted(), &pair.translated()})
-    for (u64 page = kLow; page < kHigh; page += 0x1000)
-      side->m.map(kFar + page, page, TestMachine::kPresent | TestMachine::kWritable | TestMachine::kUser);
+    for (u64 far : {kFar, kProgram, kElsewhere})
+      for (u64 page = kLow; page < kHigh; page += 0x1000)
+        side->m.map(far + page, page, TestMachine::kPresent | TestMachine::kWritable | TestMachine::kUser);
   unsigned failures = 0, halted = 0, faulted = 0;
   for (unsigned n = 0; n < rounds(1500) && failures < 10; n++) {
     Random rng(first_seed() * 7000003 + n);
@@ -81,7 +83,7 @@ TEST(TranslatedCode, RegionsThatAreCertainAreSo) {
       // The first time, as the block is made for; later ones differ from it in some registers.
       for (u8 base : Code::kBases) {
         const u64 at = kLow + 0x200 + rng.below(0xc00) + 0x1000 * rng.below(8);
-        s.gpr[base] = rng.below(2) ? kFar + at : at;
+        s.gpr[base] = (rng.one_in(16) ? kElsewhere : std::array{u64{0}, kFar, kProgram}[n % 2 != 0 ? rng.below(3) : 1 + rng.below(2)]) + at;
         if (time != 0 && rng.one_in(24)) s.gpr[base] = rng.below(2) ? 0x5500'0000'0000 + at : random_value(rng);
       }
       std::memcpy(pair.translated().m.s.gpr, s.gpr, sizeof s.gpr);
