@@ -36,9 +36,11 @@ bool Window::open_region(u64 linear) {
   if (has_region(region)) return true;
   if (is_twin(region)) return open_twins();
   void* p = MAP_FAILED;
-  // From the bottom up: what lies further up is for twins.
-  for (u64 at = kReserved; regions_ < kMaxRegions && p == MAP_FAILED && at < kPrograms << (kRegionShift - 1); at += kReserved) p = reserve(pointer(at));
-  if (regions_ < kMaxRegions && p == MAP_FAILED) p = reserve(nullptr);
+  if (regions_ < kMaxRegions) {
+    // From the bottom up: what lies further up is for twins.
+    for (u64 at = kReserved; p == MAP_FAILED && at < kPrograms << (kRegionShift - 1); at += kReserved) p = reserve(pointer(at));
+    if (p == MAP_FAILED) p = reserve(nullptr);
+  }
   if (p == MAP_FAILED) {
     full_ = true;
     return false;

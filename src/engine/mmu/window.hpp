@@ -34,6 +34,8 @@ class Window {
   /// load another.
   static constexpr u64 kPrograms = 21, kStacks = 31;
   static constexpr bool is_twin(u64 region) { return region == kPrograms || region == kStacks; }
+  /// The region whose constant is this one's too: of the twins one and the same.
+  static constexpr u64 named_for(u64 region) { return is_twin(region) ? kStacks : region; }
   /// Of all windows of the process, where the host allows it 65530. Neighbours that are neighbours in the memslot too, with the
   /// same rights, are one mapping.
   static constexpr long kMaxMappings = 48 << 10;

@@ -177,6 +177,7 @@ class BlockBuilder {
 
   // ---- flags.cpp ----
   void clobber_flags();  ///< the flags are about to be lost
+  bool flags_live_in_host() const { return flags_ == Flags::Host && live_[index_] != 0; }  ///< somebody reads them still
   void need_flags(
       u8 scratch);  ///< the instruction uses or changes them; scratch: a free host register or kHostNone
   void flags_to_host(u8 scratch);
@@ -258,6 +259,7 @@ class BlockBuilder {
   const Group* group_of(const Address& a, u8 size, Kind kind) const;
   void keep(Group* g, const i32* near);
   void through(const Group& g, const Address& a, Access* out);
+  void by_sum(u32 slot, i64 disp, Access* out);
   Group* open_group(const Address& a, u8 size, Kind kind);
   void start_groups(bool on);
   Group* free_group();  ///< cleared but for its slot; null: all are active

@@ -251,27 +251,27 @@ void CodeCache::kill(CodeBlock* block) {
 }
 
 template <class F>
-void CodeCache::sweep(u64 frame, F&& doomed) {
+CodeCache::CodePage* CodeCache::sweep(u64 frame, F&& doomed) {
   const auto page = pages_.find(frame);
-  if (page == pages_.end()) return;
+  if (page == pages_.end()) return nullptr;
   std::vector<CodeBlock*>& list = page->second.blocks;
   std::erase_if(list, [&](CodeBlock* b) {
     if (!doomed(*b)) return false;
     kill(b);
     return true;
   });
-  if (list.empty()) pages_.erase(page);
+  if (!list.empty()) return &page->second;
+  pages_.erase(page);
+  return nullptr;
 }
 
 bool CodeCache::written(Gpa gpa, unsigned size) {
   const u64 first = gpa.page_offset(), end = first + size;
-  sweep(gpa.frame(), [&](const CodeBlock& b) {
+  CodePage* const page = sweep(gpa.frame(), [&](const CodeBlock& b) {
     const u64 from = b.gpa.page_offset();
     return from < end && first < from + b.bytes;
   });
-  const auto page = pages_.find(gpa.frame());
-  if (page == pages_.end()) return false;
-  return ++page->second.stores > kFewStores + kStoresPerBlock * page->second.blocks.size();
+  return page != nullptr && ++page->stores > kFewStores + kStoresPerBlock * page->blocks.size();
 }
 
 void CodeCache::validate(Gpa page, const u8* host) {
@@ -284,11 +284,10 @@ void CodeCache::validate(Gpa page, const u8* host) {
   spare_ = std::move(p.image);
   if (spare_ == nullptr) spare_.reset(new u8[kPageSize]);
   std::memcpy(spare_.get(), host, kPageSize);
-  sweep(page.frame(), [&](const CodeBlock& b) {
+  CodePage* const left = sweep(page.frame(), [&](const CodeBlock& b) {
     return std::memcmp(spare_.get() + b.gpa.page_offset(), guest_.data() + b.guest_bytes, b.bytes) != 0;
   });
-  const auto left = pages_.find(page.frame());
-  if (left != pages_.end()) left->second.image = std::move(spare_);
+  if (left != nullptr) left->image = std::move(spare_);
 }
 
 void CodeCache::flush() {

@@ -174,8 +174,10 @@ class CodeCache {
   /// guard: what a link to another page holds under; 0: never.
   void point(const Exit& exit, const u8* to, u64 guard);
   void restart_biases();
+  struct CodePage;
+  /// Kills the page's blocks that doomed says. Null: none are left, or there were none.
   template <class F>
-  void sweep(u64 frame, F&& doomed);
+  CodePage* sweep(u64 frame, F&& doomed);
 
   std::unique_ptr<CodeArena> arena_;
   static constexpr unsigned kSpaces = 12, kModes = 128;

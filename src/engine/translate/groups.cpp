@@ -245,17 +245,19 @@ void BlockBuilder::keep(Group* g, const i32* near) {
 
 /// An access by way of what a group keeps.
 void BlockBuilder::through(const Group& g, const Address& a, Access* out) {
-  if (g.whole && certain_ && both_free_) {  // r15 has a region's constant, most likely
-    e_.load_r14(g.slot);
-    *out = {HostMem::at(kScratch0, static_cast<i32>(g.moved + a.disp)), false, true};
-    return;
-  }
-  e_.load_r15(g.slot);
   if (g.whole) {
-    *out = {HostMem::at(kScratch1, static_cast<i32>(g.moved + a.disp)), true, false};
+    by_sum(g.slot, g.moved + a.disp, out);
   } else {
+    e_.load_r15(g.slot);
     operand_of(a, out);
   }
+}
+
+/// An operand off a host address that the frame holds.
+void BlockBuilder::by_sum(u32 slot, i64 disp, Access* out) {
+  const bool other = certain_ && both_free_;  // r15 has a region's constant, most likely
+  other ? e_.load_r14(slot) : e_.load_r15(slot);
+  *out = {HostMem::at(other ? kScratch0 : kScratch1, static_cast<i32>(disp)), !other, other};
 }
 
 const BlockBuilder::Group* BlockBuilder::group_of(const Address& a, u8 size, Kind kind) const {

@@ -127,23 +127,24 @@ void KeptCode::Table::grow() {
 }
 
 bool KeptCode::take(const Table& t, std::size_t at, Record* r) {
-  if (at < t.first || at >= t.end || t.end - at < sizeof *r) return false;
+  if (at < t.first || at >= t.bytes.size() || t.bytes.size() - at < sizeof *r) return false;
   std::memcpy(r, t.bytes.data() + at, sizeof *r);
-  return r->size % 8 == 0 && r->size <= t.end - at && aligned(r->end()) == r->size && r->read != 0;
+  return r->size % 8 == 0 && r->size <= t.bytes.size() - at && aligned(r->end()) == r->size && r->read != 0;
 }
 
-/// False: the places are none. What stands at them is looked at when it is wanted: to go through all of it at every start
+/// Takes the places off the records. False: they are none. What stands at them is looked at when it is wanted: to go through all of it at every start
 /// would take as long as reading it.
 bool KeptCode::index(Table* t, u64 records) {
   if (records > (t->bytes.size() - t->first) / (sizeof(Record) + sizeof(Place))) return false;
-  t->end = t->bytes.size() - records * sizeof(Place);
+  const std::size_t end = t->bytes.size() - records * sizeof(Place);
   t->slots.assign(std::bit_ceil(std::max<u64>(1024, 2 * records + 2)), 0);
-  for (const u8* at = t->bytes.data() + t->end; at != t->bytes.data() + t->bytes.size(); at += sizeof(Place)) {
+  for (const u8* at = t->bytes.data() + end; at != t->bytes.data() + t->bytes.size(); at += sizeof(Place)) {
     Place p;
     std::memcpy(&p, at, sizeof p);
-    if (u64{p.at} * 8 < t->first || u64{p.at} * 8 >= t->end) return false;
+    if (u64{p.at} * 8 < t->first || u64{p.at} * 8 >= end) return false;
     t->insert(p.hash, p.at * 8);
   }
+  t->bytes.resize(end);
   return true;
 }
 
@@ -386,7 +387,6 @@ void KeptCode::add(const Source& source, unsigned read, const Block& block, cons
   append(&fresh_.bytes, source.bytes.first(read));
   append(&fresh_.bytes, std::span<const u8>(b.code));
   fresh_.bytes.resize(start + r.size, u8{0});
-  fresh_.end = fresh_.bytes.size();
   fresh_.insert(hash_of(r, fresh_.bytes.data() + start + r.guest_at()), static_cast<u32>(start));
 }
 
@@ -421,7 +421,7 @@ RawBytes KeptCode::file(u64 build) const {
   Header h{};
   std::memcpy(h.magic, kMagic, sizeof h.magic);
   RawBytes out(sizeof h, u8{0});
-  out.reserve(std::min(kMaxBytes, kept_.bytes.size() + fresh_.bytes.size() + sizeof h + fresh_.count * sizeof(Place)));
+  out.reserve(std::min(kMaxBytes, kept_.bytes.size() + fresh_.bytes.size() + sizeof h + (kept_.count + fresh_.count) * sizeof(Place)));
   std::vector<Place> places;
   const auto copy = [&](const Table& t, auto&& wanted) {
     Record r;

@@ -112,7 +112,7 @@ class KeptCode {
   struct Table {
     RawBytes bytes;
     std::vector<u32> slots;  ///< offset of a record in units of 8, plus 1; 0: free
-    std::size_t count = 0, first = 0, end = 0;  ///< how many; where they begin; where they end, once that is settled
+    std::size_t count = 0, first = 0;  ///< how many; where they begin
     void insert(u32 hash, u32 at);
     void grow();
   };

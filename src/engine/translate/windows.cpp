@@ -26,9 +26,9 @@ namespace ring3::engine {
 
 namespace {
 
-/// Of a region's constant, in the frame. The twins have the same one, whichever of the two it is read from.
+/// Of a region's constant, in the frame.
 u32 delta_slot(u64 region) {
-  return region == 0 ? frame::kWindowFirst : frame::kWindowDeltas + static_cast<u32>(8 * (Window::is_twin(region) ? Window::kStacks : region));
+  return region == 0 ? frame::kWindowFirst : frame::kWindowDeltas + static_cast<u32>(8 * Window::named_for(region));
 }
 
 }  // namespace
@@ -38,10 +38,9 @@ constexpr i32 kWindowDisp = 0x10000000;  ///< displacements are below this, and 
 /// Where an operand of the instruction lies, most likely.
 u64 BlockBuilder::expected_region(const Address& a) const {
   if (a.narrow && a.segment == 0) return 0;
-  constexpr u64 kStack = 0x7fff'ffff'ffff >> frame::kRegionShift;
-  if (a.base == RSP && a.segment == 0) return kStack;
+  if (a.base == RSP && a.segment == 0) return Window::kStacks;
   const u8 region = foresight_.region(index_);
-  return region != Foresight::kUnknown ? region : kStack;
+  return region != Foresight::kUnknown ? region : Window::kStacks;
 }
 
 void BlockBuilder::window_point() {
@@ -69,7 +68,7 @@ void BlockBuilder::emit_region_compare(u8 reg, u64 region, u8 temp, Label& other
 
 /// r15 = what is added to addresses near reg's.
 void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool page) {
-  if (flags_ == Flags::Host && live_[index_] != 0) {
+  if (flags_live_in_host()) {
     // Nothing here changes flags; what the address depends on waits for the table.
     emit_region_number(reg);
     e_.load(kScratch1, HostMem{kHostR9, kScratch1, 3, false, static_cast<i32>(frame::kWindowDeltas) - RING3_FRAME_CENTRE});
@@ -115,7 +114,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
       } else {
         turns += &*g != last;
       }
-      uses[Window::is_twin(g->region) ? Window::kStacks : g->region]++;
+      uses[Window::named_for(g->region)]++;
       last = &*g;
     }
     for (Group& g : groups) follow(i, &g);
@@ -126,7 +125,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
 
 /// reg points into this region, or the block is left for one without groups. Clobbers r15, and r14 where flags are live in the host.
 void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
-  const bool keep = flags_ == Flags::Host && live_[index_] != 0;
+  const bool keep = flags_live_in_host();
   if (!keep) clobber_flags();
   region_misses_.emplace_back();
   RegionMiss& m = region_misses_.back();
@@ -181,9 +180,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     const i64 offset = static_cast<i64>(a.value);
     for (const Group& g : groups_) {
       if (!g.active || g.base != kRipBase) continue;
-      const bool other = certain_ && both_free_;  // r15 has a region's constant, most likely
-      other ? e_.load_r14(g.slot) : e_.load_r15(g.slot);
-      *out = {HostMem::at(other ? kScratch0 : kScratch1, static_cast<i32>(offset)), !other, other};
+      by_sum(g.slot, offset, out);
       window_point();
       return;
     }
@@ -224,8 +221,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     emit_address(kScratch0, a);
   }
   const u64 region = expected_region(a);
-  const bool flags_in_the_way = flags_ == Flags::Host && live_[index_] != 0;
-  if (certain_ && off_base && !(special(a.base) && flags_in_the_way) && region < Window::kRegions) {
+  if (certain_ && off_base && !(special(a.base) && flags_live_in_host()) && region < Window::kRegions) {
     if (Group* const g = free_group()) {
       g->active = g->window = g->certain = true;
       g->base = a.base;

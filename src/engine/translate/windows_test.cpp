@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include <array>
+
 #include "engine/translate/test_pair.hpp"
 
 /// Blocks of windowed code whose operands stand off several registers by turns (windows.cpp, "certain" regions): the
