@@ -244,6 +244,8 @@ class Mmu {
   /// Reads up to size bytes for decoding, across a page end when needed; returns how many bytes before
   /// a fault (the fault, if reached, stands in stop()).
   unsigned fetch_bytes(u64 linear, u8* out, unsigned size);
+  /// Whether fetch() would find that of the current privilege in the TLB: without any effect.
+  bool fetched(u64 linear, Gpa page) const;
   /// The page is about to be decoded from. Any thread's later stores to it reach CodeObserver. When it
   /// returns, no vCPU has an older writable TLB entry for the page. Cheap when this vCPU has it already.
   /// It may wait for other vCPUs; the observer is not called meanwhile. Pages without RAM are ignored.

@@ -85,6 +85,9 @@ struct DirectExit {
   u32 bias = kSamePage;
   /// Position-independent code: a u64 stands there, for the target's page + JitFrame::jump_bias.
   bool wide = false;
+  /// Another page, and nothing is compared: the link is taken out while the fetch translation of its target may be another
+  /// (CodeCache::hold()). Of windowed code that is not position-independent.
+  bool unguarded = false;
   /// The target is an instruction of this block, to be gone on with in a block without groups (BlockRequest::ungrouped).
   /// The tag is given as tag | kUngrouped.
   bool ungrouped = false;

@@ -102,7 +102,8 @@ void BlockBuilder::exit_to(u64 target, bool backward, const i64* r14) {
   stubs_.push_back({{}, page_offset(target), in_frame});
   Label& stub = stubs_.back().entry;
   u32 bias = DirectExit::kSamePage;
-  if (!same_page(target)) {
+  const bool unguarded = !same_page(target) && request_->mode.windowed;
+  if (!same_page(target) && !unguarded) {
     if (in_frame) {
       e_.encode({.opcode = 0x81, .reg = 7, .memory = true, .mem = frame_at(frame::kBiasHigh), .imm_size = 4});  // cmp, the link's
       bias = e_.size() - 4;
@@ -121,6 +122,7 @@ void BlockBuilder::exit_to(u64 target, bool backward, const i64* r14) {
     }
   }
   out_->exits.push_back({e_.size() + 1, 0, 0, pic() ? static_cast<u64>(page_offset(target)) : target, in_frame, bias});
+  out_->exits.back().unguarded = unguarded;
   e_.jmp(stub);
 }
 

@@ -30,6 +30,7 @@ void CodeCache::restart_biases() {
   for (u32 tag = 0; tag < exits_.size(); tag++)
     if (exits_[tag].bias != nullptr) unlink(tag);
   next_bias_ = 1ull << 48;
+  far_bias_ = 0;
 }
 
 u64 CodeCache::bias(u8 mode, u64 fetch_generation) {
@@ -116,6 +117,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
     x.frame_flags = e.frame_flags;
     x.wide = e.wide;
     x.ungrouped = e.ungrouped;
+    x.unguarded = e.unguarded;
     x.insns = e.insns;
     if (e.bias != DirectExit::kSamePage) x.bias = place(e.bias);
     x.from = &b;
@@ -163,7 +165,12 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   if (from->dead || ((from->mode ^ to->mode) & ~kUngrouped) != 0 || from->pic != to->pic) return;
   if (from->pic ? (x.target ^ rip) & (kPageSize - 1) : x.target != rip) return;
   u64 guard = 0;
-  if (x.bias == nullptr) {
+  if (x.unguarded) {
+    if (!holds(bias)) return;
+    Far& far = far_.try_emplace(rip & kPageMask, Far{to->gpa.page(), true}).first->second;
+    if (!far.on || far.page != to->gpa.page()) return;
+    if (x.to != to) unlink(tag);
+  } else if (x.bias == nullptr) {
     if (x.to != nullptr || from->gpa.page() != to->gpa.page()) return;
   } else {
     if (x.to != to) unlink(tag);
@@ -184,6 +191,31 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   }
   point(x, to->code + (x.frame_flags ? to->frame_entry : to->entry), guard);
   stats_.linked++;
+}
+
+void CodeCache::turn(u64 linear, Far& far, bool on) {
+  if (far.on == on) return;
+  far.on = on;
+  const auto page = pages_.find(far.page.frame());
+  if (page == pages_.end()) return;
+  for (const CodeBlock* b : page->second.blocks) {
+    if (b->pic || (b->rip & kPageMask) != linear) continue;
+    for (u32 tag = b->incoming; tag != kNone; tag = exits_[tag].next_incoming) {
+      const Exit& x = exits_[tag];
+      if (x.unguarded) point(x, on ? b->code + (x.frame_flags ? b->frame_entry : b->entry) : x.stub, 0);
+    }
+  }
+}
+
+void CodeCache::arrive(u64 rip, Gpa page) {
+  const auto found = far_.find(rip & kPageMask);
+  if (found == far_.end()) return;
+  Far& far = found->second;
+  if (far.page != page) {
+    turn(found->first, far, false);
+    far.page = page;
+  }
+  turn(found->first, far, true);
 }
 
 const CodeBlock* CodeCache::block_at(u64 pc) const {
@@ -298,6 +330,8 @@ void CodeCache::flush() {
   faults_.clear();
   guest_.clear();
   pages_.clear();
+  far_.clear();
+  far_bias_ = 0;
   arena_->clear();
   stats_.flushes++;
 }

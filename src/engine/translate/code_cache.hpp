@@ -22,6 +22,9 @@
 ///        translation is never made by translated code. To another page it holds under one bias (of
 ///        position-independent code: and for one linear address), which the exit compares, and is made anew when
 ///        it is reached under another; a few times, then the exit searches the jump table first.
+///        Windowed code at fixed addresses compares nothing (DirectExit::unguarded): its links to other pages are all
+///        good under one bias, hold()'s, and those to pages that are not known to be the same under the next are taken out
+///        until they are fetched again.
 /// Killed blocks are unlinked at once, and entered nowhere any more, but their code stays until the whole cache
 ///        is emptied, so that a block may be killed by an access of its own.
 /// Bounded: by the arena; when it is full, everything goes.
@@ -127,6 +130,17 @@ class CodeCache {
   /// The exit that left with this tag goes to `to` from now on, if that may be.
   /// rip: where it led; bias: the one in force.
   void link(u32 tag, CodeBlock* to, u64 rip, u64 bias);
+  /// Windowed code is about to be entered under this bias. fetched(u64 linear, Gpa page): what is known of the fetch
+  /// translations in force.
+  template <class F>
+  void hold(u64 bias, F&& fetched) {
+    if (bias == far_bias_) return;
+    for (auto& [linear, far] : far_) turn(linear, far, fetched(linear, far.page));
+    far_bias_ = bias;
+  }
+  bool holds(u64 bias) const { return bias == far_bias_; }
+  /// This was fetched, under hold()'s bias.
+  void arrive(u64 rip, Gpa page);
   /// Instructions of its block that are done when it leaves with this tag; 0: all.
   unsigned exit_insns(u32 tag) const { return tag < exits_.size() ? exits_[tag].insns : 0; }
   /// RIP of the guest instruction whose host instruction faults at pc. page: JitFrame::page.
@@ -160,7 +174,7 @@ class CodeCache {
     u32 next_incoming = kNone, previous_incoming = kNone;
     const u8* bias = nullptr;  ///< of a link to another page: what it compares with
     bool frame_flags = false;
-    bool wide = false, ungrouped = false;
+    bool wide = false, ungrouped = false, unguarded = false;
     u16 insns = 0;
     u8 changes = 0;            ///< how often a link to another page was made
   };
@@ -174,6 +188,12 @@ class CodeCache {
   /// guard: what a link to another page holds under; 0: never.
   void point(const Exit& exit, const u8* to, u64 guard);
   void restart_biases();
+  /// Where unguarded links lead.
+  struct Far {
+    Gpa page;
+    bool on = false;  ///< they are in
+  };
+  void turn(u64 linear, Far& far, bool on);
   struct CodePage;
   /// Kills the page's blocks that doomed says. Null: none are left, or there were none.
   template <class F>
@@ -193,6 +213,8 @@ class CodeCache {
   Space* other_ = spaces_;  ///< that known_bias() came from last
   u64 uses_ = 0;
   u64 next_bias_ = 0;
+  u64 far_bias_ = 0;
+  std::unordered_map<u64, Far> far_;  ///< by linear page
   BlockIndex index_;
   std::deque<CodeBlock> blocks_;  ///< in the order of their code
   Chunks<Exit> exits_;            ///< by tag

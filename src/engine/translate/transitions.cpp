@@ -202,6 +202,7 @@ u64 TranslatorVcpu::go_on() {
     m.windowed = window == Mmu::WindowState::Ready;
   }
   const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
+  if (m.windowed && !cache_->holds(bias)) return RING3_TRANSIT_DONE;
   const u8* code = bias == 0 ? nullptr : cache_->recall(s_.rip, bias);
   if (code == nullptr) return RING3_TRANSIT_DONE;
   c_.retired++;

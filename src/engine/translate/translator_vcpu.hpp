@@ -104,6 +104,9 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     frame_.bias_high = static_cast<u32>(bias >> 48);
     frame_.bias_negated = 0 - frame_.bias_high;
   }
+  void hold(u64 bias) {
+    cache_->hold(bias, [&](u64 linear, Gpa page) { return mmu_.fetched(linear, page); });
+  }
   bool position_independent(u64 rip, TranslateMode mode) const;
   /// The block at RIP; null: the interpreter is to run the instruction.
   static u8 key(TranslateMode mode, bool ungrouped) {
