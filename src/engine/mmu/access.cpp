@@ -406,11 +406,6 @@ bool Mmu::warm_across(u64 linear, unsigned size, bool write) {
 
 // ---- fetch ----
 
-bool Mmu::fetched(u64 linear, Gpa page) const {
-  const unsigned i = index(linear);
-  return bank_->entries[i].exec_tag == (linear & kPageMask) && impl_->current->gpa[i] == page.value;
-}
-
 bool Mmu::fetch(u64 linear, Gpa* gpa, const u8** host) {
   Impl::Bank& bank = *impl_->current;
   const unsigned i = index(linear);

@@ -201,6 +201,7 @@ class Mmu {
   /// kTlbSize entries that answer Privilege::Current's data accesses; until mode_changed(), a flush_*,
   /// set_cr3() or serve_requests() the address stays the same.
   const TlbEntry* tlb() const { return bank_->entries; }
+  static constexpr u64 kTlbGpa = kTlbSize * sizeof(TlbEntry);  ///< of the page addresses, a u64 each, from tlb() on
   /// Fills the TLB so that an access inside one page hits. False when it cannot, or the access would fault.
   /// Never raises a stop; what a walk sets in page tables may reach CodeObserver::code_written().
   bool warm(u64 linear, unsigned size, bool write) { return bulk_pointer(linear, write, size) != nullptr; }
@@ -244,8 +245,12 @@ class Mmu {
   /// Reads up to size bytes for decoding, across a page end when needed; returns how many bytes before
   /// a fault (the fault, if reached, stands in stop()).
   unsigned fetch_bytes(u64 linear, u8* out, unsigned size);
-  /// Whether fetch() would find that of the current privilege in the TLB: without any effect.
-  bool fetched(u64 linear, Gpa page) const;
+  /// What fetch() would find in the TLB, without any effect. False: nothing. Uses no vector registers.
+  bool fetched(u64 linear, Gpa* gpa) const {
+    const unsigned i = index(linear);
+    *gpa = Gpa(bank_->gpa[i] | (linear & ~kPageMask));
+    return bank_->entries[i].exec_tag == (linear & kPageMask);
+  }
   /// The page is about to be decoded from. Any thread's later stores to it reach CodeObserver. When it
   /// returns, no vCPU has an older writable TLB entry for the page. Cheap when this vCPU has it already.
   /// It may wait for other vCPUs; the observer is not called meanwhile. Pages without RAM are ignored.
@@ -307,6 +312,7 @@ class Mmu {
   struct TlbBank {
     TlbBank() { entries[0] = no_entry(0); }
     TlbEntry entries[kTlbSize];
+    u64 gpa[kTlbSize];  ///< page address of the entry; meaningful where one of its tags is set
   };
   template <class T>
   static constexpr u64 kAligned = (sizeof(T) & (sizeof(T) - 1)) == 0 && sizeof(T) <= 64

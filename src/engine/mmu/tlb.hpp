@@ -102,7 +102,6 @@ struct TlbBankWithSets : BankBase {
   static constexpr unsigned kSize = Mmu::kTlbSize;
   static bool is_none(u64 tag) { return (tag & Mmu::kNoTag) != 0; }
 
-  u64 gpa[kSize];   ///< page address of the entry; meaningful where filled
   u8 shift[kSize];  ///< log2 of the page size of the guest's mapping
   IndexSet<kSize> filled, global, large;
   IndexSet<kSize> writable, executable;  ///< write_tag, exec_tag are set

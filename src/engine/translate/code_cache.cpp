@@ -12,13 +12,14 @@ Result<std::unique_ptr<CodeCache>> CodeCache::create(std::size_t arena_bytes) {
   if (!arena) return arena.error();
   std::unique_ptr<CodeCache> cache(new CodeCache(std::move(*arena)));
   for (const Space& sp : cache->spaces_)
-    if (sp.jumps == nullptr) return Error::of(ENOMEM, "jump tables of the code cache");
+    if (sp.jumps == nullptr || cache->common_ == nullptr) return Error::of(ENOMEM, "jump tables of the code cache");
   return cache;
 }
 
 CodeCache::CodeCache(std::unique_ptr<CodeArena> arena)
     : arena_(std::move(arena)) {
   for (Space& sp : spaces_) sp.jumps.reset(static_cast<JumpEntry*>(std::calloc(kJumpEntries, sizeof(JumpEntry))));
+  common_.reset(static_cast<CommonEntry*>(std::calloc(kCommonEntries, sizeof(CommonEntry))));
 }
 
 /// All numbers were used: those of old entries and links come again.
@@ -65,12 +66,11 @@ CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode, CodeBlock* guess) const {
 }
 
 void CodeCache::remember(const CodeBlock& block, u64 rip, u64 bias) {
-  const u64 at = jump_index(rip);
-  JumpEntry& e = space_->jumps[at];
-  const u64 other = 0 - e.negated - bias;
-  const bool holds = e.code != 0 && static_cast<u64>(static_cast<i64>(other << 16) >> 16) == other;
-  if (holds && other != rip && jump_index(other) == at) space_->jumps[jump_neighbour(at)] = e;
-  e = {0 - (rip + bias), reinterpret_cast<u64>(block.code + block.frame_entry)};
+  const u8* const code = block.code + block.frame_entry;
+  remember(code, rip, bias);
+  if (!block.user) return;
+  const u64 key = common_key(block.gpa, block.mode);
+  common_[common_index(key)] = {key, reinterpret_cast<u64>(code), block.rip};
 }
 
 CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest) {
@@ -332,6 +332,7 @@ void CodeCache::flush() {
   pages_.clear();
   far_.clear();
   far_bias_ = 0;
+  std::fill_n(common_.get(), kCommonEntries, CommonEntry{});
   arena_->clear();
   stats_.flushes++;
 }

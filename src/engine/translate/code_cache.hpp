@@ -17,6 +17,9 @@
 /// code searches by itself: an entry counts only under the bias (a number for the mode and the state of the
 /// fetch translations) that it was made under.
 ///
+/// Blocks of user code are found by physical address in one more table, which all address spaces have in common: there translated
+/// code finds what its own table misses, of the first process of a program in the second one.
+///
 /// Links: a direct exit jumps to its successor's code once that is known. Inside a guest page the link holds as
 ///        long as both blocks live: whoever runs in the page has fetched from it, and a change of mode or
 ///        translation is never made by translated code. To another page it holds under one bias (of
@@ -114,6 +117,24 @@ class CodeCache {
   }
   /// What stood in its place goes to the neighbour's, if it holds under this bias too.
   void remember(const CodeBlock& block, u64 rip, u64 bias);
+  void remember(const u8* code, u64 rip, u64 bias) {
+    JumpEntry& e = space_->jumps[jump_index(rip)];
+    JumpEntry& next = space_->jumps[jump_neighbour(jump_index(rip))];
+    const u64 other = 0 - e.negated - bias;
+    if (static_cast<u64>(static_cast<i64>(other << 16) >> 16) == other && other != rip && jump_index(other) == jump_index(rip)) {
+      next.negated = e.negated;
+      next.code = e.code;
+    }
+    e.negated = 0 - (rip + bias);
+    e.code = reinterpret_cast<u64>(code);
+  }
+  CommonEntry* common_table() { return common_.get(); }
+  static u64 common_key(Gpa gpa, u8 mode) { return gpa.value | u64{mode} << 56; }
+  /// Uses no vector registers, as remember().
+  const u8* recall_common(Gpa gpa, u64 rip, u8 mode) const {
+    const CommonEntry& e = common_[common_index(common_key(gpa, mode))];
+    return e.key == common_key(gpa, mode) && e.rip == rip ? reinterpret_cast<const u8*>(e.code) : nullptr;
+  }
   void forget(u64 rip) {
     const u64 at = jump_index(rip);
     space_->jumps[at] = space_->jumps[jump_neighbour(at)] = JumpEntry{};
@@ -213,6 +234,7 @@ class CodeCache {
   Space* other_ = spaces_;  ///< that known_bias() came from last
   u64 uses_ = 0;
   u64 next_bias_ = 0;
+  std::unique_ptr<CommonEntry[], decltype(&std::free)> common_{nullptr, &std::free};  ///< zero pages until used
   u64 far_bias_ = 0;
   std::unordered_map<u64, Far> far_;  ///< by linear page
   BlockIndex index_;

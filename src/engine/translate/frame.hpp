@@ -147,6 +147,10 @@ struct alignas(64) JitFrame {
   u32 avx512 = 0;    ///< the guest has switched the state on
   /// call. Loads the state: zmm becomes IN. Clobbers r14 and the status flags. The vectors are IN, avx512 is not 0.
   u64 load_zmm = 0;
+  /// CommonEntry[kCommonEntries]; 0: not for this mode. What a jump table misses is looked for here, by the page's physical address
+  /// from the TLB.
+  u64 common_table = 0;
+  u64 common_mode = 0;  ///< the keys' upper part
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -262,6 +266,8 @@ RING3_CHECK_OFFSET(window_deltas, RING3_FRAME_WINDOW_DELTAS);
 RING3_CHECK_OFFSET(zmm, RING3_FRAME_ZMM);
 RING3_CHECK_OFFSET(avx512, RING3_FRAME_AVX512);
 RING3_CHECK_OFFSET(load_zmm, RING3_FRAME_LOAD_ZMM);
+RING3_CHECK_OFFSET(common_table, RING3_FRAME_COMMON_TABLE);
+RING3_CHECK_OFFSET(common_mode, RING3_FRAME_COMMON_MODE);
 #undef RING3_CHECK_OFFSET
 
 /// The software TLB as translated code indexes it: entry at gs:[(linear >> kTlbShift) & kTlbMask].
@@ -273,6 +279,7 @@ inline constexpr u32 kTlbWriteTag = offsetof(Mmu::TlbEntry, write_tag);
 inline constexpr u32 kTlbExecTag = offsetof(Mmu::TlbEntry, exec_tag);
 inline constexpr u32 kTlbAddend = offsetof(Mmu::TlbEntry, addend);
 static_assert(sizeof(Mmu::TlbEntry) == 32);
+static_assert(kTlbShift == RING3_TLB_SHIFT && kTlbMask == RING3_TLB_MASK && kTlbExecTag == RING3_TLB_EXEC_TAG && Mmu::kTlbGpa == RING3_TLB_GPA);
 }  // namespace frame
 
 /// A table in front of the code cache: at jump_index(RIP), or, when two take turns there, at jump_neighbour() of it.
@@ -283,5 +290,19 @@ struct JumpEntry {
 inline constexpr unsigned kJumpEntries = 1u << 16;
 inline constexpr u64 jump_index(u64 rip) { return (rip >> 2) & (kJumpEntries - 1); }
 inline constexpr u64 jump_neighbour(u64 index) { return index ^ 1; }  ///< in the same cache line
+
+/// A table of blocks of user code that all address spaces have in common.
+struct CommonEntry {
+  u64 key = 0;   ///< guest-physical address, and the mode above it; 0: none
+  u64 code = 0;  ///< as JumpEntry's
+  u64 rip = 0;   ///< 0: position-independent, for addresses from 4 GiB on
+  u64 unused = 0;
+};
+inline constexpr unsigned kCommonEntries = 1u << 16;
+inline u64 common_index(u64 key) {
+  u64 crc = 0;
+  asm("crc32q %1, %0" : "+r"(crc) : "rm"(key));
+  return crc & (kCommonEntries - 1);
+}
 
 }  // namespace ring3::engine

@@ -242,12 +242,85 @@ thunk ring3_jit_exit_next_frame
     add (%r15), %r14
 .endm
 
+/* What the jump table has not, by its physical address (JitFrame::common_table): r14 = its code, and the jump table has it. The RIP
+   is in the frame; user code's. */
+.macro look_up_common miss
+    cmpq $0, SLOT(RING3_FRAME_COMMON_TABLE)
+    je \miss
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    mov %r14, %r15
+    shr $32, %r15
+    cmp $0x7ffe, %r15d
+    ja \miss
+    mov %r14, %r15
+    shr $RING3_TLB_SHIFT, %r15
+    and $RING3_TLB_MASK, %r15d
+    and $-4096, %r14
+    cmp %gs:RING3_TLB_EXEC_TAG(%r15), %r14
+    jne \miss
+    shr $2, %r15d
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    and $4095, %r14d
+    add %gs:RING3_TLB_GPA(%r15), %r14
+    add SLOT(RING3_FRAME_COMMON_MODE), %r14
+    xor %r15d, %r15d
+    crc32q %r14, %r15
+    and $0xffff, %r15d
+    shl $5, %r15d
+    add SLOT(RING3_FRAME_COMMON_TABLE), %r15
+    cmp (%r15), %r14
+    jne \miss
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    shr $32, %r14
+    jz 72f
+    cmpq $0, 16(%r15)
+    jne \miss
+    jmp 73f
+72: mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+    cmp 16(%r15), %r14
+    jne \miss
+73: mov 8(%r15), %r14
+    push %rax
+    push %rcx
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r15 /* CodeCache::remember() */
+    rorx $30, %r15d, %eax
+    and $0xffff0, %eax
+    add SLOT(RING3_FRAME_JUMP_TABLE), %rax
+    mov (%rax), %r15
+    add SLOT(RING3_FRAME_JUMP_BIAS), %r15
+    neg %r15
+    mov %r15, %rcx
+    shr $47, %rcx
+    jnz 71f
+    rorx $30, %r15d, %ecx
+    and $0xffff0, %ecx
+    add SLOT(RING3_FRAME_JUMP_TABLE), %rcx
+    cmp %rcx, %rax
+    jne 71f
+    sub SLOT(RING3_FRAME_JUMP_TABLE), %rcx /* which is not aligned to two entries */
+    xor $16, %rcx
+    add SLOT(RING3_FRAME_JUMP_TABLE), %rcx
+    mov (%rax), %r15
+    mov %r15, (%rcx)
+    mov 8(%rax), %r15
+    mov %r15, 8(%rcx)
+71: mov SLOT(RING3_FRAME_EXIT_RIP), %r15
+    add SLOT(RING3_FRAME_JUMP_BIAS), %r15
+    neg %r15
+    mov %r15, (%rax)
+    mov %r14, 8(%rax)
+    pop %rcx
+    pop %rax
+.endm
+
 /* Where this comes from the first entry was looked at. */
 thunk ring3_jit_exit_indirect_frame
     look_up_at 1
     jne 1f
     jmp *8(%r15)
-1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
+1:  look_up_common 2f
+    jmp *%r14
+2:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
 leave_indirect:
     flags_from_frame
     movl $RING3_REASON_INDIRECT, SLOT(RING3_FRAME_EXIT_REASON)
@@ -361,8 +434,10 @@ thunk ring3_jit_exit_cross_frame
     jmp *8(%r15)
 3:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     look_up_at 1
-    jne 1f
+    jne 4f
     jmp *8(%r15)
+4:  look_up_common 1f
+    jmp *%r14
 2:  movl $RING3_CROSS_EXITS, SLOT(RING3_FRAME_CROSS_LEFT)
     mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
 1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14

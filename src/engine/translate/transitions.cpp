@@ -175,6 +175,15 @@ u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
   return go_on();
 }
 
+/// The block that another address space ran on the same memory.
+const u8* TranslatorVcpu::recall_common(u64 bias, TranslateMode mode) {
+  Gpa gpa;
+  if (!mmu_.fetched(s_.rip, &gpa)) return nullptr;
+  const u8* code = cache_->recall_common(gpa, position_independent(s_.rip, mode) ? 0 : s_.rip, mode.bits());
+  if (code != nullptr) cache_->remember(code, s_.rip, bias);
+  return code;
+}
+
 /// At s_.rip, the vectors where they are. What the run loop does before it enters translated code.
 u64 TranslatorVcpu::go_on() {
   frame_.stack_limit = 0;
@@ -204,12 +213,13 @@ u64 TranslatorVcpu::go_on() {
   const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
   if (m.windowed && !cache_->holds(bias)) return RING3_TRANSIT_DONE;
   const u8* code = bias == 0 ? nullptr : cache_->recall(s_.rip, bias);
+  if (code == nullptr && bias != 0 && m.user && c_.code64) code = recall_common(bias, m);
   if (code == nullptr) return RING3_TRANSIT_DONE;
   c_.retired++;
   if (!m.user && vectors_held_ != 0) vectors_held_--;
   if (vectors == RING3_VECTORS_WANTED) loaded_avx_ = m.avx;
   frame_.vectors = vectors;
-  set_jumps(bias);
+  set_jumps(bias, m);
   frame_.page = s_.rip & kPageMask;
   JitGsBase::use(&frame_, mmu_.tlb());
   return reinterpret_cast<u64>(code);

@@ -16,7 +16,9 @@ namespace {
 
 constexpr unsigned kMaxBlockBytes = 1536;
 constexpr unsigned kMaxBranches = 4;  ///< of a block, its last one among them
-constexpr unsigned kVectorsHeld = 64;  ///< how often supervisor code is entered with vectors loaded after it wanted them
+/// How often supervisor code is entered with vectors loaded after it wanted them: at first, and when it wants them again and again.
+/// Such code is another mode's, with blocks and jumps of its own.
+constexpr unsigned kVectorsHeld = 4, kVectorsHeldMost = 64;
 /// Instructions that the interpreter runs at once in a mode that is not translated.
 constexpr u64 kOtherMode = 4096;
 
@@ -531,7 +533,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       if (code != nullptr) {
         // It guards from breakpoints, of which there are none, until the instruction is done; what faults sets it anew.
         s_.rflags &= ~rflags::RF;
-        set_jumps(bias);
+        set_jumps(bias, m);
         frame_.vectors = m.sse ? RING3_VECTORS_IN : RING3_VECTORS_AWAY;
         frame_.avx512 = (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 0xe6) == 0xe6;
         loaded_avx_ = m.avx;
@@ -555,7 +557,9 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
             continue;
           case RING3_REASON_VECTORS:
             if (!vectors_run()) break;  // as in user mode: it faults, or an exception may be unmasked
-            vectors_held_ = kVectorsHeld;
+            vectors_hold_ = stats_.entries - vectors_wanted_ <= 2 * vectors_hold_ ? std::min(2 * vectors_hold_, kVectorsHeldMost) : kVectorsHeld;
+            vectors_held_ = vectors_hold_;
+            vectors_wanted_ = stats_.entries;
             continue;
           case RING3_REASON_LEFT: {
             if (c_.slow_step || s_.sti_shadow || s_.mov_ss_shadow || lockstep_ != nullptr) break;

@@ -98,14 +98,21 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     m->avx = m->sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
   }
   /// Indirect jumps and links hold under this bias from now on.
-  void set_jumps(u64 bias) {
+  void set_jumps(u64 bias, TranslateMode mode) {
+    const bool common = mode.user && !mode.code32 && lockstep_ == nullptr;
+    frame_.common_table = common ? reinterpret_cast<u64>(cache_->common_table()) : 0;
+    frame_.common_mode = CodeCache::common_key(Gpa(0), mode.bits());
     frame_.jump_table = reinterpret_cast<u64>(cache_->jump_table());
     frame_.jump_bias = bias;
     frame_.bias_high = static_cast<u32>(bias >> 48);
     frame_.bias_negated = 0 - frame_.bias_high;
   }
+  const u8* recall_common(u64 bias, TranslateMode mode);
   void hold(u64 bias) {
-    cache_->hold(bias, [&](u64 linear, Gpa page) { return mmu_.fetched(linear, page); });
+    cache_->hold(bias, [&](u64 linear, Gpa page) {
+      Gpa now;
+      return mmu_.fetched(linear, &now) && now == page;
+    });
   }
   bool position_independent(u64 rip, TranslateMode mode) const;
   /// The block at RIP; null: the interpreter is to run the instruction.
@@ -205,6 +212,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   u64 limit_ = 0;            ///< of Context::retired, in run()
   bool loaded_avx_ = false;  ///< TranslateMode::avx when the vectors were loaded last
   unsigned vectors_held_ = 0;  ///< supervisor code is entered with vectors loaded while it is not zero
+  unsigned vectors_hold_ = 0;  ///< what it was set to last
+  u64 vectors_wanted_ = 0;     ///< entries made by then
 };
 
 }  // namespace ring3::engine
