@@ -71,7 +71,7 @@
 #define RING3_TLB_GPA 0x40000
 
 /* Exits to other pages that search the jump table until one is linked anew. */
-#define RING3_CROSS_EXITS 64
+#define RING3_CROSS_EXITS 300
 
 #define RING3_FRAME_EXIT_TRANSIT 592
 #define RING3_FRAME_SYSTEM_OP 600
