@@ -299,6 +299,9 @@ struct CommonEntry {
   u64 unused = 0;
 };
 inline constexpr unsigned kCommonEntries = 1u << 16;
+// as look_up_common in thunks.S has them
+static_assert(sizeof(CommonEntry) == 32 && kCommonEntries == 1u << 16 && offsetof(CommonEntry, key) == 0 &&
+              offsetof(CommonEntry, code) == 8 && offsetof(CommonEntry, rip) == 16);
 inline u64 common_index(u64 key) {
   u64 crc = 0;
   asm("crc32q %1, %0" : "+r"(crc) : "rm"(key));
