@@ -322,6 +322,7 @@ void BlockBuilder::finish() {
                .mem = HostMem::frame(m.attention ? frame::kExitAttentionFrame : frame::kExitIndirectFrame)});
   }
   out_->dead_stub = e_.size();
+  e_.bind(dead_);
   emit_rip(kScratch0, page_offset(request_->rip));
   e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitDeadFrame)});
 }
@@ -387,6 +388,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
               (i.op == Op::HostVec && i.has(kVex | kEvex) && i.opcode == 0x1d);  // VCVTPS2PH: its flags may be set before its store faults
     before(i);
     if (request_->edge != 0) check_edge();
+    regions_ahead();
     if (!one(i)) {
       e_.truncate(size);
       slow_.resize(slow);
@@ -453,6 +455,7 @@ void BlockBuilder::prologue(std::size_t count) {
   flags_ = Flags::Host;
   const auto pad = [&] { e_.bytes({0x0f, 0x1f, 0x44, 0x00, 0x00}); };  // nop
   begin_ = Label{};
+  dead_ = Label{};
   if (live_[0] == 0) {
     if (loop_.on || padded_) pad();  // the block jumps to its own start, or just behind
     e_.bind(begin_);

@@ -235,7 +235,9 @@ class BlockBuilder {
   void plan_regions(std::size_t count);
   void emit_region_number(u8 reg);
   void emit_region_compare(u8 reg, u64 region, u8 temp, Label& other);
-  void emit_certain_check(u8 reg, u64 region);
+  void emit_certain_check(u8 base, u64 region);
+  Group* open_region(u8 base, u64 region);
+  void regions_ahead();
   void through_region(const Group& g, const Address& a, Access* out);
   void finish_window_misses();
 
@@ -365,6 +367,7 @@ class BlockBuilder {
   bool hits_only_ = false;   ///< accesses that the TLB does not have are interpreted
   bool grouping_ = false;
   Label begin_;          ///< the first instruction
+  Label dead_;           ///< TranslatedBlock::dead_stub; flags in the frame, or dead
   u32 frame_entry_ = 0;
   bool padded_ = false;  ///< the prologue has five bytes
   std::array<Group, kGroups> groups_;

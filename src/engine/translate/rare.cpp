@@ -107,7 +107,7 @@ bool BlockBuilder::segment_base(const DecodedInsn& i) {
 }
 
 /// The bytes on the next page: fetched now, by the execute tag of the TLB, are they what was translated? No other
-/// mapping and no store to that page need be tracked then.
+/// mapping and no store to that page need be tracked then. Others: the block is left as one that is dead.
 void BlockBuilder::check_edge() {
   const DecodedInsn& i = request_->insns[0];
   const unsigned here = i.length - request_->edge;
@@ -129,7 +129,7 @@ void BlockBuilder::check_edge() {
     e.imm_size = size;
     for (unsigned k = 0; k < size; k++) e.imm[k] = i.raw[here + n + k];
     e_.encode(e);
-    e_.jcc(kNotEqual, interpret_label());
+    e_.jcc(kNotEqual, dead_);
     n += size;
   }
 }

@@ -572,7 +572,10 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
           }
           case RING3_REASON_DEAD:
             cache_->forget(s_.rip);
-            continue;
+            if (!at_page_end()) continue;
+            edge_left(true);
+            begun = true;
+            break;
           case RING3_REASON_ATTENTION:
           case RING3_REASON_INDIRECT:
             continue;
@@ -588,7 +591,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
             break;
           default:
             begun = true;
-            if ((s_.rip & (kPageSize - 1)) > kPageSize - 15 && ++edge_left_ % kEdgeLeft == 0) drop_edge();
+            if (at_page_end()) edge_left(false);
             break;
         }
       }
@@ -605,18 +608,27 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
   }
 }
 
-/// The instruction at RIP was left to the interpreter. Where it goes on in the next page and is one there that its translation does not
-/// know any more, another translation is made next time.
-void TranslatorVcpu::drop_edge() {
+bool TranslatorVcpu::at_page_end() const { return (s_.rip & (kPageSize - 1)) > kPageSize - 15; }
+
+/// The instruction at RIP goes on in the next page, maybe, and its translation did not run. Either it is another one there than it was:
+/// another translation is made next time. Or the TLB did not know that page as code, and does then.
+void TranslatorVcpu::edge_left(bool other) {
   Gpa gpa;
   const u8* host;
   const Stop kept = mmu_.stop();
-  const bool there = mmu_.fetch(s_.rip, &gpa, &host) && host != nullptr;
+  if (mmu_.fetch(s_.rip, &gpa, &host) && host != nullptr) {
+    const TranslateMode m = mode();
+    const CodeBlock* const b = cache_->find(gpa, position_independent(s_.rip, m) ? 0 : s_.rip, key(m, false));
+    if (b != nullptr && b->count <= 1 && gpa.page_offset() + b->bytes == kPageSize) {
+      const u64 next = (s_.rip & kPageMask) + kPageSize;
+      if (other) {
+        cache_->written(gpa, 1);
+      } else {
+        (void)mmu_.fetch(m.code32 ? static_cast<u32>(next) : next, &gpa, &host);
+      }
+    }
+  }
   mmu_.stop() = kept;
-  if (!there) return;
-  const TranslateMode m = mode();
-  const CodeBlock* const b = cache_->find(gpa, position_independent(s_.rip, m) ? 0 : s_.rip, key(m, false));
-  if (b != nullptr && b->count <= 1 && gpa.page_offset() + b->bytes == kPageSize) cache_->written(gpa, 1);
 }
 
 void TranslatorVcpu::code_written(Gpa gpa, unsigned size) {

@@ -82,7 +82,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
 
   /// Whether the next instruction may run translated, but for its address.
   bool can_enter() const;
-  void drop_edge();
+  bool at_page_end() const;
+  void edge_left(bool other);
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
   TranslateMode mode();
@@ -156,8 +157,9 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   void refuse_window(unsigned patience);
   struct WindowPolicy {
     u64 space = 0;         ///< CR3's address bits of what was found running
-    unsigned samples = 0;  ///< how often
-    u64 sampled = 0;       ///< TSC of the last time
+    unsigned samples = 0;  ///< how often, or more where it stays at one place; no more than it takes
+    u64 sampled = 0;       ///< TSC of the last sample
+    u64 seen = 0, place = 0;  ///< its address space, and its RIP
     u64 open = 0;          ///< the window's address space; 0: none
     u64 since = 0, cost = 0;  ///< TSC; ticks spent on the window since
     u64 fault = 0;         ///< the host address, and 1 for a write, of one that was refused, until user code runs again
@@ -206,8 +208,6 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::unordered_map<std::string, u32> left_numbers_;
   bool left_stale_ = false;  ///< no block has a number: they begin anew with the next one
   bool cut_off_ = false;     ///< decode_block()'s: its first instruction goes on in a page that is absent
-  static constexpr u32 kEdgeLeft = 64;
-  u32 edge_left_ = 0;        ///< instructions at a page's end that translations left to the interpreter
   WindowPolicy window_;
   u64 limit_ = 0;            ///< of Context::retired, in run()
   bool loaded_avx_ = false;  ///< TranslateMode::avx when the vectors were loaded last

@@ -9,12 +9,13 @@
 /// When an address space gets the host window, and when it loses it (docs/adr/0016).
 ///
 /// A page costs some microseconds to get into the window, which its accesses must earn. So only address spaces get one whose
-/// user code was found running again and again, and one that spends more than an eighth of its time on the window loses it,
-/// and waits longer for the next.
+/// user code was found running again and again, or twice at the same place: in a loop, most likely. One that spends more than an
+/// eighth of its time on the window loses it, and waits longer for the next.
 namespace ring3::engine {
 namespace {
 
 constexpr u64 kApart = 1u << 21;    ///< TSC ticks between two samples that count
+constexpr u64 kPlace = 4096;        ///< bytes between two places that are taken for one
 constexpr u64 kPeriod = 1u << 28;   ///< over which the cost is looked at
 constexpr u64 kFault = 12'000;      ///< a signal, and what it takes to map a page
 constexpr u64 kCall = 4'000;        ///< a system call that changes mappings
@@ -111,6 +112,9 @@ void TranslatorVcpu::sample_window() {
   if (now - window_.sampled < kApart) return;
   window_.sampled = now;
   const u64 space = s_.cr3 & kSpace;
+  const bool again = window_.seen == space && s_.rip - window_.place + kPlace < 2 * kPlace;
+  window_.seen = space;
+  window_.place = s_.rip;
   // Its place in the TLB may have gone to another; breakpoints were set; memory was full.
   if (window_.open == space && mmu_.window() == Mmu::WindowState::None) close_window();
   if (window_.open != 0 && now - window_.since > kPeriod) {
@@ -125,8 +129,8 @@ void TranslatorVcpu::sample_window() {
     if (window_.samples == 0) window_.space = space;
     return;
   }
-  window_.samples++;
   const u64 wanted = u64{options_.window_samples} << (space == window_.refused ? window_.patience : 0);
+  window_.samples = static_cast<unsigned>(std::min(wanted, u64{window_.samples} + (again ? options_.window_samples : 1)));
   if (window_.open == space || window_.samples < wanted || lockstep_ != nullptr || !c_.code64) return;
   open_window();
 }

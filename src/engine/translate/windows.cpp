@@ -88,7 +88,7 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
 
 /// Whether certain regions pay: accesses off different registers, by turns, each of which would load its group's constant.
 void BlockBuilder::plan_regions(std::size_t count) {
-  constexpr unsigned kTurns = 8;
+  constexpr unsigned kTurns = 2;
   certain_ = false;
   if (!request_->mode.windowed || request_->ungrouped || loop_.on) return;
   std::array<Group, kGroups> groups{};
@@ -123,9 +123,11 @@ void BlockBuilder::plan_regions(std::size_t count) {
   main_region_ = static_cast<u8>(std::max_element(uses, std::end(uses)) - uses);
 }
 
-/// reg points into this region, or the block is left for one without groups. Clobbers r15, and r14 where flags are live in the host.
-void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
+/// What is at base points into this region, or the block is left for one without groups. Clobbers a scratch register, both where
+/// flags are live in the host.
+void BlockBuilder::emit_certain_check(u8 base, u64 region) {
   const bool keep = flags_live_in_host();
+  const u8 reg = special(base) ? u8{kScratch0} : host(base);
   if (!keep) clobber_flags();
   region_misses_.emplace_back();
   RegionMiss& m = region_misses_.back();
@@ -141,16 +143,67 @@ void BlockBuilder::emit_certain_check(u8 reg, u64 region) {
     e_.jmp(m.entry);
     e_.bind_short(over);
     e_.mov(kHostRcx, kScratch0);
-  } else {
-    emit_region_compare(reg, region, e_.knows_r15() && reg != kScratch0 ? kScratch0 : kScratch1, m.entry);
+    return;
   }
+  if (special(base)) e_.load_r14(slot_offset(base));
+  const bool r14 = e_.knows_r15() && reg != kScratch0;
+  emit_region_compare(reg, region, r14 ? kScratch0 : kScratch1, m.entry);
+  if (reg == kScratch0) e_.let_r14_hold(slot_offset(base));
+}
+
+/// From here on, base points where an operand of instruction n is expected, until it changes by more than constants. Null: no room.
+BlockBuilder::Group* BlockBuilder::open_region(u8 base, u64 region) {
+  Group* const g = free_group();
+  if (g == nullptr) return nullptr;
+  g->active = g->window = g->certain = true;
+  g->base = base;
+  g->region = static_cast<u8>(region);
+  emit_certain_check(base, region);
+  return g;
+}
+
+/// Registers that are to be certain at an instruction with flags in the host are looked at before these are made.
+void BlockBuilder::regions_ahead() {
+  if (!certain_ || flags_live_in_host()) return;
+  const std::size_t here = index_;
+  u32 changed = 0;  // registers, in other ways than by constants
+  bool flags = flags_ == Flags::Host;
+  for (std::size_t n = here; n < count_; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    if (n != here) {
+      if (!flags || live_[n] == 0) break;
+      index_ = n;
+      insn_ = &i;
+      for (const Operand& o : i.operands) {
+        Address a;
+        if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || !address_of(i, &a) || !groupable(a) || a.index != kNoReg ||
+            (changed >> a.base & 1) != 0)
+          continue;
+        if (std::any_of(groups_.begin(), groups_.end(), [&](const Group& g) { return g.active && same_registers(g, a); })) continue;
+        const u64 region = expected_region(a);
+        if (region >= Window::kRegions) continue;
+        index_ = here;
+        (void)open_region(a.base, region);
+        index_ = n;
+      }
+    }
+    u32 written = 0;
+    if (!written_registers(i, &written)) break;
+    for (u8 r = 0; r < 16; r++) {
+      i64 by = 0;
+      if ((written >> r & 1) != 0 && !moves_by(i, r, &by)) changed |= 1u << r;
+    }
+    flags |= use_[n].touches;
+  }
+  index_ = here;
+  insn_ = &request_->insns[here];
 }
 
 /// The constants of up to two regions stay in the scratch registers.
 void BlockBuilder::through_region(const Group& g, const Address& a, Access* out) {
   const u32 slot = delta_slot(g.region);
   if (special(a.base)) {
-    e_.load(kScratch0, this->slot(a.base));
+    e_.load_r14(slot_offset(a.base));
     e_.load_r15(slot);
     *out = {HostMem{kScratch0, kScratch1, 0, false, a.disp}, false, false};
     return;
@@ -210,6 +263,14 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     }
   }
   const bool off_base = near && a.index == kNoReg;
+  const u64 region = expected_region(a);
+  if (certain_ && off_base && !(special(a.base) && flags_live_in_host()) && region < Window::kRegions) {
+    if (const Group* const g = open_region(a.base, region)) {
+      through_region(*g, a, out);
+      window_point();
+      return;
+    }
+  }
   u8 reg = kScratch0;
   if (off_base && !special(a.base)) {
     reg = host(a.base);
@@ -219,18 +280,6 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
     // With a segment, a bit offset, or two registers in the frame it takes additions.
     if (!near) clobber_flags();
     emit_address(kScratch0, a);
-  }
-  const u64 region = expected_region(a);
-  if (certain_ && off_base && !(special(a.base) && flags_live_in_host()) && region < Window::kRegions) {
-    if (Group* const g = free_group()) {
-      g->active = g->window = g->certain = true;
-      g->base = a.base;
-      g->region = static_cast<u8>(region);
-      emit_certain_check(reg, region);
-      through_region(*g, a, out);
-      window_point();
-      return;
-    }
   }
   emit_window_check(reg, region, a, false);
   if (off_base && reg == kScratch0) e_.let_r14_hold(slot_offset(a.base));  // by way of the miss too
