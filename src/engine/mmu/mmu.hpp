@@ -83,7 +83,7 @@ class Mmu {
   };
   /// No page address, also after its low bits up to any access size were kept.
   static constexpr u64 kNoTag = 1u << 11;
-  static constexpr unsigned kTlbBits = 13, kTlbSize = 1u << kTlbBits;
+  static constexpr unsigned kTlbBits = 15, kTlbSize = 1u << kTlbBits;
   /// What stands in the empty tags of entry i: differs from every address that selects the entry in more
   /// than the page offset, and has the bit of kNoTag.
   static constexpr u64 no_tag(unsigned i) { return i == 0 ? kNoTag | kPageSize : kNoTag; }

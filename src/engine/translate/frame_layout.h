@@ -66,9 +66,9 @@
 
 /* The software TLB, at the gs base: entry at (linear >> SHIFT) & MASK, the page's physical address at GPA + a quarter of that. */
 #define RING3_TLB_SHIFT 7
-#define RING3_TLB_MASK 0x3ffe0
+#define RING3_TLB_MASK 0xfffe0
 #define RING3_TLB_EXEC_TAG 16
-#define RING3_TLB_GPA 0x40000
+#define RING3_TLB_GPA 0x100000
 
 /* Exits to other pages that search the jump table until one is linked anew. */
 #define RING3_CROSS_EXITS 300
