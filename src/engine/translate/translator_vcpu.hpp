@@ -160,6 +160,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     unsigned samples = 0;  ///< how often, or more where it stays at one place; no more than it takes
     u64 sampled = 0;       ///< TSC of the last sample
     u64 seen = 0, place = 0;  ///< its address space, and its RIP
+    u64 fills = 0;         ///< Stats::fills then
     u64 open = 0;          ///< the window's address space; 0: none
     u64 since = 0, cost = 0;  ///< TSC; ticks spent on the window since
     u64 fault = 0;         ///< the host address, and 1 for a write, of one that was refused, until user code runs again

@@ -16,6 +16,7 @@ namespace {
 
 constexpr u64 kApart = 1u << 21;    ///< TSC ticks between two samples that count
 constexpr u64 kPlace = 4096;        ///< bytes between two places that are taken for one
+constexpr u64 kFillsApart = 1u << 14;  ///< TSC ticks between two TLB fills, at least, of a loop that stays in its pages
 constexpr u64 kPeriod = 1u << 28;   ///< over which the cost is looked at
 constexpr u64 kFault = 12'000;      ///< a signal, and what it takes to map a page
 constexpr u64 kCall = 4'000;        ///< a system call that changes mappings
@@ -109,10 +110,13 @@ void TranslatorVcpu::close_window() {
 
 void TranslatorVcpu::sample_window() {
   const u64 now = __builtin_ia32_rdtsc();
-  if (now - window_.sampled < kApart) return;
+  const u64 apart = now - window_.sampled;
+  if (apart < kApart) return;
   window_.sampled = now;
   const u64 space = s_.cr3 & kSpace;
-  const bool again = window_.seen == space && s_.rip - window_.place + kPlace < 2 * kPlace;
+  // A loop that goes to new pages all the time would pay for each of them a second time.
+  const u64 fills = stats_.fills - std::exchange(window_.fills, stats_.fills);
+  const bool again = window_.seen == space && s_.rip - window_.place + kPlace < 2 * kPlace && fills < apart / kFillsApart;
   window_.seen = space;
   window_.place = s_.rip;
   // Its place in the TLB may have gone to another; breakpoints were set; memory was full.
