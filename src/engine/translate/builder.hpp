@@ -232,6 +232,7 @@ class BlockBuilder {
   void emit_window_check(u8 reg, u64 region, const Address& a, bool page);
   u64 expected_region(const Address& a) const;
   bool used_again(Group g) const;
+  bool region_operand(const DecodedInsn& i, const Operand& o, Address* out) const;
   void plan_regions(std::size_t count);
   void emit_region_number(u8 reg);
   void emit_region_compare(u8 reg, u64 region, u8 temp, Label& other);

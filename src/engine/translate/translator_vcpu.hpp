@@ -83,7 +83,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   /// Whether the next instruction may run translated, but for its address.
   bool can_enter() const;
   bool at_page_end() const;
-  void edge_left(bool other);
+  void edge_left(bool other);  ///< other: the bytes on the next page are not those that were translated
   /// Whether code of this mode is translated at all: 64-bit code, and 32-bit code on flat segments.
   bool translatable() const;
   TranslateMode mode();

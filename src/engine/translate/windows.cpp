@@ -86,6 +86,11 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
   e_.bind(m.resume);
 }
 
+/// An access off one register.
+bool BlockBuilder::region_operand(const DecodedInsn& i, const Operand& o, Address* out) const {
+  return o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0 && address_of(i, out) && groupable(*out) && out->index == kNoReg;
+}
+
 /// Whether certain regions pay: accesses off different registers, by turns, each of which would load its group's constant.
 void BlockBuilder::plan_regions(std::size_t count) {
   constexpr unsigned kTurns = 2;
@@ -101,8 +106,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
     insn_ = &i;
     for (const Operand& o : i.operands) {
       Address a;
-      if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || !address_of(i, &a)) continue;
-      if (!groupable(a) || a.index != kNoReg) continue;
+      if (!region_operand(i, o, &a)) continue;
       auto g = std::find_if(groups.begin(), groups.end(), [&](const Group& other) { return other.active && same_registers(other, a); });
       if (g == groups.end()) {
         g = std::find_if(groups.begin(), groups.end(), [](const Group& other) { return !other.active; });
@@ -148,10 +152,10 @@ void BlockBuilder::emit_certain_check(u8 base, u64 region) {
   if (special(base)) e_.load_r14(slot_offset(base));
   const bool r14 = e_.knows_r15() && reg != kScratch0;
   emit_region_compare(reg, region, r14 ? kScratch0 : kScratch1, m.entry);
-  if (reg == kScratch0) e_.let_r14_hold(slot_offset(base));
+  if (reg == kScratch0) e_.let_r14_hold(slot_offset(base));  // RORX has read it alone
 }
 
-/// From here on, base points where an operand of instruction n is expected, until it changes by more than constants. Null: no room.
+/// From here on, base points into this region until it changes by more than constants. Null: no room.
 BlockBuilder::Group* BlockBuilder::open_region(u8 base, u64 region) {
   Group* const g = free_group();
   if (g == nullptr) return nullptr;
@@ -166,7 +170,13 @@ BlockBuilder::Group* BlockBuilder::open_region(u8 base, u64 region) {
 void BlockBuilder::regions_ahead() {
   if (!certain_ || flags_live_in_host()) return;
   const std::size_t here = index_;
-  u32 changed = 0;  // registers, in other ways than by constants
+  const auto moves_by_constants = [&](u8 base, std::size_t to) {
+    Group g;
+    g.active = true;
+    g.base = base;
+    for (std::size_t n = here; n < to; n++) follow(request_->insns[n], &g);
+    return g.active;
+  };
   bool flags = flags_ == Flags::Host;
   for (std::size_t n = here; n < count_; n++) {
     const DecodedInsn& i = request_->insns[n];
@@ -176,9 +186,7 @@ void BlockBuilder::regions_ahead() {
       insn_ = &i;
       for (const Operand& o : i.operands) {
         Address a;
-        if (o.kind != OperandKind::Mem || (o.access & kReadWrite) == 0 || !address_of(i, &a) || !groupable(a) || a.index != kNoReg ||
-            (changed >> a.base & 1) != 0)
-          continue;
+        if (!region_operand(i, o, &a) || !moves_by_constants(a.base, n)) continue;
         if (std::any_of(groups_.begin(), groups_.end(), [&](const Group& g) { return g.active && same_registers(g, a); })) continue;
         const u64 region = expected_region(a);
         if (region >= Window::kRegions) continue;
@@ -186,12 +194,6 @@ void BlockBuilder::regions_ahead() {
         (void)open_region(a.base, region);
         index_ = n;
       }
-    }
-    u32 written = 0;
-    if (!written_registers(i, &written)) break;
-    for (u8 r = 0; r < 16; r++) {
-      i64 by = 0;
-      if ((written >> r & 1) != 0 && !moves_by(i, r, &by)) changed |= 1u << r;
     }
     flags |= use_[n].touches;
   }
