@@ -13,16 +13,15 @@ extern "C" int LLVMFuzzerTestOneInput(const ring3::u8* data, std::size_t size) {
   const std::size_t ram_size = (data[0] & 1) ? 1u << 20 : 4u << 20;
   static std::vector<u8> ram;
   ram.assign(ram_size, 0);
-  boot::Initrd initrd;
+  boot::File initrd;
   initrd.name = "initrd";
   initrd.size = 1 + 997ull * data[1];
-  initrd.read = [](std::span<u8> to) -> Status {
+  initrd.read = [](u64, std::span<u8> to) -> Status {
     std::memset(to.data(), 0x5a, to.size());
     return Ok{};
   };
   boot::Request request;
-  request.kernel_name = "kernel";
-  request.kernel = {data + 2, size - 2};
+  request.kernel = boot::File::of("kernel", {data + 2, size - 2});
   request.initrd = (data[0] & 2) ? &initrd : nullptr;
   request.command_line = (data[0] & 4) ? std::string(2000, 'x') : "console=ttyS0";
   request.memory = ram_size;

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "base/mapping.hpp"
+#include "vmm/boot/formats.hpp"
 #include "vmm/boot/image_file.hpp"
 #include "vmm/boot/loader.hpp"
 
@@ -146,7 +147,7 @@ class Boot : public testing::Test {
   void give_initrd(u64 size) {
     initrd_.name = "initrd.img";
     initrd_.size = size;
-    initrd_.read = [](std::span<u8> into) -> Status {
+    initrd_.read = [](u64, std::span<u8> into) -> Status {
       std::fill(into.begin(), into.end(), u8{0x5a});
       return Ok{};
     };
@@ -154,8 +155,7 @@ class Boot : public testing::Test {
   }
   Result<Entry> load(const Bytes& kernel, const std::string& line = "console=ttyS0") {
     Request r;
-    r.kernel_name = "vmlinuz";
-    r.kernel = kernel;
+    r.kernel = File::of("vmlinuz", kernel);
     r.command_line = line;
     r.memory = memory_;
     r.rsdp = Gpa(layout::kAcpiTables);
@@ -173,7 +173,7 @@ class Boot : public testing::Test {
 
   Mapping ram_;
   u64 memory_ = 0;
-  Initrd initrd_;
+  File initrd_;
   bool use_initrd_ = false;
 };
 
@@ -489,13 +489,54 @@ TEST(ImageFile, NoticesThatTheFileShrank) {
   const auto p = dir.file("k", "0123456789");
   auto f = ImageFile::open(p, "kernel", 100);
   ASSERT_TRUE(f.ok());
-  auto all = f->read_all();
-  ASSERT_TRUE(all.ok());
-  EXPECT_EQ(all->size(), 10u);
-  ASSERT_EQ(truncate(p.c_str(), 4), 0);
-  auto again = f->read_all();
+  u8 part[4] = {};
+  ASSERT_TRUE(f->read(6, part).ok());
+  EXPECT_EQ(std::string(part, part + 4), "6789");
+  ASSERT_EQ(truncate(p.c_str(), 8), 0);
+  auto again = f->read(6, part);
   ASSERT_FALSE(again.ok());
   EXPECT_SAYS(again.error().message, "shorter");
+}
+
+// A file that others write to is read in parts: one that fails ends the load with its own message.
+TEST_F(Boot, WhatCannotBeReadIsSaid) {
+  const Bytes kernel = bzimage(1 << 20);
+  Request r;
+  r.kernel = File::of("vmlinuz", kernel);
+  r.memory = memory_;
+  const auto whole = r.kernel.read;
+  for (const u64 end : {u64{0}, detail::Kernel::kHead, kernel.size() - 1}) {
+    r.kernel.read = [&](u64 at, std::span<u8> into) -> Status {
+      return at + into.size() > end ? Status(Error::of(EIO, "kernel vmlinuz became shorter")) : whole(at, into);
+    };
+    const auto loaded = load_kernel(r, ram());
+    ASSERT_FALSE(loaded.ok());
+    EXPECT_EQ(loaded.error().code, EIO);
+  }
+}
+
+// Headers and notes of a large ELF file may stand anywhere in it.
+TEST_F(Boot, ElfHeadersBehindTheHeadOfTheFile) {
+  constexpr u64 kHeaders = 2 * detail::Kernel::kHead, kNote = 3 * detail::Kernel::kHead;
+  Bytes b = elf64();
+  auto h = get<Elf64_Ehdr>(b, 0);
+  auto load_header = get<Elf64_Phdr>(b, h.e_phoff), note = get<Elf64_Phdr>(b, h.e_phoff + sizeof(Elf64_Phdr));
+  const Bytes note_bytes(b.begin() + 0x400, b.begin() + 0x400 + static_cast<std::ptrdiff_t>(note.p_filesz));
+  std::fill(b.begin() + sizeof h, b.begin() + 0x800, u8{0});
+  h.e_phoff = kHeaders;
+  note.p_offset = kNote;
+  put(b, 0, h);
+  put(b, kHeaders, load_header);
+  put(b, kHeaders + sizeof load_header, note);
+  b.resize(kNote);
+  b.insert(b.end(), note_bytes.begin(), note_bytes.end());
+  auto e = load(b);
+  ASSERT_TRUE(e.ok()) << e.error().message;
+  EXPECT_EQ(e->format, "ELF, PVH entry");
+  EXPECT_EQ(e->rip, 0x100020u);
+  EXPECT_EQ(ram_.data()[0x100000], 0xf4);
+  b.resize(kNote + 8);  // the note is cut off
+  EXPECT_EQ(load(b)->format, "ELF, Linux 64-bit entry");
 }
 
 }  // namespace

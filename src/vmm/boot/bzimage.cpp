@@ -36,19 +36,19 @@ constexpr u64 kEntry64 = 0x200;
 constexpr u64 kSector = 512;
 
 template <class T>
-T field(std::span<const u8> f, u64 at) {  // of a header whose length is known
+T field(const Kernel& f, u64 at) {  // of a header whose length is known
   return get<T>(f, at).value_or(0);
 }
 
 }  // namespace
 
-bool is_bzimage(std::span<const u8> f) {
+bool is_bzimage(const Kernel& f) {
   return get<u32>(f, kMagic) == kHdrS && get<u16>(f, kBootFlag) == u16{0xaa55};
 }
 
-Result<Entry> load_bzimage(const Request& r, std::span<u8> ram) {
-  const auto f = r.kernel;
-  const std::string kernel = "kernel " + r.kernel_name;
+Result<Entry> load_bzimage(const Kernel& f, std::span<u8> ram) {
+  const Request& r = f.request();
+  const std::string kernel = "kernel " + f.name();
   if (f.size() < kHeaderCopyEnd) return bad(kernel + " is truncated: it ends inside its header");
   const u16 version = field<u16>(f, kVersion);
   if (version < 0x202 || !(field<u8>(f, kLoadFlags) & kLoadedHigh)) {
@@ -98,7 +98,7 @@ Result<Entry> load_bzimage(const Request& r, std::span<u8> ram) {
     if (!place) return place.error();
     initrd = *place;
   }
-  if (auto s = load_segment(r, ram, payload, code, load, code); !s) return s.error();
+  if (auto s = load_segment(f, ram, payload, code, load, code); !s) return s.error();
   if (r.initrd) {
     if (auto s = put_initrd(r, ram, initrd); !s) return s.error();
   }
@@ -106,7 +106,7 @@ Result<Entry> load_bzimage(const Request& r, std::span<u8> ram) {
   put_zero_page(r, ram);
   const auto zero = ram.subspan(layout::kZeroPage, kPageSize);
   const u64 header_end = std::min<u64>(kMagic + field<u8>(f, kJumpLength), kHeaderCopyEnd);
-  if (header_end > kSetupSects) std::memcpy(zero.data() + kSetupSects, f.data() + kSetupSects, header_end - kSetupSects);
+  if (header_end > kSetupSects) std::memcpy(zero.data() + kSetupSects, f.head().data() + kSetupSects, header_end - kSetupSects);
   put<u16>(zero, kVidMode, 0xffff);  // normal
   put<u8>(zero, kLoaderType, 0xff);  // no assigned number
   put<u32>(zero, kCode32Start, static_cast<u32>(load));

@@ -10,6 +10,7 @@ namespace {
 
 constexpr u32 kXenNotePhys32Entry = 18;
 constexpr std::size_t kMaxHeaders = 4096;  // far above any kernel's; bounds the work on a hostile file
+constexpr u64 kMaxNotes = 1u << 20;        // likewise
 
 struct Header {
   bool is64;
@@ -22,7 +23,7 @@ struct Segment {
   u64 offset, vaddr, paddr, filesz, memsz;
 };
 
-std::optional<Header> header(std::span<const u8> f) {
+std::optional<Header> header(const Kernel& f) {
   if (!is_elf(f) || get<u8>(f, EI_DATA) != u8{ELFDATA2LSB}) return std::nullopt;
   const auto elf_class = get<u8>(f, EI_CLASS);
   if (elf_class == u8{ELFCLASS64}) {
@@ -38,7 +39,7 @@ std::optional<Header> header(std::span<const u8> f) {
   return std::nullopt;
 }
 
-std::optional<Segment> segment(std::span<const u8> f, const Header& h, u16 i) {
+std::optional<Segment> segment(const Kernel& f, const Header& h, u16 i) {
   const auto at = checked_add(h.phoff, u64{h.phentsize} * i);
   if (!at) return std::nullopt;
   if (h.is64) {
@@ -84,7 +85,7 @@ std::string machine_name(u16 machine) {
 Result<Entry> enter_pvh(const Request& r, std::span<u8> ram, u64 entry, u64 end) {
   constexpr u32 kMagic = 0x336ec578;
   constexpr u64 kInfoSize = 56, kModuleSize = 32, kMapEntrySize = 24;
-  if (entry >= ram.size()) return bad("kernel " + r.kernel_name + " is damaged: its PVH entry lies outside memory");
+  if (entry >= ram.size()) return bad("kernel " + r.kernel.name + " is damaged: its PVH entry lies outside memory");
   if (auto s = put_command_line(r, ram, r.command_line, layout::kCommandLineMax); !s) return s.error();
   u64 initrd = 0;
   if (r.initrd) {
@@ -157,23 +158,25 @@ Result<Entry> enter_linux64(const Request& r, std::span<u8> ram, u64 entry, u64 
 
 }  // namespace
 
-bool is_elf(std::span<const u8> f) { return f.size() >= 4 && std::memcmp(f.data(), ELFMAG, 4) == 0; }
+bool is_elf(const Kernel& f) { return f.head().size() >= 4 && std::memcmp(f.head().data(), ELFMAG, 4) == 0; }
 
-std::optional<u64> pvh_entry(std::span<const u8> f) {
+std::optional<u64> pvh_entry(const Kernel& f) {
   const auto h = header(f);
   if (!h) return std::nullopt;
   for (u16 i = 0; i < h->phnum && i < kMaxHeaders; i++) {
     const auto s = segment(f, *h, i);
     if (!s) return std::nullopt;
     if (s->type != PT_NOTE || !range_within<u64>(s->offset, s->filesz, f.size())) continue;
-    if (const auto entry = find_note(f.subspan(s->offset, s->filesz))) return entry;
+    std::vector<u8> notes(std::min(s->filesz, kMaxNotes));
+    if (!f.read(s->offset, notes)) continue;
+    if (const auto entry = find_note(notes)) return entry;
   }
   return std::nullopt;
 }
 
-Result<ElfLoaded> load_elf_segments(const Request& r, std::span<u8> ram) {
-  const std::string kernel = "kernel " + r.kernel_name;
-  const auto h = header(r.kernel);
+Result<ElfLoaded> load_elf_segments(const Kernel& k, std::span<u8> ram) {
+  const std::string kernel = "kernel " + k.name();
+  const auto h = header(k);
   if (!h) return bad(kernel + " is a truncated or big-endian ELF file");
   if (h->machine != EM_X86_64 && h->machine != EM_386) {
     return bad(kernel + " is for " + machine_name(h->machine) + ", not for x86-64");
@@ -186,7 +189,7 @@ Result<ElfLoaded> load_elf_segments(const Request& r, std::span<u8> ram) {
   u64 total = 0;
   bool any = false;
   for (u16 i = 0; i < h->phnum; i++) {
-    const auto s = segment(r.kernel, *h, i);
+    const auto s = segment(k, *h, i);
     if (!s) return bad(kernel + " is truncated: its program headers lie beyond the file's end");
     if (s->type == PT_INTERP) return bad(kernel + " is a program for an operating system, not a kernel");
     if (s->type != PT_LOAD || s->memsz == 0) continue;
@@ -198,7 +201,7 @@ Result<ElfLoaded> load_elf_segments(const Request& r, std::span<u8> ram) {
       return bad(kernel + " needs " + mib(total) + " of memory, the VM has " + mib(ram.size()) +
                  ": give it more with --memory");
     }
-    if (auto st = load_segment(r, ram, s->offset, s->filesz, s->paddr, s->memsz); !st) return st.error();
+    if (auto st = load_segment(k, ram, s->offset, s->filesz, s->paddr, s->memsz); !st) return st.error();
     any = true;
     loaded.end = std::max(loaded.end, s->paddr + s->memsz);
     loaded.kernel_half = loaded.kernel_half && (s->vaddr >> 63) != 0;
@@ -208,14 +211,15 @@ Result<ElfLoaded> load_elf_segments(const Request& r, std::span<u8> ram) {
   return loaded;
 }
 
-Result<Entry> load_elf(const Request& r, std::span<u8> ram) {
-  auto loaded = load_elf_segments(r, ram);
+Result<Entry> load_elf(const Kernel& k, std::span<u8> ram) {
+  const Request& r = k.request();
+  auto loaded = load_elf_segments(k, ram);
   if (!loaded) return loaded.error();
-  if (const auto entry = pvh_entry(r.kernel)) return enter_pvh(r, ram, *entry, loaded->end);
+  if (const auto entry = pvh_entry(k)) return enter_pvh(r, ram, *entry, loaded->end);
   if (loaded->is64 && loaded->kernel_half && loaded->entry_in_segment) {
     return enter_linux64(r, ram, loaded->entry, loaded->end);
   }
-  return bad("kernel " + r.kernel_name +
+  return bad("kernel " + r.kernel.name +
              (loaded->is64 ? " is an ELF program, but no kernel: it has neither a PVH entry note (CONFIG_PVH) nor a "
                              "multiboot header"
                            : " is a 32-bit ELF program, but no kernel: it has neither a PVH entry note nor a multiboot "

@@ -24,22 +24,16 @@ Result<ImageFile> ImageFile::open(const std::string& path, const std::string& wh
   return ImageFile(std::move(fd), size, path, what);
 }
 
-Status ImageFile::read(std::span<u8> into) const {
+Status ImageFile::read(u64 at, std::span<u8> into) const {
   std::size_t done = 0;
   while (done < into.size()) {
-    const ssize_t n = ::pread(fd_.get(), into.data() + done, into.size() - done, static_cast<off_t>(done));
+    const ssize_t n = ::pread(fd_.get(), into.data() + done, into.size() - done, static_cast<off_t>(at + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return Error::from_errno(what_ + " " + path_);
     if (n == 0) return Error::of(EIO, what_ + " " + path_ + " became shorter while it was read");
     done += static_cast<std::size_t>(n);
   }
   return Ok{};
-}
-
-Result<RawBytes> ImageFile::read_all() const {
-  RawBytes bytes(size_);
-  if (auto r = read(bytes); !r) return r.error();
-  return bytes;
 }
 
 }  // namespace ring3::boot

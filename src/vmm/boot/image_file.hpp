@@ -2,7 +2,6 @@
 #include <span>
 #include <string>
 
-#include "base/raw_bytes.hpp"
 #include "base/result.hpp"
 #include "base/types.hpp"
 #include "base/unique_fd.hpp"
@@ -21,9 +20,8 @@ class ImageFile {
 
   const std::string& path() const { return path_; }
   u64 size() const { return size_; }
-  /// Fills all of `into` from the file's start; fails when the file has become shorter.
-  Status read(std::span<u8> into) const;
-  Result<RawBytes> read_all() const;
+  /// Fills all of `into` from byte `at` on; fails when the file has become shorter.
+  Status read(u64 at, std::span<u8> into) const;
 
  private:
   ImageFile(UniqueFd fd, u64 size, std::string path, std::string what)

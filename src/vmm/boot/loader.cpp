@@ -37,13 +37,29 @@ Status check_place(const std::string& name, u64 start, u64 size, u64 ram) {
   return Ok{};
 }
 
-Status load_segment(const Request& r, std::span<u8> ram, u64 file_offset, u64 size, u64 start, u64 memory) {
-  if (!range_within<u64>(file_offset, size, r.kernel.size())) {
-    return bad("kernel " + r.kernel_name + " is truncated: a part it names lies beyond the file's end");
+Result<Kernel> Kernel::open(const Request& r) {
+  Kernel k(r);
+  k.head_.resize(std::min(r.kernel.size, kHead));
+  if (auto s = r.kernel.read(0, k.head_); !s) return s.error();
+  return k;
+}
+
+bool Kernel::read(u64 at, std::span<u8> into) const {
+  if (!range_within<u64>(at, into.size(), size())) return false;
+  if (!range_within<u64>(at, into.size(), head_.size())) return request_->kernel.read(at, into).ok();
+  std::memcpy(into.data(), head_.data() + at, into.size());
+  return true;
+}
+
+Status load_segment(const Kernel& k, std::span<u8> ram, u64 file_offset, u64 size, u64 start, u64 memory) {
+  if (!range_within<u64>(file_offset, size, k.size())) {
+    return bad("kernel " + k.name() + " is truncated: a part it names lies beyond the file's end");
   }
-  if (size > memory) return bad("kernel " + r.kernel_name + " is damaged: a segment is longer in the file than in memory");
-  if (auto s = check_place(r.kernel_name, start, memory, ram.size()); !s) return s;
-  if (size != 0) std::memcpy(ram.data() + start, r.kernel.data() + file_offset, size);
+  if (size > memory) return bad("kernel " + k.name() + " is damaged: a segment is longer in the file than in memory");
+  if (auto s = check_place(k.name(), start, memory, ram.size()); !s) return s;
+  if (size != 0) {
+    if (auto s = k.request().kernel.read(file_offset, ram.subspan(start, size)); !s) return s;
+  }
   if (memory > size) std::memset(ram.data() + start + size, 0, memory - size);
   return Ok{};
 }
@@ -62,7 +78,7 @@ Status put_command_line(const Request&, std::span<u8> ram, const std::string& li
 
 Status put_initrd(const Request& r, std::span<u8> ram, u64 start) {
   if (!range_within<u64>(start, r.initrd->size, ram.size())) return bad("the initrd does not fit in memory");
-  return r.initrd->read(ram.subspan(start, r.initrd->size));
+  return r.initrd->read(0, ram.subspan(start, r.initrd->size));
 }
 
 Result<u64> place_initrd_high(const Request& r, std::span<const u8> ram, u64 lowest, u64 limit) {
@@ -146,15 +162,24 @@ std::string describe(std::span<const u8> f) {
 }  // namespace
 }  // namespace detail
 
+File File::of(std::string name, std::span<const u8> bytes) {
+  return {std::move(name), bytes.size(), [bytes](u64 at, std::span<u8> into) -> Status {
+            std::memcpy(into.data(), bytes.data() + at, into.size());
+            return Ok{};
+          }};
+}
+
 Result<Entry> load_kernel(const Request& r, std::span<u8> ram) {
   using namespace detail;
-  if (r.kernel.empty()) return bad("kernel " + r.kernel_name + " is empty");
+  if (r.kernel.size == 0) return bad("kernel " + r.kernel.name + " is empty");
   if (ram.size() < layout::kHighMemory) return bad("a kernel needs 1 MiB of memory at least");
-  if (is_bzimage(r.kernel)) return load_bzimage(r, ram);
-  if (is_elf(r.kernel) && pvh_entry(r.kernel)) return load_elf(r, ram);
-  if (auto header = find_multiboot(r.kernel)) return load_multiboot(r, ram, *header);
-  if (is_elf(r.kernel)) return load_elf(r, ram);
-  return bad("kernel " + r.kernel_name + " " + describe(r.kernel));
+  auto k = Kernel::open(r);
+  if (!k) return k.error();
+  if (is_bzimage(*k)) return load_bzimage(*k, ram);
+  if (is_elf(*k) && pvh_entry(*k)) return load_elf(*k, ram);
+  if (auto header = find_multiboot(*k)) return load_multiboot(*k, ram, *header);
+  if (is_elf(*k)) return load_elf(*k, ram);
+  return bad("kernel " + r.kernel.name + " " + describe(k->head()));
 }
 
 }  // namespace ring3::boot

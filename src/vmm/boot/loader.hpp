@@ -23,17 +23,20 @@ struct Entry {
   std::string format;  ///< for the log: "bzImage", "ELF (PVH)", "ELF (Linux 64-bit)", "multiboot"
 };
 
-/// The initial RAM disk, or the module of a multiboot kernel; read straight into guest memory.
-struct Initrd {
-  std::string name;
-  u64 size = 0;  ///< > 0
-  std::function<Status(std::span<u8>)> read;
+/// A file whose content is wanted in guest memory: read straight into it, for host memory touched on the way costs as much as the guest's.
+struct File {
+  std::string name;  ///< for messages, and a kernel's is the first word of a multiboot command line
+  u64 size = 0;      ///< bytes
+  /// Fills `into` from byte `at` of the file on; at + into.size() <= size. Others may write the file meanwhile: what is read twice may differ.
+  std::function<Status(u64 at, std::span<u8> into)> read;
+
+  /// Of bytes that outlive it.
+  static File of(std::string name, std::span<const u8> bytes);
 };
 
 struct Request {
-  std::string kernel_name;          ///< for messages, and the first word of a multiboot command line
-  std::span<const u8> kernel;       ///< the file
-  const Initrd* initrd = nullptr;
+  File kernel;
+  const File* initrd = nullptr;     ///< the initial RAM disk, or the module of a multiboot kernel; not empty
   std::string command_line;
   u64 memory = 0;                   ///< bytes in all; `ram` is its part below the hole
   Gpa rsdp;

@@ -13,7 +13,7 @@ constexpr u32 kKnownRequirements = 0x7;  // page-aligned modules, memory informa
 
 }  // namespace
 
-std::optional<u64> find_multiboot(std::span<const u8> f) {
+std::optional<u64> find_multiboot(const Kernel& f) {
   const u64 end = std::min<u64>(f.size(), kSearch);
   for (u64 at = 0; at + 12 <= end; at += 4) {
     if (get<u32>(f, at) != kHeaderMagic) continue;
@@ -24,9 +24,9 @@ std::optional<u64> find_multiboot(std::span<const u8> f) {
   return std::nullopt;
 }
 
-Result<Entry> load_multiboot(const Request& r, std::span<u8> ram, u64 header) {
-  const auto f = r.kernel;
-  const std::string kernel = "kernel " + r.kernel_name;
+Result<Entry> load_multiboot(const Kernel& f, std::span<u8> ram, u64 header) {
+  const Request& r = f.request();
+  const std::string kernel = "kernel " + f.name();
   const u32 flags = get<u32>(f, header + 4).value_or(0);
   if (flags & 0xffff & ~kKnownRequirements) {
     return bad(kernel + " requires multiboot features that this VM does not know");
@@ -55,12 +55,12 @@ Result<Entry> load_multiboot(const Request& r, std::span<u8> ram, u64 header) {
       }
       memory = *bss_end - *load_addr;
     }
-    if (auto s = load_segment(r, ram, offset, size, *load_addr, memory); !s) return s.error();
+    if (auto s = load_segment(f, ram, offset, size, *load_addr, memory); !s) return s.error();
     end = *load_addr + memory;
     e.rip = *entry;
   } else {
     if (!is_elf(f)) return bad(kernel + " has a multiboot header without load addresses, and is no ELF file");
-    auto loaded = load_elf_segments(r, ram);
+    auto loaded = load_elf_segments(f, ram);
     if (!loaded) return loaded.error();
     if (loaded->is64) {
       return bad(kernel + " is a 64-bit multiboot ELF file; multiboot takes 32-bit ones: convert it with "
@@ -72,7 +72,7 @@ Result<Entry> load_multiboot(const Request& r, std::span<u8> ram, u64 header) {
   if (e.rip >= ram.size()) return bad(kernel + " is damaged: its entry lies outside memory");
 
   // The first word is the kernel's name, as other loaders have it.
-  const std::string line = r.command_line.empty() ? r.kernel_name : r.kernel_name + " " + r.command_line;
+  const std::string line = r.command_line.empty() ? f.name() : f.name() + " " + r.command_line;
   if (auto s = put_command_line(r, ram, line, layout::kCommandLineMax); !s) return s.error();
 
   u64 initrd = 0;

@@ -256,18 +256,16 @@ Status Board::load(const Sources& s, GuestRam& ram) {
   if (!tables) return tables.error();
   std::memcpy(ram.low.data() + tables->base.value, tables->bytes.data(), tables->bytes.size());
 
-  auto kernel = s.kernel.read_all();
-  if (!kernel) return kernel.error();
-  boot::Initrd initrd;
+  const auto whole = [](const boot::ImageFile& f) {
+    return boot::File{f.path(), f.size(), [&f](u64 at, std::span<u8> into) { return f.read(at, into); }};
+  };
+  boot::File initrd;
   boot::Request request;
   if (s.initrd) {
-    initrd.name = s.initrd->path();
-    initrd.size = s.initrd->size();
-    initrd.read = [&](std::span<u8> into) { return s.initrd->read(into); };
+    initrd = whole(*s.initrd);
     request.initrd = &initrd;
   }
-  request.kernel_name = s.kernel.path();
-  request.kernel = *kernel;
+  request.kernel = whole(s.kernel);
   request.command_line = s.config.append;
   request.memory = ram.size();
   request.rsdp = tables->rsdp;
