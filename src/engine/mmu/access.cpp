@@ -98,7 +98,7 @@ void Mmu::Impl::executable(u64 linear, Bank& bank, unsigned page_shift, bool glo
 }
 
 Mmu::Impl::WalkFor Mmu::Impl::walk_for(Access access, const Bank& bank) const {
-  const auto which = &bank - space->bank;
+  const auto which = &bank - space->bank.begin();
   WalkFor why;
   why.write = access == Access::Write;
   why.fetch = access == Access::Exec;

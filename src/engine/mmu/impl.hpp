@@ -51,7 +51,7 @@ struct Mmu::Impl {
 
   /// The TLB of one address space.
   struct Space {
-    Bank bank[kBanks];
+    Banks<Bank, kBanks> bank;
     i32 pcid = -1;       ///< -1: holds nothing that counts
     bool stale = false;  ///< flush before use
     u64 used = 0;
@@ -191,7 +191,7 @@ struct Mmu::Impl {
   u64 supervisor_generation = 1;
   PageFilter supervisor_executed;  ///< pages that supervisor_generation may stand for
   bool supervisor_local = false;   ///< supervisor code of a page that is not global was fetched
-  TlbBank empty;  ///< never filled
+  Banks<TlbBank, 1> empty;  ///< never filled
 
   struct Breakpoint {
     u64 start = 0, size = 0;

@@ -76,10 +76,10 @@ class Mmu {
   struct TlbEntry {
     // Tags: the page's linear address, or kNoTag. An access hits when tag == page and it does not
     // cross the page; slow-path pages (MMIO, code, breakpoints, dirty logging) never get a tag.
-    u64 read_tag = kNoTag;
-    u64 write_tag = kNoTag;
-    u64 exec_tag = kNoTag;
-    u64 addend = 0;  ///< host address = linear + addend
+    u64 read_tag;
+    u64 write_tag;
+    u64 exec_tag;
+    u64 addend;  ///< host address = linear + addend
   };
   /// No page address, also after its low bits up to any access size were kept.
   static constexpr u64 kNoTag = 1u << 11;
@@ -87,6 +87,8 @@ class Mmu {
   /// What stands in the empty tags of entry i: differs from every address that selects the entry in more
   /// than the page offset, and has the bit of kNoTag.
   static constexpr u64 no_tag(unsigned i) { return i == 0 ? kNoTag | kPageSize : kNoTag; }
+  /// Zeroes hit as little, in all entries but the first, which alone is that of page 0: until an entry is filled the first time it
+  /// may be memory that nobody has touched.
   static constexpr TlbEntry no_entry(unsigned i) { return {no_tag(i), no_tag(i), no_tag(i), 0}; }
   enum Bank : u8 { kUser, kSupervisor, kSupervisorNoUser /* SMAP in force */, kBanks };
 
@@ -271,6 +273,8 @@ class Mmu {
   /// translations were kept (PCID) brings its value back. What was looked up by linear address under
   /// another value is looked up again.
   u64 fetch_generation() const { return fetch_generation_; }
+  /// Whether fetch_generation() is, or may be again, this value that it had.
+  bool generation_lives(u64 generation) const;
 
   /// For KVM_TRANSLATE, INVLPG checks, tests: a walk without side effects.
   struct Translation {
@@ -310,7 +314,6 @@ class Mmu {
 
  private:
   struct TlbBank {
-    TlbBank() { entries[0] = no_entry(0); }
     TlbEntry entries[kTlbSize];
     u64 gpa[kTlbSize];  ///< page address of the entry; meaningful where one of its tags is set
   };

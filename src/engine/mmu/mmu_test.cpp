@@ -43,6 +43,33 @@ struct LongTest : testing::Test {
   LongTest() { t.activate(); }
 };
 
+// Entries that were never filled are zeroes: no page's address looks like one of them, nor page 0 like another page of its entry.
+TEST_F(LongTest, NoAddressLooksLikeAnEmptyEntry) {
+  constexpr u64 kSameEntry = u64{Mmu::kTlbSize} << kPageShift;
+  u8 b = 0;
+  for (const u64 linear : {u64{0}, u64{kPageSize}, 7 * kPageSize, kSameEntry, kSameEntry + kPageSize, 0 - kSameEntry, 0 - kPageSize}) {
+    EXPECT_FALSE(m.mmu->read(linear, &b)) << linear;
+    EXPECT_FALSE(m.mmu->write<u8>(linear + 1, 1)) << linear;
+    Gpa gpa;
+    const u8* host;
+    EXPECT_FALSE(m.mmu->fetch(linear, &gpa, &host)) << linear;
+    m.mmu->stop() = Stop{};
+  }
+  // Page 0 and the next one of its entry take turns, and each is forgotten when it is told.
+  for (u64 frame = 0x10000; frame < 0x18000; frame += 2 * kPageSize) {
+    m.poke<u8>(frame, static_cast<u8>(frame >> kPageShift));
+    m.poke<u8>(frame + kPageSize, static_cast<u8>((frame >> kPageShift) + 1));
+    t.map(0, frame, kRW);
+    t.map(kSameEntry, frame + kPageSize, kRW);
+    m.mmu->flush_page(0);
+    m.mmu->flush_page(kSameEntry);
+    for (unsigned turn = 0; turn < 3; turn++) {
+      ASSERT_TRUE(m.mmu->read(turn % 2 * kSameEntry, &b));
+      EXPECT_EQ(b, (frame >> kPageShift) + turn % 2);
+    }
+  }
+}
+
 TEST_F(LongTest, CrossingReadsAndWrites) {
   t.map(0x400000, 0x10000, kRW);
   t.map(0x401000, 0x30000, kRW);

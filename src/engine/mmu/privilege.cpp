@@ -13,7 +13,7 @@ void Mmu::Impl::select_bank() {
   current = &space->bank[which];
   name_fetches();
   check_alignment = user_mode && (s.cr0 & cr0::AM) && (s.rflags & rflags::AC);
-  mmu.bank_ = check_alignment ? &empty : current;
+  mmu.bank_ = check_alignment ? &empty[0] : current;
 }
 
 Mmu::WindowState Mmu::window() const {

@@ -239,6 +239,11 @@ void Mmu::set_features(unsigned maxphyaddr, bool nx, bool page1g, bool pcid, boo
   flush_all();
 }
 
+bool Mmu::generation_lives(u64 generation) const {
+  return generation == impl_->supervisor_generation ||
+         std::any_of(impl_->spaces.begin(), impl_->spaces.end(), [&](const auto& sp) { return sp->generation == generation && sp->pcid >= 0 && !sp->stale; });
+}
+
 void Mmu::override_breakpoints(const u64 dr[4], u64 dr7) {
   impl_->override_on = dr != nullptr;
   if (dr != nullptr) std::copy(dr, dr + 4, impl_->override_dr);

@@ -2,7 +2,10 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <new>
+#include <type_traits>
 
+#include "base/mapping.hpp"
 #include "engine/mmu/mmu.hpp"
 
 /// The software TLB: a few address spaces (one per PCID in use), each with a bank per privilege. Private
@@ -11,12 +14,12 @@
 /// Flushes cost what was filled, not what there is: each bank keeps bitmaps of its filled entries.
 namespace ring3::engine {
 
-/// Going through all of a set that is nearly empty costs nearly nothing: a summary says which words may hold something.
+/// Zeroed memory is an empty set. Going through all of a set that is nearly empty costs nearly nothing: a summary says which words may hold something.
 template <unsigned Size>
 struct IndexSet {
   static_assert(Size % 64 == 0);
-  u64 words[Size / 64] = {};
-  mutable u64 summary[(Size / 64 + 63) / 64] = {};  // a bit a word; one too many is harmless, one too few is not
+  u64 words[Size / 64];
+  mutable u64 summary[(Size / 64 + 63) / 64];  // a bit a word; one too many is harmless, one too few is not
   void set(unsigned i) {
     words[i / 64] |= 1ull << (i % 64);
     summary[i / 4096] |= 1ull << (i / 64 % 64);
@@ -96,7 +99,7 @@ class PageFilter {
   u64 low_ = ~0ull, high_ = 0;
 };
 
-/// Entry is Mmu::TlbEntry; BankBase is Mmu's array of them, which the inline fast paths index.
+/// BankBase is Mmu's array of entries, which the inline fast paths index.
 template <class BankBase>
 struct TlbBankWithSets : BankBase {
   static constexpr unsigned kSize = Mmu::kTlbSize;
@@ -111,7 +114,7 @@ struct TlbBankWithSets : BankBase {
   /// Which large pages there may be, by half of the address space and address bits: of 2 MiB by 21 to 26, of 1 GiB by 30 to
   /// 35. Set when one is filled, cleared when all are flushed. A system's own memory, in the upper half, is large pages
   /// everywhere; what it flushes all the time lies in the lower one.
-  u64 large_2m[2] = {}, large_1g[2] = {};
+  u64 large_2m[2], large_1g[2];
 
   void reset(unsigned i) {
     this->entries[i] = Mmu::no_entry(i);
@@ -195,6 +198,27 @@ struct TlbBankWithSets : BankBase {
     const Mmu::TlbEntry& e = this->entries[i];
     if (is_none(e.read_tag) && is_none(e.write_tag) && is_none(e.exec_tag) && !exec_walked.test(i)) reset(i);
   }
+};
+
+/// Empty banks in zeroed memory, which the host gives when it is filled: of more than 1 MiB each, most never is.
+/// Errors: std::bad_alloc.
+template <class Bank, unsigned Count>
+class Banks {
+ public:
+  Banks() {
+    auto memory = Mapping::anonymous(sizeof(Bank) * Count);
+    if (!memory) throw std::bad_alloc();
+    memory_ = std::move(*memory);
+    for (Bank& b : *this) b.entries[0] = Mmu::no_entry(0);
+  }
+  // SAFETY: a bank has no constructor and no destructor: zeroes, and its first entry, are an empty one.
+  Bank* begin() const { return reinterpret_cast<Bank*>(memory_.data()); }
+  Bank* end() const { return begin() + Count; }
+  Bank& operator[](std::size_t n) const { return begin()[n]; }
+
+ private:
+  static_assert(std::is_trivially_default_constructible_v<Bank> && std::is_trivially_destructible_v<Bank>);
+  Mapping memory_;
 };
 
 }  // namespace ring3::engine

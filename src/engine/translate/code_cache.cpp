@@ -29,18 +29,21 @@ void CodeCache::restart_biases() {
     std::fill_n(sp.jumps.get(), kJumpEntries, JumpEntry{});
   }
   for (u32 tag = 0; tag < exits_.size(); tag++)
-    if (exits_[tag].bias != nullptr) unlink(tag);
+    if (exits_[tag].bias != kNone) unlink(tag);
   next_bias_ = 1ull << 48;
   far_bias_ = 0;
 }
 
-u64 CodeCache::bias(u8 mode, u64 fetch_generation) {
+u64 CodeCache::bias(u8 mode, const Mmu& mmu) {
+  const u64 fetch_generation = mmu.fetch_generation();
   if (space_->generation != fetch_generation) {
     space_ = std::find_if(std::begin(spaces_), std::end(spaces_),
                           [&](const Space& sp) { return sp.generation == fetch_generation; });
     if (space_ == std::end(spaces_)) {
-      space_ = std::min_element(std::begin(spaces_), std::end(spaces_),
-                                [](const Space& a, const Space& b) { return a.used < b.used; });
+      // The last one whose generation is gone for good: its table is in the host's caches. Else the one that was not used for longest.
+      constexpr u64 kGone = 1ull << 63;
+      const auto worth = [&](const Space& sp) { return mmu.generation_lives(sp.generation) ? kGone - 1 - sp.used : kGone + sp.used; };
+      space_ = std::max_element(std::begin(spaces_), std::end(spaces_), [&](const Space& a, const Space& b) { return worth(a) < worth(b); });
       std::fill(std::begin(space_->bias), std::end(space_->bias), 0);
       space_->generation = fetch_generation;
     }
@@ -79,6 +82,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   const u8* cold = code == nullptr ? nullptr : arena_->append_cold(all.subspan(block.cold));
   if (cold == nullptr) return nullptr;
   const auto place = [&](u32 offset) { return offset < block.cold ? code + offset : cold + (offset - block.cold); };
+  const auto in_arena = [&](u32 offset) { return static_cast<u32>(place(offset) - arena_->begin()); };
   for (const u32 field : block.relatives) {
     i32 distance;
     std::memcpy(&distance, block.code.data() + field, 4);
@@ -90,6 +94,7 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
     arena_->patch(place(field), bytes);
   }
   CodeBlock& b = blocks_.emplace_back();
+  b.number = static_cast<u32>(blocks_.size() - 1);
   b.rip = rip;
   b.gpa = gpa;
   b.mode = mode;
@@ -110,17 +115,17 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
   b.exit_count = static_cast<u16>(block.exits.size());
   for (const DirectExit& e : block.exits) {
     Exit& x = exits_.emplace_back();
-    x.field = place(e.field);
-    x.stub = place(e.stub);
+    x.field = in_arena(e.field);
+    x.stub = in_arena(e.stub);
     x.target = e.target;
-    x.slot = place(e.slot);
+    x.slot = in_arena(e.slot);
     x.frame_flags = e.frame_flags;
     x.wide = e.wide;
     x.ungrouped = e.ungrouped;
     x.unguarded = e.unguarded;
     x.insns = e.insns;
-    if (e.bias != DirectExit::kSamePage) x.bias = place(e.bias);
-    x.from = &b;
+    if (e.bias != DirectExit::kSamePage) x.bias = in_arena(e.bias);
+    x.from = b.number;
   }
   b.faults = static_cast<u32>(faults_.size());
   b.fault_count = static_cast<u16>(block.faults.size());
@@ -135,32 +140,31 @@ CodeBlock* CodeCache::add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedB
 }
 
 void CodeCache::point(const Exit& exit, const u8* to, u64 guard) {
-  if (exit.bias != nullptr) {
+  if (exit.bias != kNone) {
     u8 bytes[8];
     std::memcpy(bytes, &guard, 8);
-    arena_->patch(exit.bias, std::span<const u8>(bytes, exit.wide ? 8 : 4));
+    arena_->patch(place(exit.bias), std::span<const u8>(bytes, exit.wide ? 8 : 4));
   }
-  const i64 distance = to - (exit.field + 4);
+  const i64 distance = to - (place(exit.field) + 4);
   const i32 rel = static_cast<i32>(distance);  // an arena has at most 1 GiB
   u8 bytes[4];
   std::memcpy(bytes, &rel, 4);
-  arena_->patch(exit.field, bytes);
+  arena_->patch(place(exit.field), bytes);
 }
 
 void CodeCache::unlink(u32 tag) {
   Exit& x = exits_[tag];
-  if (x.to == nullptr) return;
-  (x.previous_incoming == kNone ? x.to->incoming : exits_[x.previous_incoming].next_incoming) = x.next_incoming;
+  if (x.to == kNone) return;
+  (x.previous_incoming == kNone ? blocks_[x.to].incoming : exits_[x.previous_incoming].next_incoming) = x.next_incoming;
   if (x.next_incoming != kNone) exits_[x.next_incoming].previous_incoming = x.previous_incoming;
-  x.to = nullptr;
-  x.next_incoming = x.previous_incoming = kNone;
-  point(x, x.stub, 0);
+  x.to = x.next_incoming = x.previous_incoming = kNone;
+  point(x, place(x.stub), 0);
 }
 
 void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
   if (tag >= exits_.size() || to->dead) return;
   Exit& x = exits_[tag];
-  CodeBlock* from = x.from;
+  const CodeBlock* const from = &blocks_[x.from];
   if (x.ungrouped != ((to->mode & kUngrouped) != 0)) return;
   if (from->dead || ((from->mode ^ to->mode) & ~kUngrouped) != 0 || from->pic != to->pic) return;
   if (from->pic ? (x.target ^ rip) & (kPageSize - 1) : x.target != rip) return;
@@ -169,22 +173,22 @@ void CodeCache::link(u32 tag, CodeBlock* to, u64 rip, u64 bias) {
     if (!holds(bias)) return;
     Far& far = far_.try_emplace(rip & kPageMask, Far{to->gpa.page(), true}).first->second;
     if (!far.on || far.page != to->gpa.page()) return;
-    if (x.to != to) unlink(tag);
-  } else if (x.bias == nullptr) {
-    if (x.to != nullptr || from->gpa.page() != to->gpa.page()) return;
+    if (x.to != to->number) unlink(tag);
+  } else if (x.bias == kNone) {
+    if (x.to != kNone || from->gpa.page() != to->gpa.page()) return;
   } else {
-    if (x.to != to) unlink(tag);
+    if (x.to != to->number) unlink(tag);
     guard = x.wide ? (rip & kPageMask) + bias : bias >> 48;
     // Several address spaces take turns here: from now on the jump table is asked before.
     if (x.frame_flags && (x.wide || !to->user) && x.changes < kChanges && ++x.changes == kChanges) {
       constexpr u32 kSlot = frame::kExitCrossFrame - RING3_FRAME_CENTRE;
       u8 bytes[4];
       std::memcpy(bytes, &kSlot, 4);
-      arena_->patch(x.slot, bytes);
+      arena_->patch(place(x.slot), bytes);
     }
   }
-  if (x.to != to) {
-    x.to = to;
+  if (x.to != to->number) {
+    x.to = to->number;
     x.next_incoming = to->incoming;
     if (to->incoming != kNone) exits_[to->incoming].previous_incoming = tag;
     to->incoming = tag;
@@ -202,7 +206,7 @@ void CodeCache::turn(u64 linear, Far& far, bool on) {
     if (b->pic || (b->rip & kPageMask) != linear) continue;
     for (u32 tag = b->incoming; tag != kNone; tag = exits_[tag].next_incoming) {
       const Exit& x = exits_[tag];
-      if (x.unguarded) point(x, on ? b->code + (x.frame_flags ? b->frame_entry : b->entry) : x.stub, 0);
+      if (x.unguarded) point(x, on ? b->code + (x.frame_flags ? b->frame_entry : b->entry) : place(x.stub), 0);
     }
   }
 }
@@ -220,11 +224,20 @@ void CodeCache::arrive(u64 rip, Gpa page) {
 
 const CodeBlock* CodeCache::block_at(u64 pc) const {
   const u8* at = reinterpret_cast<const u8*>(pc);
-  // The second parts come in the other order.
-  auto it = std::upper_bound(blocks_.begin(), blocks_.end(), at, [](const u8* p, const CodeBlock& b) { return p < b.code; });
-  if (it != blocks_.begin() && at < (it - 1)->code + (it - 1)->code_size) return &*--it;
-  it = std::lower_bound(blocks_.begin(), blocks_.end(), at, [](const CodeBlock& b, const u8* p) { return b.cold > p; });
-  return it != blocks_.end() && at < it->cold + it->cold_size ? &*it : nullptr;
+  // The first block whose code begins behind it; the second parts come in the other order.
+  const auto behind = [&](auto&& is_before) {
+    std::size_t low = 0;
+    for (std::size_t high = blocks_.size(); low < high;) {
+      const std::size_t middle = low + (high - low) / 2;
+      if (is_before(blocks_[middle])) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  const std::size_t after = behind([at](const CodeBlock& b) { return b.code <= at; });
+  if (after != 0 && at < blocks_[after - 1].code + blocks_[after - 1].code_size) return &blocks_[after - 1];
+  const std::size_t cold = behind([at](const CodeBlock& b) { return b.cold > at; });
+  return cold != blocks_.size() && at < blocks_[cold].cold + blocks_[cold].cold_size ? &blocks_[cold] : nullptr;
 }
 
 bool CodeCache::fault_rip(u64 pc, u64 page, u64* rip) const {
@@ -265,9 +278,8 @@ void CodeCache::kill(CodeBlock* block) {
   for (u32 tag = block->incoming; tag != kNone;) {
     Exit& x = exits_[tag];
     tag = x.next_incoming;
-    x.to = nullptr;
-    x.next_incoming = x.previous_incoming = kNone;
-    point(x, x.stub, 0);
+    x.to = x.next_incoming = x.previous_incoming = kNone;
+    point(x, place(x.stub), 0);
   }
   block->incoming = kNone;
   // Its own exits leave to the run loop: the dead code may be running still.

@@ -1,6 +1,5 @@
 #pragma once
 #include <cstdlib>
-#include <deque>
 #include <memory>
 #include <unordered_map>
 #include <vector>
@@ -43,6 +42,7 @@ struct CodeBlock {
   u32 entry = 0, frame_entry = 0;  ///< offsets in code: entered with the status flags in RFLAGS; in the frame
   const u8* dead_stub = nullptr;  ///< where frame_entry leads when it was killed
   u32 first_exit = 0;     ///< its exits' tags begin here
+  u32 number = 0;
   u32 guest_bytes = 0;    ///< index of its bytes' copy
   u32 incoming = ~0u;     ///< list of the exits linked to it
   u32 faults = 0;         ///< index of its first fault point
@@ -92,7 +92,7 @@ class CodeCache {
   const Stats& stats() const { return stats_; }
 
   /// Jump-table entries made under another bias than this one do not match.
-  u64 bias(u8 mode, u64 fetch_generation);
+  u64 bias(u8 mode, const Mmu& mmu);
   /// The same without making one: 0. Uses no vector registers.
   u64 known_bias(u8 mode, u64 fetch_generation) {
     if (space_->generation != fetch_generation) {
@@ -144,7 +144,7 @@ class CodeCache {
   /// guess: looked at first; null: none.
   CodeBlock* find(Gpa gpa, u64 rip, u8 mode, CodeBlock* guess = nullptr) const;
   /// Where the exit that left with this tag led when it was linked last, or null: as a guess.
-  CodeBlock* led_to(u32 tag) { return tag < exits_.size() ? exits_[tag].to : nullptr; }
+  CodeBlock* led_to(u32 tag) { return tag < exits_.size() ? block(exits_[tag].to) : nullptr; }
   u32 next_tag() const { return static_cast<u32>(exits_.size()); }
   /// Null when it does not fit: flush() first. guest: the bytes that it was made from.
   CodeBlock* add(Gpa gpa, u64 rip, u8 mode, bool pic, const TranslatedBlock& block, const u8* guest);
@@ -185,24 +185,26 @@ class CodeCache {
   /// A store to a page with code costs near 1 us, a block made anew some four times that, and not all are wanted again.
   static constexpr u32 kFewStores = 8, kStoresPerBlock = 2;
 
+  /// There are three a block: places in the arena are distances from its beginning, blocks their numbers.
   struct Exit {
-    const u8* field = nullptr;  ///< the rel32 of its jump
-    const u8* stub = nullptr;
-    const u8* slot = nullptr;  ///< the frame slot that the stub jumps through
     u64 target = 0;
-    CodeBlock* from = nullptr;
-    CodeBlock* to = nullptr;
+    u32 field = 0;         ///< the rel32 of its jump
+    u32 stub = 0;
+    u32 slot = 0;          ///< the frame slot that the stub jumps through
+    u32 bias = kNone;      ///< of a link to another page: what it compares with
+    u32 from = kNone, to = kNone;
     u32 next_incoming = kNone, previous_incoming = kNone;
-    const u8* bias = nullptr;  ///< of a link to another page: what it compares with
-    bool frame_flags = false;
-    bool wide = false, ungrouped = false, unguarded = false;
+    bool frame_flags : 1 = false, wide : 1 = false, ungrouped : 1 = false, unguarded : 1 = false;
+    u8 changes = 0;        ///< how often a link to another page was made
     u16 insns = 0;
-    u8 changes = 0;            ///< how often a link to another page was made
   };
+  static_assert(sizeof(Exit) == 48);
   static constexpr u8 kChanges = 4;
 
   explicit CodeCache(std::unique_ptr<CodeArena> arena);
   const CodeBlock* block_at(u64 pc) const;
+  CodeBlock* block(u32 number) { return number == kNone ? nullptr : &blocks_[number]; }
+  const u8* place(u32 in_arena) const { return arena_->begin() + in_arena; }
   static u64 hash(Gpa gpa, u64 rip, u8 mode);
   void kill(CodeBlock* block);
   void unlink(u32 tag);
@@ -238,7 +240,7 @@ class CodeCache {
   u64 far_bias_ = 0;
   std::unordered_map<u64, Far> far_;  ///< by linear page
   BlockIndex index_;
-  std::deque<CodeBlock> blocks_;  ///< in the order of their code
+  Chunks<CodeBlock> blocks_;      ///< in the order of their code
   Chunks<Exit> exits_;            ///< by tag
   std::vector<HostFaultPoint> faults_;
   std::vector<u8> guest_;

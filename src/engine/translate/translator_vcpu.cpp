@@ -506,7 +506,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       }
       if (c_.interrupt_window && (s_.rflags & rflags::IF)) return Interpreter::Result::Attention;
       const TranslateMode m = mode();
-      u64 bias = cache_->bias(m.bits(), mmu_.fetch_generation());
+      u64 bias = cache_->bias(m.bits(), mmu_);
       if (m.windowed) hold(bias);
       unsigned count = 0;  // of the block, for the divergence checker
       const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip, bias) : nullptr;
@@ -514,7 +514,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
         CodeBlock* const guess = tag != frame::kNoTag && tag_epoch == cache_->epoch() ? cache_->led_to(tag) : nullptr;
         CodeBlock* b = lookup(s_.rip, m, ungrouped, guess);
         if (b != nullptr) {
-          bias = cache_->bias(m.bits(), mmu_.fetch_generation());
+          bias = cache_->bias(m.bits(), mmu_);
           if (m.windowed) {
             hold(bias);
             if (!b->pic) cache_->arrive(s_.rip, b->gpa.page());
