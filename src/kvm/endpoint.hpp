@@ -1,6 +1,7 @@
 #pragma once
 #include "base/linux_kvm.hpp"
 
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -51,6 +52,11 @@ class Endpoint {
   /// VM only: [start, start + size) of guest memory was stored to by the caller, by system calls or with its own hands: after
   /// the stores, and before the guest can learn of them (a ring's index, an interrupt). Any thread; does not wait.
   virtual void stored(Gpa start, u64 size) { static_cast<void>(start), static_cast<void>(size); }
+
+  /// VM only: a vCPU that looks for its interrupt after HLT, before its thread sleeps, calls look(true) again and again, every other
+  /// microsecond, and look(false) once when it has looked enough: what the caller waits for elsewhere may end meanwhile. On the vCPUs' threads,
+  /// several at once; not called where the provider does not look. Before the first vCPU runs.
+  virtual void while_halted(std::function<void(bool more)> look) { static_cast<void>(look); }
 
   /// VM only: [begin, begin + size) of the caller's memory, page aligned, may be mapped a second time by mremap(2) of old size 0, and stays
   /// what it is at these addresses (may), or from now on does not: nothing of it is used through such mappings when this

@@ -50,6 +50,7 @@ class VmEndpoint final : public kvm::Endpoint {
   kvm_run* run_page() override { return nullptr; }
   void kick() override {}
   void announces_stores() override { vm_->announce_stores(); }
+  void while_halted(std::function<void(bool)> look) override { vm_->set_look_while_halted(std::move(look)); }
   bool window_memory(u64 begin, u64 size, bool may) override { return vm_->window_memory(begin, size, may); }
   void stored(Gpa start, u64 size) override { vm_->tracker().host_wrote(start, size); }
 

@@ -290,6 +290,7 @@ long Vcpu::run_uninitialised() {
 bool Vcpu::poll_halt(u64 begin_ns, u64 time_ns) {
   if (time_ns == 0) return false;
   constexpr unsigned kLooks = 64;  // between two looks at the clock, a microsecond or some
+  const auto& look = vm_.look_while_halted();
   const HostClock& clock = *vm_.config().clock;
   const auto& attention = interp_->context().attention();
   const auto woken = [&] { return attention.load(std::memory_order_relaxed) != 0 || immediate_exit(*run_page()); };
@@ -302,8 +303,13 @@ bool Vcpu::poll_halt(u64 begin_ns, u64 time_ns) {
       came = woken();
     }
     came = came || signal_pending();
+    if (look && !came) {
+      look(true);
+      came = woken();
+    }
     spent = clock.monotonic_ns() - begin_ns;
   }
+  if (look) look(false);
   if (came) stats_.add(vcpu_stat::HaltSuccessfulPoll);
   stats_.add(came ? vcpu_stat::HaltPollSuccessNs : vcpu_stat::HaltPollFailNs, spent);
   return came;

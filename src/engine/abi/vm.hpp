@@ -97,6 +97,9 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   /// Whether the VMM tells of its stores to guest memory (Endpoint::announces_stores).
   bool stores_announced() const { return stores_announced_.load(std::memory_order_relaxed); }
   void announce_stores() { stores_announced_.store(true, std::memory_order_relaxed); }
+  /// Endpoint::while_halted(); may be empty.
+  const std::function<void(bool)>& look_while_halted() const { return look_while_halted_; }
+  void set_look_while_halted(std::function<void(bool)> look) { look_while_halted_ = std::move(look); }
   unsigned reserved_ioapic_pins() const { return split_pins_; }
 
   /// Endpoint::window_memory().
@@ -185,6 +188,7 @@ class Vm final : public VcpuSink, public hv::Host, private xen::Host {
   u32 default_tsc_khz_ = 0;
   std::atomic<u32> mmu_pages_{0};  // KVM_SET_NR_MMU_PAGES
   u64 tss_addr_ = 0, identity_map_addr_ = 0xfffbc000;
+  std::function<void(bool)> look_while_halted_;  // does not change once a vCPU runs
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false}, stores_announced_{false};
   std::atomic<u32> manual_dirty_log_{0};
   std::atomic<u64> disabled_quirks_{0}, hypercall_exits_{0};

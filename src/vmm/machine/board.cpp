@@ -184,6 +184,7 @@ Status Board::add_pci(const MachineConfig& config) {
   pci_ = std::make_shared<pci::Host>(std::move(services));
   if (auto r = pci_->attach(ports_, memory_); !r) return r;
   const auto add = [&](std::shared_ptr<virtio::Device> device) -> Status {
+    if (device->looks()) looking_.push_back(device);
     auto function = virtio::VirtioPci::create(std::move(device), dma_memory_);
     if (!function) return function.error();
     return pci_->add(std::move(*function));
@@ -192,6 +193,11 @@ Status Board::add_pci(const MachineConfig& config) {
     auto device = make();
     if (!device) return device.error();
     if (auto r = add(std::move(*device)); !r) return r;
+  }
+  if (!looking_.empty()) {
+    vm_.endpoint().while_halted([this](bool more) {
+      for (const auto& device : looking_) device->look(more);
+    });
   }
   if (!config.virtio_console) return Ok{};
   virtio::ConsoleDevice::Config console;

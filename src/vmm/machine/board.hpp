@@ -82,6 +82,7 @@ class Board {
   memory::GuestMemory dma_memory_;  // RAM as devices see it: the same slots as vm_'s
   u64 mmap_size_ = 0;
   std::vector<kvm::Vcpu> vcpus_;
+  std::vector<std::shared_ptr<virtio::Device>> looking_;  // devices with something to look for while a vCPU has nothing to do
   std::shared_ptr<pci::Host> pci_;  // none without virtio devices. Stops their threads when it goes
   devices::Bus ports_{0x10000};
   devices::Bus memory_;

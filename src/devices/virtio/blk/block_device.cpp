@@ -89,6 +89,22 @@ bool BlockDevice::kicked(u16 index) {
   return lock.owns_lock() && index < workers_.size() && workers_[index] && workers_[index]->kicked();
 }
 
+void BlockDevice::look(bool more) {
+  if (!(more ? sent_ : quiet_).load(std::memory_order_relaxed)) return;
+  std::unique_lock lock(workers_mutex_, std::defer_lock);
+  if (!more) {
+    lock.lock();
+    quiet_.store(false, std::memory_order_relaxed);
+  } else if (!lock.try_lock()) {
+    return;
+  }
+  bool flies = false;
+  for (const auto& worker : workers_) flies |= worker && worker->look(more);
+  if (!more) return;
+  sent_.store(flies, std::memory_order_relaxed);
+  quiet_.store(true, std::memory_order_relaxed);
+}
+
 void BlockDevice::refused(int error) {
   const bool full = error == ENOSPC || error == EDQUOT;
   if ((full ? told_full_ : told_).exchange(true)) return;

@@ -44,6 +44,8 @@ class BlockDevice final : public Device {
   void stop() override;
   bool takes_kicks() const override { return true; }
   bool kicked(u16 index) override;
+  bool looks() const override { return true; }
+  void look(bool more) override;
   bool can_reset_queues() const override { return true; }
   void start_queue(u16 index, Queue& queue) override;
   void stop_queue(u16 index) override;
@@ -64,6 +66,8 @@ class BlockDevice final : public Device {
   u64 negotiated_ = 0;
   std::mutex workers_mutex_;
   std::vector<std::unique_ptr<Worker>> workers_;  ///< guarded by workers_mutex_
+  std::atomic<bool> sent_{false};   ///< by kicked(), and may be under way
+  std::atomic<bool> quiet_{false};  ///< a worker may be that look() has told not to wait for its ring; set with workers_mutex_
 };
 
 }  // namespace ring3::virtio

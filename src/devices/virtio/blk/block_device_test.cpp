@@ -6,11 +6,14 @@
 #include <sys/uio.h>
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <random>
+#include <thread>
 
 #include "base/temporary_directory.hpp"
+#include "devices/virtio/blk/uring.hpp"
 #include "devices/virtio/pci/test_bus.hpp"
 #include "storage/block/host_file.hpp"
 #include "storage/block/memory_file.hpp"
@@ -39,7 +42,8 @@ struct Block : testing::TestWithParam<u64> {
   void make(BlockDevice::Config c, u64 features) {
     spdlog::set_level(spdlog::level::off);
     bus = std::make_unique<test::TestBus>();
-    ASSERT_TRUE(bus->add(std::make_shared<BlockDevice>(std::move(c))));
+    device = std::make_shared<BlockDevice>(std::move(c));
+    ASSERT_TRUE(bus->add(device));
     ASSERT_TRUE(bus->start(1, features, 2, 64));
   }
   ~Block() override { spdlog::set_level(spdlog::level::info); }
@@ -56,6 +60,7 @@ struct Block : testing::TestWithParam<u64> {
     bus->kick(1, queue);
     return bus->wait(queue) ? bus->guest.get<u8>(kStatus) : 255;
   }
+  std::shared_ptr<BlockDevice> device;
   std::unique_ptr<test::TestBus> bus;
   MemoryFile* file = nullptr;
 };
@@ -221,9 +226,11 @@ TEST_P(Block, ManyRequestsOnAFile) {
   }
 }
 
-// Reads alone are served, O_DIRECT accesses alone are sent, by the thread that kicks, the others not; all of them in order.
+// Reads alone are served, O_DIRECT accesses alone are sent, by the thread that kicks, the others not; all of them in order, also while
+// vCPUs that have nothing to do look for their ends.
 TEST_P(Block, OneAtATime) {
-  for (const bool direct : {false, true}) {
+  for (const int kind : {0, 1, 3}) {
+    const bool direct = (kind & 1) != 0, looking = (kind & 2) != 0;
     const TemporaryDirectory place;
     storage::HostFile::Options o;
     o.writable = true;
@@ -241,6 +248,24 @@ TEST_P(Block, OneAtATime) {
     c.direct = direct;
     make(std::move(c), kBase | GetParam());
     std::mt19937 random(5);
+    std::atomic<bool> stop{false};
+    std::vector<std::thread> vcpus;
+    const auto look = [&](unsigned seed) {
+      for (std::minstd_rand own(seed); !stop;) {
+        for (auto n = own() % 200; n != 0; n--) device->look(true);
+        device->look(false);
+        if (own() % 4 == 0) usleep(own() % 300);
+      }
+    };
+    for (unsigned n = 0; looking && n < 2; n++) vcpus.emplace_back(look, n + 1);
+    const struct Join {
+      std::atomic<bool>& stop;
+      std::vector<std::thread>& threads;
+      ~Join() {
+        stop = true;
+        for (std::thread& t : threads) t.join();
+      }
+    } join{stop, vcpus};
     std::vector<u8> model(kDisk);
     for (u64 i = 0; i < kDisk; i++) model[i] = static_cast<u8>('a' + i / 512 % 26);
     for (int i = 0; i < 3000; i++) {
@@ -297,6 +322,42 @@ TEST_P(Block, TheVcpusThreadServesSingleCachedReads) {
     EXPECT_EQ(bus->guest.get<u8>(kStatus), 0);
   }
   EXPECT_GT(at_once, 10);
+}
+
+// What the kicking thread has sent is its own to look for: the device's thread is not told while it does, and is again afterwards.
+TEST_P(Block, WhoLooksIsNotTold) {
+  const TemporaryDirectory place;
+  std::ofstream(place.path() + "/disk", std::ios::binary) << std::string(kDisk, 'x');
+  storage::HostFile::Options o;
+  o.direct = true;
+  auto host = storage::HostFile::open(place.path() + "/disk", o);
+  if (!host || !Uring::create(4)) GTEST_SKIP() << "no O_DIRECT in /var/tmp, or no io_uring";
+  BlockDevice::Config c;
+  c.image = std::make_shared<RawImage>(std::move(*host), kDisk, false);
+  c.direct = true;
+  c.queues = 2;
+  make(std::move(c), (kBase | GetParam()) & ~(u64{1} << BlockDevice::kDiscard | u64{1} << BlockDevice::kWriteZeroes));
+  for (int i = 0; i < 20; i++) ASSERT_EQ(request(0, 8, {{kData, 4096, true}}), 0);
+  int left = 0;
+  for (int i = 0; i < 20; i++) {
+    bus->guest.put<u32>(kHeader, 0);
+    bus->guest.put<u64>(kHeader + 8, 8 * static_cast<u64>(i));
+    bus->guest.put<u8>(kStatus, 0xee);
+    ASSERT_TRUE(bus->drivers[0]->add({{kHeader, 16, false}, {kData, 4096, true}, {kStatus, 1, true}}));
+    bus->kick(1, 0);
+    device->look(true);
+    usleep(20'000);
+    auto done = bus->drivers[0]->take();
+    if (!done) {  // it has ended, and nobody was told
+      left++;
+      device->look(i % 2 == 0);
+      done = bus->drivers[0]->take();
+    }
+    ASSERT_TRUE(done || bus->wait(0)) << i;
+    EXPECT_EQ(bus->guest.get<u8>(kStatus), 0);
+    device->look(false);
+  }
+  EXPECT_GT(left, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Block, testing::Values(0, feature::kPacked | feature::kEventIndex), [](const auto& i) {

@@ -50,7 +50,7 @@ bool Uring::submit() {
 bool Uring::submit_and_wait(unsigned count, unsigned microseconds) {
   if ((ring_.features & IORING_FEAT_EXT_ARG) == 0) return false;
   // What ends meanwhile is looked for here, not waited for elsewhere.
-  silent_ = io_uring_cq_eventfd_toggle(&ring_, false) == 0;
+  hush();
   __kernel_timespec time{0, i64{microseconds} * 1000};
   io_uring_cqe* c;
   const int n = io_uring_submit_and_wait_timeout(&ring_, &c, count, &time, nullptr);
@@ -58,13 +58,18 @@ bool Uring::submit_and_wait(unsigned count, unsigned microseconds) {
   return n >= 0 && io_uring_cq_ready(&ring_) != 0;  // n: how many were submitted, though the time may be over
 }
 
+void Uring::hush() { silent_ = silent_ || io_uring_cq_eventfd_toggle(&ring_, false) == 0; }
+
+void Uring::speak() {
+  if (!silent_) return;
+  silent_ = false;
+  (void)io_uring_cq_eventfd_toggle(&ring_, true);
+  // What ended before that was not announced, and is seen afterwards: the kernel makes an entry first, then looks whether to tell.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
 void Uring::reap(const std::function<void(void*, int)>& done) {
-  if (silent_) {
-    silent_ = false;
-    (void)io_uring_cq_eventfd_toggle(&ring_, true);
-    // What ended before that was not announced, and is seen below: the kernel makes an entry first, then looks whether to tell.
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-  }
+  speak();
   io_uring_cqe* c;
   while (in_flight_ != 0 && io_uring_peek_cqe(&ring_, &c) == 0) {
     void* tag = io_uring_cqe_get_data(c);

@@ -26,6 +26,11 @@ class Uring {
   /// submit(), and sleeps until `count` accesses have ended or the time is over; reap() has to follow. False: this kernel cannot, or
   /// none has ended.
   bool submit_and_wait(unsigned count, unsigned microseconds);
+  /// Until speak() or reap() the event fd says nothing, if the kernel can do that: who calls it looks for himself.
+  void hush();
+  void speak();
+  /// Whether reap() would find something.
+  bool ended() const { return io_uring_cq_ready(&ring_) != 0; }
   /// Calls done(tag, result) for what has ended: bytes, or -errno.
   void reap(const std::function<void(void*, int)>& done);
   /// Waits until nothing flies.

@@ -77,6 +77,7 @@ bool BlockDevice::Worker::kicked() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   // Where several are under way, the thread does its part while the vCPU goes on.
   if (!lock.owns_lock() || alone_ < kSingle || (uring_ && uring_->in_flight() != 0)) return false;
+  if (uring_) uring_->speak();
   Request& r = take();
   bool served = false, flies = false;
   if (queue_.pop(r.chain) == Queue::Pop::kChain) {
@@ -90,9 +91,28 @@ bool BlockDevice::Worker::kicked() {
   }
   if (!flies) free_.push_back(&r);
   const bool sent = flies && uring_->submit();
+  if (sent) device_.sent_.store(true, std::memory_order_relaxed);
   if ((served || sent) && !queue_.enable_kicks()) return true;
   alone_ = 0;
   return false;
+}
+
+/// What kicked() has sent ends on the thread that sent it: where that looks by itself, the other one need not be woken. Who holds
+/// the mutex meanwhile lets the ring speak again: the thread, which reaps whenever it serves, and kicked().
+bool BlockDevice::Worker::look(bool more) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return true;
+  if (!uring_ || flush_each_ || uring_->in_flight() == 0) return false;
+  if (more) {
+    uring_->hush();
+  } else {
+    uring_->speak();
+  }
+  if (uring_->ended()) {
+    reap(true);
+    queue_.notify();
+  }
+  return uring_->in_flight() != 0;
 }
 
 /// Prepares an access that bypasses the page cache; the thread answers it.

@@ -18,6 +18,8 @@ class BlockDevice::Worker {
   ~Worker();
   /// The driver's kick, on the thread of a vCPU. False: there is more to do than one small read from the page cache, or one access to send off.
   bool kicked();
+  /// BlockDevice::look(), with workers_mutex_. Whether something may be under way still.
+  bool look(bool more);
 
  private:
   static constexpr u64 kMostAtOnce = 16 * 1024;  ///< bytes that a vCPU's thread may be kept with

@@ -73,6 +73,12 @@ class Device {
   /// most. At any time, beside start() and stop() too; several at once. False: not started; the kick fd is signalled instead.
   virtual bool kicked(u16 index) { return (void)index, false; }
 
+  /// True: look() is wanted.
+  virtual bool looks() const { return false; }
+  /// On the thread of a vCPU that has nothing to do, again and again while `more`, then once without: answers what has ended. At any time,
+  /// beside start() and stop() too; several at once.
+  virtual void look(bool more) { (void)more; }
+
   /// VIRTIO_F_RING_RESET is offered when this is true. stop_queue() is stop() for one queue.
   virtual bool can_reset_queues() const { return false; }
   virtual void stop_queue(u16 index) { (void)index; }
