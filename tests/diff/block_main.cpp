@@ -37,10 +37,10 @@ constexpr unsigned kRounds = 8;
 constexpr u64 kMaxSteps = 100'000'000;
 constexpr u64 kManySteps = 10'000'000;
 
-std::atomic<u32>* g_attention = nullptr;
+AttentionWord* g_attention = nullptr;
 
 void raise_attention(int) {
-  if (g_attention != nullptr) g_attention->store(1, std::memory_order_relaxed);
+  if (g_attention != nullptr) g_attention->raise(1);
 }
 
 void arm(unsigned microseconds) {
@@ -158,10 +158,10 @@ class Comparison {
   }
 
   bool one(Random& rng) {
-    std::atomic<u32>& attention = subject_.context().attention();
+    AttentionWord& attention = subject_.context().attention();
     const VcpuState before = reference_.state();
     code_before_.assign(subject_.code(), subject_.code() + kBlockCodePages * kPageSize);
-    attention.store(0);
+    attention.take();
     g_attention = &attention;
     const u64 interpreted_before = subject_.interpreted();
     const unsigned stop = 20 + static_cast<unsigned>(rng.below(rng.one_in(8) ? 500 : 100));
@@ -169,7 +169,7 @@ class Comparison {
     BlockGuest::End end = subject_.run(~0ull);
     arm(0);
     g_attention = nullptr;
-    attention.store(0);
+    attention.take();
     if (end == BlockGuest::End::Attention) {
       // Not in the middle of a repeated instruction: the interpreter does these at once.
       for (unsigned n = 0; n < 100 && repeats(subject_); n++) {
@@ -186,7 +186,7 @@ class Comparison {
     faulted_ = end == BlockGuest::End::Event || halted;
     (faulted_ ? events_ : attentions_)++;
 
-    reference_.context().attention().store(0);
+    reference_.context().attention().take();
     std::string why;
     near_ = "never";
     const u64 dead_here = dead_flags(subject_, mode_, subject_.state().rip);

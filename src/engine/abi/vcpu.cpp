@@ -117,7 +117,7 @@ Vcpu::~Vcpu() {
 // ---- any thread ----
 
 void Vcpu::raise(u32 bits) {
-  interp_->context().attention().fetch_or(bits, std::memory_order_seq_cst);
+  interp_->context().attention().raise(bits);
   if (waiting_.load(std::memory_order_seq_cst) != 0) wake_.signal();
 }
 

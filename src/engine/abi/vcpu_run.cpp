@@ -55,10 +55,10 @@ bool Vcpu::signal_pending() const {
 }
 
 bool Vcpu::wait() {
-  auto& attention = interp_->context().attention();
+  const AttentionWord& attention = interp_->context().attention();
   waiting_.store(1, std::memory_order_seq_cst);
   bool no_signal = true;
-  if (attention.load(std::memory_order_seq_cst) == 0 && !immediate_exit(*run_page())) {
+  if (attention.bits.load(std::memory_order_seq_cst) == 0 && !immediate_exit(*run_page())) {
     // With KVM_SET_SIGNAL_MASK a signal ends the wait although the thread blocks it; it then stays pending for the VMM.
     sigset_t mask = thread_mask_;
     if (have_sigmask_) sigorset(&mask, &thread_mask_, &sigmask_);
@@ -276,7 +276,7 @@ void Vcpu::tell_pages_are_there() {
 long Vcpu::run_uninitialised() {
   if (immediate_exit(*run_page())) return -EINTR;
   for (;;) {
-    interp_->context().attention().exchange(0, std::memory_order_seq_cst);
+    interp_->context().attention().take();
     if (immediate_exit(*run_page()) || signalled_.load(std::memory_order_seq_cst)) return interrupted();
     accept_init_sipi();
     if (mp_state_ != KVM_MP_STATE_UNINITIALIZED) {
@@ -292,8 +292,8 @@ bool Vcpu::poll_halt(u64 begin_ns, u64 time_ns) {
   constexpr unsigned kLooks = 64;  // between two looks at the clock, a microsecond or some
   const auto& look = vm_.look_while_halted();
   const HostClock& clock = *vm_.config().clock;
-  const auto& attention = interp_->context().attention();
-  const auto woken = [&] { return attention.load(std::memory_order_relaxed) != 0 || immediate_exit(*run_page()); };
+  const AttentionWord& attention = interp_->context().attention();
+  const auto woken = [&] { return attention.raised() || immediate_exit(*run_page()); };
   stats_.add(vcpu_stat::HaltAttemptedPoll);
   u64 spent = 0;
   bool came = woken();
@@ -341,7 +341,7 @@ Vcpu::Step Vcpu::halt(long* result) {
 /// Before guest code runs. Again: look at everything once more; Exit: KVM_RUN returns *result; Run: go.
 Vcpu::Step Vcpu::prepare(long* result) {
   kvm_run& run = *run_page();
-  const u32 bits = interp_->context().attention().exchange(0, std::memory_order_seq_cst) | std::exchange(put_off_, 0);
+  const u32 bits = interp_->context().attention().take() | std::exchange(put_off_, 0);
   mmu_.serve_requests();
   settle_pv_eoi();
   env_.msr_hooks = vm_.msr_filter().active();

@@ -65,10 +65,11 @@ struct Context {
 
   /// Raised by other threads and by handlers: leave the block loop at the next boundary. Bits are
   /// the owner's (abi/); the interpreter only compares with zero.
-  std::atomic<u32>& attention() const { return *attention_; }
-  /// Where the word is from now on, with what it holds. Not while other threads may raise it.
-  void place_attention(std::atomic<u32>* at) {
-    at->store(attention_->load());
+  AttentionWord& attention() const { return *attention_; }
+  /// Where it is from now on, with what it holds. Not while other threads may raise it.
+  void place_attention(AttentionWord* at) {
+    at->take();
+    if (const u32 bits = attention_->take(); bits != 0) at->raise(bits);
     attention_ = at;
   }
   void place_attention_here() { place_attention(&own_attention_); }
@@ -132,8 +133,8 @@ struct Context {
   bool linear_slow(Seg seg, u64 offset, unsigned size, bool write, u64* out);  ///< (interp/mode.cpp)
 
  private:
-  std::atomic<u32> own_attention_{0};
-  std::atomic<u32>* attention_ = &own_attention_;
+  AttentionWord own_attention_;
+  AttentionWord* attention_ = &own_attention_;
 };
 
 /// Delivery of events; interp/event.cpp.

@@ -326,7 +326,7 @@ Interpreter::Result Interpreter::Impl::run(u64 budget) {
   for (;;) {
     // An instruction boundary, with everything looked at.
     if (!s.sti_shadow && !s.mov_ss_shadow) {
-      if (c.attention().load(std::memory_order_relaxed) != 0) return Result::Attention;
+      if (c.attention().raised()) return Result::Attention;
       if (c.interrupt_window && (s.rflags & rflags::IF)) return Result::Attention;
     }
     if (c.retired >= limit) return Result::Budget;
@@ -372,7 +372,7 @@ Interpreter::Result Interpreter::Impl::run(u64 budget) {
       const u64 n = static_cast<u64>(i - first);
       if (e == Exec::Branch || e == Exec::BlockEnd) [[likely]] {
         c.retired += n - (e == Exec::BlockEnd);
-        if (n < b->count || !b->plain_end || b->dead || c.attention().load(std::memory_order_relaxed) != 0) break;
+        if (n < b->count || !b->plain_end || b->dead || c.attention().raised()) break;
         if (!c.code64) s.rip = static_cast<u32>(s.rip);
         linear = linear_rip();
         key = jump_key(linear, c.fetch_key);

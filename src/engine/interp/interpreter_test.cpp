@@ -38,10 +38,10 @@ TEST(Run, RetiredCountsFaultsRight) {
 
 TEST(Run, Attention) {
   both_ways(TestMode::Long64, [](TestMachine& m) {
-    m.c().attention() = 2;
+    m.c().attention().raise(2);
     EXPECT_EQ(m.run(hex("90")).result, Result::Attention);
     EXPECT_EQ(m.s.rip, kCode);
-    m.c().attention() = 0;
+    m.c().attention().take();
     EXPECT_TRUE(m.resume().halted());
   });
 }
@@ -50,10 +50,10 @@ TEST(Run, Attention) {
 TEST(Run, AttentionEndsALoop) {
   for (const char* code : {"eb fe", "ff c0 eb 00 ff c3 eb f8"}) {
     both_ways(TestMode::Long64, [&](TestMachine& m) {
-      m.c().attention() = 0;
+      m.c().attention().take();
       std::thread raiser([&] {
         std::this_thread::sleep_for(std::chrono::milliseconds(100));
-        m.c().attention().fetch_or(1);
+        m.c().attention().raise(1);
       });
       EXPECT_EQ(m.run(hex(code), ~0ull).result, Result::Attention);
       raiser.join();
@@ -84,19 +84,19 @@ TEST(Run, ShadowsHoldAttention) {
     m.s.rflags &= ~rflags::IF;
     EXPECT_EQ(m.run(hex("fb 90 90"), 1).result, Result::Budget);
     EXPECT_TRUE(m.s.sti_shadow);
-    m.c().attention() = 1;
+    m.c().attention().raise(1);
     EXPECT_EQ(m.resume().result, Result::Attention);
     EXPECT_EQ(m.s.rip, kCode + 2);
     EXPECT_FALSE(m.s.sti_shadow);
-    m.c().attention() = 0;
+    m.c().attention().take();
     m.s.gpr[RAX] = sel::Data;
     EXPECT_EQ(m.run(hex("8e d0 90 90"), 1).result, Result::Budget);
     EXPECT_TRUE(m.s.mov_ss_shadow);
-    m.c().attention() = 1;
+    m.c().attention().raise(1);
     EXPECT_EQ(m.resume().result, Result::Attention);
     EXPECT_EQ(m.s.rip, kCode + 3);
     EXPECT_FALSE(m.s.mov_ss_shadow);
-    m.c().attention() = 0;
+    m.c().attention().take();
   });
 }
 

@@ -72,7 +72,7 @@ RING3_INLINE Exec repeat(Context& c, const DecodedInsn& i, Regs& r, u64 bytes, b
     count -= done;
     r.put(RCX, count);
     if (!more()) break;
-    if (count != 0 && c.env.string_ready == 0 && (c.slow_step || c.attention().load(std::memory_order_relaxed) != 0)) {
+    if (count != 0 && c.env.string_ready == 0 && (c.slow_step || c.attention().raised())) {
       c.s.rip -= i.length;
       return Exec::Branch;
     }

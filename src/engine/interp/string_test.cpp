@@ -225,7 +225,7 @@ TEST(String, Segments16) {
 /// Attention between iterations: RIP stays at the instruction.
 TEST(String, Attention) {
   TestMachine m(TestMode::Long64);
-  m.c().attention() = 1;
+  m.c().attention().raise(1);
   m.s.gpr[RSI] = kD;
   m.s.gpr[RDI] = kD + 0x100;
   m.s.gpr[RCX] = 100;
@@ -233,7 +233,7 @@ TEST(String, Attention) {
   EXPECT_EQ(m.s.rip, TestMachine::kCode);
   EXPECT_EQ(m.s.gpr[RCX], 99u);
   EXPECT_EQ(m.s.gpr[RSI], kD + 1);
-  m.c().attention() = 0;
+  m.c().attention().take();
 }
 
 TEST(String, Ports) {

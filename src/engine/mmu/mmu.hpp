@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/types.hpp"
+#include "engine/mmu/attention_word.hpp"
 #include "engine/mmu/guest_access.hpp"
 #include "engine/mmu/host_range.hpp"
 #include "engine/mmu/stop.hpp"
@@ -355,7 +356,7 @@ class PhysicalTracker {
   /// The flag polled by vCPU index's run loop; registered by abi/ before the vCPU runs. The bit is set by
   /// any thread after a request was posted and cleared by Mmu::serve_requests(). A vCPU that waits (HLT)
   /// is outside guest code and need not be woken: it serves when it enters again. At most 4096 vCPUs.
-  void register_vcpu(unsigned index, Mmu* mmu, std::atomic<u32>* attention, u32 attention_bit);
+  void register_vcpu(unsigned index, Mmu* mmu, AttentionWord* attention, u32 attention_bit);
   void unregister_vcpu(unsigned index);
 
   /// Bracket guest execution (every use of the vCPU's Mmu while other vCPUs run). enter() serves pending

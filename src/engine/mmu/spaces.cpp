@@ -330,7 +330,7 @@ void Mmu::serve_requests() {
   {
     // Down before the requests are taken: one that is posted from now on raises it again.
     std::lock_guard lock(box.mutex);
-    if (box.attention != nullptr) box.attention->fetch_and(~box.attention_bit, std::memory_order_seq_cst);
+    if (box.attention != nullptr) box.attention->clear(box.attention_bit);
   }
   impl_->serve_all();
 }

@@ -194,14 +194,13 @@ void TrackerCore::host_wrote(const SlotTable& table, const Slot& slot, Gpa at, u
 PhysicalTracker::PhysicalTracker(memory::GuestMemory& memory) : impl_(std::make_unique<Impl>(memory)) {}
 PhysicalTracker::~PhysicalTracker() = default;
 
-void PhysicalTracker::register_vcpu(unsigned index, Mmu* mmu, std::atomic<u32>* attention,
-                                    u32 attention_bit) {
+void PhysicalTracker::register_vcpu(unsigned index, Mmu* mmu, AttentionWord* attention, u32 attention_bit) {
   Mailbox& box = impl_->core.mailbox(index);
   std::lock_guard lock(box.mutex);
   box.attention = attention;
   box.attention_bit = attention_bit;
   box.mmu.store(mmu, std::memory_order_release);
-  if (box.pending.load(std::memory_order_seq_cst) != 0) attention->fetch_or(attention_bit);
+  if (box.pending.load(std::memory_order_seq_cst) != 0) attention->raise(attention_bit);
 }
 
 void PhysicalTracker::unregister_vcpu(unsigned index) {

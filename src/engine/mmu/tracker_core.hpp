@@ -9,6 +9,7 @@
 #include "base/backoff.hpp"
 #include "base/mapping.hpp"
 #include "base/types.hpp"
+#include "engine/mmu/attention_word.hpp"
 #include "engine/mmu/host_range.hpp"
 #include "memory/guest_memory.hpp"
 
@@ -54,12 +55,12 @@ struct alignas(64) Mailbox {
   bool code_flush = false;
   bool slots_changed = false;
   u64 tlb_posted = 0, slots_posted = 0;
-  std::atomic<u32>* attention = nullptr;
+  AttentionWord* attention = nullptr;
   u32 attention_bit = 0;
 
   void raise(u32 what) {  // mutex held
     pending.fetch_or(what, std::memory_order_seq_cst);
-    if (attention != nullptr) attention->fetch_or(attention_bit, std::memory_order_seq_cst);
+    if (attention != nullptr) attention->raise(attention_bit);
   }
 };
 

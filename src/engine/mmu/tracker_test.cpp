@@ -21,7 +21,7 @@ struct Vcpu {
   }
   VcpuState state;
   FakeObserver observer;
-  std::atomic<u32> attention{0};
+  AttentionWord attention;
   Mmu mmu;
 };
 
@@ -78,12 +78,12 @@ TEST(Tracker, OtherVcpusAreToldThroughTheirMailbox) {
   Vcpu other(m, 1);
   other.mmu.add_code_page(Gpa(0x5000));
   ASSERT_TRUE(m.mmu->write<u16>(0x5ff0, 1));
-  EXPECT_EQ(other.attention.load(), 4u);
+  EXPECT_EQ(other.attention.bits.load(), 4u);
   EXPECT_TRUE(other.observer.writes.empty());
   m.tracker.enter_guest(1);  // serves
   ASSERT_EQ(other.observer.writes.size(), 1u);
   EXPECT_EQ(other.observer.writes[0].gpa, 0x5ff0u);
-  EXPECT_EQ(other.attention.load(), 0u);
+  EXPECT_EQ(other.attention.bits.load(), 0u);
   m.tracker.leave_guest(1);
   const u8 zero[0x3000] = {};
   ASSERT_TRUE(m.memory.write(Gpa(0x4000), zero, sizeof zero));
@@ -211,7 +211,7 @@ struct StressVcpu final : CodeObserver {
       // A block boundary.
       u64 before[Stress::kPages];
       for (unsigned p = 0; p < Stress::kPages; p++) before[p] = stress.finished[p].load();
-      if (attention.load() != 0) mmu.serve_requests();
+      if (attention.bits.load() != 0) mmu.serve_requests();
       for (unsigned p = 0; p < Stress::kPages; p++) {
         if (!held[p]) continue;
         stress.checks++;
@@ -273,7 +273,7 @@ struct StressVcpu final : CodeObserver {
   Stress& stress;
   const unsigned index;
   VcpuState state;
-  std::atomic<u32> attention{0};
+  AttentionWord attention;
   Mmu mmu;
   std::mt19937 rng;
   u64 value[Stress::kPages] = {};
@@ -342,7 +342,7 @@ TEST(Tracker, ShootdownWaitsForWriters) {
     void code_flush() override { told = true; }
   } observers[2];
   VcpuState states[2];
-  std::atomic<u32> attention[2] = {};
+  AttentionWord attention[2];
   std::unique_ptr<Mmu> mmus[2];
   for (unsigned i = 0; i < 2; i++) {
     states[i].reset();
@@ -355,7 +355,7 @@ TEST(Tracker, ShootdownWaitsForWriters) {
   std::thread writer([&] {
     m.tracker.enter_guest(1);
     for (u64 v = 1; !stop.load(std::memory_order_relaxed); v++) {
-      if (attention[0].load() != 0) mmus[0]->serve_requests();
+      if (attention[0].bits.load() != 0) mmus[0]->serve_requests();
       mmus[0]->write<u64>(0x9000, v);
       written.store(v);
     }
@@ -371,7 +371,7 @@ TEST(Tracker, ShootdownWaitsForWriters) {
     guest_load(reinterpret_cast<u64>(m.at(0x9000)), &seen);
     wait_for_progress(written, i % 4 != 0);
     const u64 before = written.load();
-    if (attention[1].load() != 0) mmus[1]->serve_requests();
+    if (attention[1].bits.load() != 0) mmus[1]->serve_requests();
     if (seen < before) {
       changed++;
       if (!observers[1].told) lost++;
@@ -395,7 +395,7 @@ TEST(Tracker, DirtyLogLosesNoStore) {
             0);
   VcpuState state;
   state.reset();
-  std::atomic<u32> attention{0};
+  AttentionWord attention;
   Mmu mmu(state, m.memory, m.tracker, 1);
   m.tracker.register_vcpu(1, &mmu, &attention, 1);
   std::atomic<bool> stop{false};
@@ -403,7 +403,7 @@ TEST(Tracker, DirtyLogLosesNoStore) {
   std::thread writer([&] {
     m.tracker.enter_guest(1);
     for (u64 v = 1; !stop.load(std::memory_order_relaxed); v++) {
-      if (attention.load() != 0) mmu.serve_requests();
+      if (attention.bits.load() != 0) mmu.serve_requests();
       mmu.write<u64>(0x80001008, v);
       written.store(v);
     }
@@ -457,7 +457,7 @@ TEST(Tracker, RequestsWaitForVcpusInGuestCode) {
       }
       returned = true;
     });
-    while (writer.attention.load() == 0) std::this_thread::yield();
+    while (writer.attention.bits.load() == 0) std::this_thread::yield();
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     EXPECT_FALSE(returned.load()) << what;
     EXPECT_TRUE(writer.mmu.write<u64>(0x9000, 2));  // through the tag of before
@@ -465,7 +465,7 @@ TEST(Tracker, RequestsWaitForVcpusInGuestCode) {
       m.tracker.leave_guest(1);
     } else {
       writer.mmu.serve_requests();
-      EXPECT_EQ(writer.attention.load(), 0u);
+      EXPECT_EQ(writer.attention.bits.load(), 0u);
     }
     asker.join();
     if (what == 0) {

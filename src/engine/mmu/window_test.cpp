@@ -311,7 +311,7 @@ TEST_F(MmuWindowTest, CodePagesTakeNoWrites) {
 
 TEST_F(MmuWindowTest, MemslotsTakeItAway) {
   t.map(kLow, 0x800000, kUW);
-  std::atomic<u32> attention{0};
+  AttentionWord attention;
   m.tracker.register_vcpu(0, m.mmu.get(), &attention, 1);
   ASSERT_TRUE(m.mmu->open_window(deltas));
   ASSERT_TRUE(m.mmu->warm_window(at(kLow), true));
@@ -340,7 +340,7 @@ TEST_F(MmuWindowTest, HasWhatItMayHave) {
   EXPECT_FALSE(m.mmu->warm_window(at(0x40000000) + 77 * kPageSize, true));
   EXPECT_FALSE(readable(at(0x40000000) + 77 * kPageSize));
   // Not any more: what is mapped goes with the memslots' change, and does not come again.
-  std::atomic<u32> attention{0};
+  AttentionWord attention;
   m.tracker.register_vcpu(0, m.mmu.get(), &attention, 1);
   const u64 was = at(kLow);
   m.tracker.restrict_windows({});

@@ -276,6 +276,7 @@ void BlockBuilder::finish() {
   finish_slow_paths();
   finish_x87();
   finish_zmm();
+  finish_low_targets();
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
     e_.bind(i.entry);
@@ -314,12 +315,8 @@ void BlockBuilder::finish() {
   }
   for (Miss& m : misses_) {
     e_.bind(m.entry);
-    if (!m.attention) {  // r14 = target + bias + the entry's
-      e_.encode({.w = true, .opcode = 0x2b, .reg = kScratch0, .memory = true, .mem = HostMem::at(kScratch1)});
-      e_.encode({.w = true, .opcode = 0x2b, .reg = kScratch0, .memory = true, .mem = HostMem::frame(frame::kJumpBias)});
-    }
-    e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
-               .mem = HostMem::frame(m.attention ? frame::kExitAttentionFrame : frame::kExitIndirectFrame)});
+    if (!m.checked) emit_canonical_test(kScratch0, kScratch1, interpret_[m.insn].entry);
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::frame(frame::kExitIndirectFrame)});
   }
   out_->dead_stub = e_.size();
   e_.bind(dead_);
@@ -345,6 +342,7 @@ void BlockBuilder::start_over() {
   far_exits_.clear();
   stubs_.clear();
   misses_.clear();
+  low_targets_.clear();
   group_misses_.clear();
   x87_loads_.clear();
   zmm_loads_.clear();
@@ -449,9 +447,19 @@ bool BlockBuilder::enters_in_frame(std::size_t count) const {
   return false;
 }
 
-/// The entry that the block is not made for comes first, and falls into the other.
+/// 16 bytes: what comes behind is as aligned as the block.
+void BlockBuilder::emit_table_entry() {
+  e_.bytes({0x0f, 0x1f, 0x44, 0x00, 0x00, 0x4d, 0x8d, 0xb6});  // nop; lea r14, [r14 - its offset in the page]
+  e_.imm32(static_cast<u32>(-page_offset(request_->rip)));
+  e_.store(HostMem::frame(frame::kPage), kScratch0);
+}
+
+/// The entry that the block is not made for comes first, and falls into the other. Before them the jump tables', of
+/// position-independent code.
 void BlockBuilder::prologue(std::size_t count) {
-  frame_entry_ = 0;
+  if (pic()) emit_table_entry();
+  frame_entry_ = e_.size();
+  e_.watch();
   flags_ = Flags::Host;
   const auto pad = [&] { e_.bytes({0x0f, 0x1f, 0x44, 0x00, 0x00}); };  // nop
   begin_ = Label{};
@@ -466,8 +474,10 @@ void BlockBuilder::prologue(std::size_t count) {
     e_.bind(begin_);
     return;
   }
+  const u32 over = pic() ? e_.jmp_short() : 0;
   e_.bind(begin_);
   emit_flags_save(kScratch0);
+  if (pic()) e_.bind_short(over);
   frame_entry_ = e_.size();
   e_.watch();
   if (padded_) pad();

@@ -4,7 +4,7 @@
 ///
 /// Faults: a target that is not canonical is left to the interpreter, with nothing changed.
 /// Polls:  a direct exit that goes backward looks at attention, by way of RCX where flags live in the host;
-///         exit_indirect polls by itself. Forward branches, calls forward and returns to after their call cannot
+///         exit_indirect polls by itself: while attention is raised it finds nothing in the jump table. Forward branches, calls forward and returns to after their call cannot
 ///         make a loop by themselves.
 namespace ring3::engine {
 namespace {
@@ -133,27 +133,17 @@ void BlockBuilder::exit_if(u8 condition, u64 target) {
   out_->exits.back().insns = static_cast<u16>(index_ + 1);
 }
 
-/// The jump table's entry for r14; the thunks' hash (jump_index()).
-void BlockBuilder::exit_indirect() {
+/// The jump table's entry for r14; the thunks' hash (jump_index()). checked: the target is canonical; else that is for what the
+/// table has not, and nothing of the instruction's may have happened yet.
+void BlockBuilder::exit_indirect(bool checked) {
   ended_ = true;
+  static_cast<void>(interpret_label());
   flags_away(kScratch1);
-  misses_.push_back({});
-  const std::size_t attention = misses_.size() - 1;
-  misses_.back().attention = true;
-  e_.cmp32_imm(frame_at(frame::kAttention), 0);
-  e_.jcc(5, misses_[attention].entry);
-  if (request_->mode.user) {  // where it goes the code may be position-independent
-    e_.mov(kScratch1, kScratch0);
-    e_.and_imm(kScratch1, -static_cast<i32>(kPageSize));
-    e_.store(frame_at(frame::kPage), kScratch1);
-  }
-  static_assert(sizeof(JumpEntry) == 16 && kJumpEntries == 1u << 16);
   e_.encode({.vex = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = kScratch1, .rm = kScratch0, .imm_size = 1, .imm = {30}});  // rorx r15d, r14d, 30
-  e_.and32(kScratch1, 0xffff0);
+  e_.encode({.opcode = 0x23, .reg = kScratch1, .memory = true, .mem = frame_at(frame::kJumpMask)});                             // and r15d, [mask]
   e_.add(kScratch1, frame_at(frame::kJumpTable));
-  e_.add(kScratch0, frame_at(frame::kJumpBias));
-  e_.add(kScratch0, HostMem::at(kScratch1));
-  misses_.push_back({});
+  e_.cmp(kScratch0, HostMem::at(kScratch1));
+  misses_.push_back({{}, checked, interpret_.size() - 1});
   e_.jcc(5, misses_.back().entry);
   e_.encode({.opcode = 0xff, .reg = 4, .memory = true, .mem = HostMem::at(kScratch1, 8)});
 }
@@ -186,16 +176,41 @@ void BlockBuilder::check_canonical(u8 reg, u8 temp) {
     e_.mov32(reg, reg);
     return;
   }
-  e_.mov(temp, reg);
   if (request_->mode.user) {  // the interpreter raises what there is to raise in the upper half
-    e_.shr(temp, 47);
-    e_.jcc(5, interpret_label());
+    e_.cmp(reg, frame_at(frame::kUserEnd));
+    e_.jcc(3, interpret_label());
     return;
   }
+  static_cast<void>(interpret_label());
+  low_targets_.push_back({{}, {}, reg, temp, interpret_.size() - 1});
+  e_.cmp(reg, frame_at(frame::kKernelStart));
+  e_.jcc(2, low_targets_.back().entry);
+  e_.bind(low_targets_.back().resume);
+}
+
+/// The same where it hardly ever comes to it. Clobbers temp.
+void BlockBuilder::emit_canonical_test(u8 reg, u8 temp, Label& otherwise) {
+  if (request_->mode.user) {
+    e_.cmp(reg, frame_at(frame::kUserEnd));
+    e_.jcc(3, otherwise);
+    return;
+  }
+  e_.mov(temp, reg);
   e_.encode({.w = true, .opcode = 0xc1, .reg = 4, .rm = temp, .imm_size = 1, .imm = {16}});  // shl
   e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = temp, .imm_size = 1, .imm = {16}});  // sar
   e_.encode({.w = true, .opcode = 0x39, .reg = reg, .rm = temp});                            // cmp
-  e_.jcc(5, interpret_label());
+  e_.jcc(5, otherwise);
+}
+
+/// A kernel's jump to below its half.
+void BlockBuilder::finish_low_targets() {
+  for (LowTarget& t : low_targets_) {
+    e_.bind(t.entry);
+    e_.mov(t.temp, t.reg);
+    e_.shr(t.temp, 47);
+    e_.jcc(5, interpret_[t.insn].entry);
+    e_.jmp(t.resume);
+  }
 }
 
 bool BlockBuilder::jmp(const DecodedInsn& i) {
@@ -227,9 +242,9 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   } else {
     return false;
   }
-  flags_away(kScratch1);  // the check of a window leaves them in the host
-  check_canonical(kScratch0, kScratch1);
-  exit_indirect();
+  flags_away(kScratch1);
+  if (code32()) e_.mov32(kScratch0, kScratch0);
+  exit_indirect(code32());
   return true;
 }
 
@@ -338,7 +353,7 @@ bool BlockBuilder::call(const DecodedInsn& i) {
   move_rsp(-word());
   shadow_call(back);
   e_.load(kScratch0, frame_at(kValueSlot));
-  exit_indirect();
+  exit_indirect(true);
   return true;
 }
 

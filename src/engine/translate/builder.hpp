@@ -143,7 +143,13 @@ class BlockBuilder {
   };
   struct Miss {
     Label entry;
-    bool attention = false;
+    bool checked = false;  ///< the target is canonical
+    std::size_t insn = 0;  ///< index of its Interpret
+  };
+  struct LowTarget {
+    Label entry, resume;
+    u8 reg = 0, temp = 0;
+    std::size_t insn = 0;  ///< index of its Interpret
   };
   /// A branch's way to another page, where the block goes on behind it. The flags are in the host.
   struct FarExit {
@@ -287,12 +293,15 @@ class BlockBuilder {
   void exit_to(u64 target, bool backward, const i64* r14 = nullptr);
   void exit_to_other_page(u64 target, bool backward, const i64* r14);
   void exit_if(u8 condition, u64 target);   ///< direct, forward, in the same page; flags in the host
-  void exit_indirect();                     ///< r14 = target; r15 free
+  void exit_indirect(bool checked);         ///< r14 = target; r15 free
   void flags_away(u8 scratch);              ///< the flags are in the frame, or dead, from here on
   void poll(u64 target);
   void shadow_call(u64 back);               ///< r14 = back; what follows is the callee's exit
   void shadow_return();                     ///< r14 = target
   void check_canonical(u8 reg, u8 temp);    ///< clobbers flags; not canonical: interpret
+  void emit_canonical_test(u8 reg, u8 temp, Label& otherwise);
+  void finish_low_targets();
+  void emit_table_entry();                  ///< TranslatedBlock::code's beginning, of position-independent code
 
   // ---- families; false: not translated ----
   bool plain(const DecodedInsn& i);  // plain.cpp: re-encoded
@@ -382,7 +391,8 @@ class BlockBuilder {
   bool by_tlb_ = false;  ///< this instruction reaches memory through the TLB also in windowed code
   Loop loop_;
   bool in_second_body_ = false;
-  std::vector<Miss> misses_;
+  std::vector<Miss> misses_;  ///< of the jump table; r14 = target
+  std::vector<LowTarget> low_targets_;
   std::vector<X87Load> x87_loads_, zmm_loads_;
   bool zmm_in_ = false;  ///< known at this point of the block: JitFrame::zmm is IN
   /// x87 state that is known at this point of the block.

@@ -11,23 +11,30 @@ Result<std::unique_ptr<CodeCache>> CodeCache::create(std::size_t arena_bytes) {
   auto arena = CodeArena::create(std::clamp<std::size_t>(arena_bytes, 1u << 20, 1u << 30));
   if (!arena) return arena.error();
   std::unique_ptr<CodeCache> cache(new CodeCache(std::move(*arena)));
-  for (const Space& sp : cache->spaces_)
-    if (sp.jumps == nullptr || cache->common_ == nullptr) return Error::of(ENOMEM, "jump tables of the code cache");
+  for (const Table& t : cache->tables_)
+    if (t.jumps == nullptr || cache->common_ == nullptr) return Error::of(ENOMEM, "jump tables of the code cache");
   return cache;
 }
 
 CodeCache::CodeCache(std::unique_ptr<CodeArena> arena)
     : arena_(std::move(arena)) {
-  for (Space& sp : spaces_) sp.jumps.reset(static_cast<JumpEntry*>(std::calloc(kJumpEntries, sizeof(JumpEntry))));
+  for (Table& t : tables_) {
+    t.jumps.reset(static_cast<JumpTable*>(std::calloc(1, sizeof(JumpTable))));
+    if (t.jumps != nullptr) t.jumps->empty_first();
+  }
   common_.reset(static_cast<CommonEntry*>(std::calloc(kCommonEntries, sizeof(CommonEntry))));
 }
 
-/// All numbers were used: those of old entries and links come again.
-void CodeCache::restart_biases() {
-  for (Space& sp : spaces_) {
-    std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
-    std::fill_n(sp.jumps.get(), kJumpEntries, JumpEntry{});
+void CodeCache::forget_tables() {
+  for (Table& t : tables_) {
+    t.bias = 0;
+    t.jumps->clear();
   }
+}
+
+/// All numbers were used: those of old links come again.
+void CodeCache::restart_biases() {
+  forget_tables();
   for (u32 tag = 0; tag < exits_.size(); tag++)
     if (exits_[tag].bias != kNone) unlink(tag);
   next_bias_ = 1ull << 48;
@@ -36,26 +43,21 @@ void CodeCache::restart_biases() {
 
 u64 CodeCache::bias(u8 mode, const Mmu& mmu) {
   const u64 fetch_generation = mmu.fetch_generation();
-  if (space_->generation != fetch_generation) {
-    space_ = std::find_if(std::begin(spaces_), std::end(spaces_),
-                          [&](const Space& sp) { return sp.generation == fetch_generation; });
-    if (space_ == std::end(spaces_)) {
-      // The last one whose generation is gone for good: its table is in the host's caches. Else the one that was not used for longest.
-      constexpr u64 kGone = 1ull << 63;
-      const auto worth = [&](const Space& sp) { return mmu.generation_lives(sp.generation) ? kGone - 1 - sp.used : kGone + sp.used; };
-      space_ = std::max_element(std::begin(spaces_), std::end(spaces_), [&](const Space& a, const Space& b) { return worth(a) < worth(b); });
-      std::fill(std::begin(space_->bias), std::end(space_->bias), 0);
-      space_->generation = fetch_generation;
-    }
-    space_->used = ++uses_;
+  if (const u64 known = known_bias(mode, fetch_generation); known != 0) return known;
+  const auto is = [&](const Table& t) { return t.generation == fetch_generation && t.mode == mode; };
+  if (!is(*table_)) {
+    // The last one whose generation is gone for good: it is in the host's caches. Else the one that was not used for longest.
+    constexpr u64 kGone = 1ull << 63;
+    const auto worth = [&](const Table& t) { return mmu.generation_lives(t.generation) ? kGone - 1 - t.used : kGone + t.used; };
+    table_ = std::max_element(std::begin(tables_), std::end(tables_), [&](const Table& a, const Table& b) { return worth(a) < worth(b); });
+    table_->jumps->clear();
+    table_->generation = fetch_generation;
+    table_->mode = mode;
+    table_->used = ++uses_;
   }
-  u64* b = &space_->bias[mode % kModes];
-  if (*b == 0) {
-    next_bias_ += 1ull << 48;
-    if (next_bias_ == 0) restart_biases();
-    *b = next_bias_;
-  }
-  return *b;
+  next_bias_ += 1ull << 48;
+  if (next_bias_ == 0) restart_biases();
+  return table_->bias = next_bias_;
 }
 
 u64 CodeCache::hash(Gpa gpa, u64 rip, u8 mode) {
@@ -68,9 +70,9 @@ CodeBlock* CodeCache::find(Gpa gpa, u64 rip, u8 mode, CodeBlock* guess) const {
   return index_.find(hash(gpa, rip, mode), is);
 }
 
-void CodeCache::remember(const CodeBlock& block, u64 rip, u64 bias) {
-  const u8* const code = block.code + block.frame_entry;
-  remember(code, rip, bias);
+void CodeCache::remember(const CodeBlock& block, u64 rip) {
+  const u8* const code = block.table_entry();
+  remember(code, rip);
   if (!block.user) return;
   const u64 key = common_key(block.gpa, block.mode);
   common_[common_index(key)] = {key, reinterpret_cast<u64>(code), block.rip};
@@ -336,7 +338,7 @@ void CodeCache::validate(Gpa page, const u8* host) {
 
 void CodeCache::flush() {
   index_.clear();
-  for (Space& sp : spaces_) std::fill(std::begin(sp.bias), std::end(sp.bias), 0);
+  forget_tables();
   blocks_.clear();
   exits_.clear();
   faults_.clear();

@@ -12,9 +12,9 @@
 /// The translated blocks of one vCPU: lookup, linking, invalidation.
 ///
 /// A block is found by guest-physical address and mode, and by linear address unless its code is position-
-/// independent. In front of that stand the jump tables, one for each of a few address spaces, which translated
-/// code searches by itself: an entry counts only under the bias (a number for the mode and the state of the
-/// fetch translations) that it was made under.
+/// independent. In front of that stand the jump tables, one for each of a few address spaces and modes, which translated
+/// code searches by itself. What they stand for is the state of the fetch translations; where that is another, so is the table,
+/// and a number, the bias, under which links to other pages hold.
 ///
 /// Blocks of user code are found by physical address in one more table, which all address spaces have in common: there translated
 /// code finds what its own table misses, of the first process of a program in the second one.
@@ -40,6 +40,8 @@ struct CodeBlock {
   const u8* cold = nullptr;  ///< the second part of its code
   u32 code_size = 0, cold_size = 0;
   u32 entry = 0, frame_entry = 0;  ///< offsets in code: entered with the status flags in RFLAGS; in the frame
+  /// The same by a jump table (JumpEntry::code).
+  const u8* table_entry() const { return pic ? code : code + frame_entry; }
   const u8* dead_stub = nullptr;  ///< where frame_entry leads when it was killed
   u32 first_exit = 0;     ///< its exits' tags begin here
   u32 number = 0;
@@ -87,47 +89,33 @@ class CodeCache {
   static Result<std::unique_ptr<CodeCache>> create(std::size_t arena_bytes);
 
   /// Of what bias() was asked for last.
-  JumpEntry* jump_table() { return space_->jumps.get(); }
+  JumpTable* jump_table() { return table_->jumps.get(); }
+  const JumpTable& jumps() const { return *table_->jumps; }
   const CodeArena& arena() const { return *arena_; }
   const Stats& stats() const { return stats_; }
 
-  /// Jump-table entries made under another bias than this one do not match.
+  /// The number of this mode and the fetch translations in force; their jump table is jump_table() from here on.
   u64 bias(u8 mode, const Mmu& mmu);
   /// The same without making one: 0. Uses no vector registers.
   u64 known_bias(u8 mode, u64 fetch_generation) {
-    if (space_->generation != fetch_generation) {
-      Space* found = other_;
-      if (found->generation != fetch_generation) {
-        found = spaces_;
-        while (found != spaces_ + kSpaces && found->generation != fetch_generation) ++found;
-        if (found == spaces_ + kSpaces) return 0;
+    const auto is = [&](const Table* t) { return t->generation == fetch_generation && t->mode == mode; };
+    if (!is(table_)) {
+      Table* found = other_;
+      if (!is(found)) {
+        found = tables_;
+        while (found != tables_ + kTables && !is(found)) ++found;
+        if (found == tables_ + kTables) return 0;
       }
-      other_ = space_;
-      space_ = found;
-      space_->used = ++uses_;
+      other_ = table_;
+      table_ = found;
+      table_->used = ++uses_;
     }
-    return space_->bias[mode % kModes];
+    return table_->bias;
   }
-  const u8* recall(u64 rip, u64 bias) const {
-    const u64 at = jump_index(rip), negated = 0 - (rip + bias);
-    const JumpEntry& e = space_->jumps[at];
-    if (e.negated == negated) return reinterpret_cast<const u8*>(e.code);
-    const JumpEntry& next = space_->jumps[jump_neighbour(at)];
-    return next.negated == negated ? reinterpret_cast<const u8*>(next.code) : nullptr;
-  }
-  /// What stood in its place goes to the neighbour's, if it holds under this bias too.
-  void remember(const CodeBlock& block, u64 rip, u64 bias);
-  void remember(const u8* code, u64 rip, u64 bias) {
-    JumpEntry& e = space_->jumps[jump_index(rip)];
-    JumpEntry& next = space_->jumps[jump_neighbour(jump_index(rip))];
-    const u64 other = 0 - e.negated - bias;
-    if (static_cast<u64>(static_cast<i64>(other << 16) >> 16) == other && other != rip && jump_index(other) == jump_index(rip)) {
-      next.negated = e.negated;
-      next.code = e.code;
-    }
-    e.negated = 0 - (rip + bias);
-    e.code = reinterpret_cast<u64>(code);
-  }
+  /// By the jump table.
+  const u8* recall(u64 rip) const { return table_->jumps->get(rip); }
+  void remember(const CodeBlock& block, u64 rip);
+  void remember(const u8* code, u64 rip) { table_->jumps->put(rip, code); }
   CommonEntry* common_table() { return common_.get(); }
   static u64 common_key(Gpa gpa, u8 mode) { return gpa.value | u64{mode} << 56; }
   /// Uses no vector registers, as remember().
@@ -135,10 +123,7 @@ class CodeCache {
     const CommonEntry& e = common_[common_index(common_key(gpa, mode))];
     return e.key == common_key(gpa, mode) && e.rip == rip ? reinterpret_cast<const u8*>(e.code) : nullptr;
   }
-  void forget(u64 rip) {
-    const u64 at = jump_index(rip);
-    space_->jumps[at] = space_->jumps[jump_neighbour(at)] = JumpEntry{};
-  }
+  void forget(u64 rip) { table_->jumps->forget(rip); }
 
   /// rip: 0 for position-independent code.
   /// guess: looked at first; null: none.
@@ -210,6 +195,7 @@ class CodeCache {
   void unlink(u32 tag);
   /// guard: what a link to another page holds under; 0: never.
   void point(const Exit& exit, const u8* to, u64 guard);
+  void forget_tables();
   void restart_biases();
   /// Where unguarded links lead.
   struct Far {
@@ -223,17 +209,18 @@ class CodeCache {
   CodePage* sweep(u64 frame, F&& doomed);
 
   std::unique_ptr<CodeArena> arena_;
-  static constexpr unsigned kSpaces = 12, kModes = 128;
-  /// Biases in use for a fetch generation; with PCID, generations come back.
-  struct Space {
+  static constexpr unsigned kTables = 14;
+  /// Of a fetch generation and a mode; with PCID, generations come back.
+  struct Table {
     u64 generation = 0;
     u64 used = 0;
-    u64 bias[kModes] = {};
-    std::unique_ptr<JumpEntry[], decltype(&std::free)> jumps{nullptr, &std::free};  ///< zero pages until used
+    u64 bias = 0;
+    u8 mode = 0;
+    std::unique_ptr<JumpTable, decltype(&std::free)> jumps{nullptr, &std::free};  ///< zero pages until used
   };
-  Space spaces_[kSpaces];
-  Space* space_ = spaces_;
-  Space* other_ = spaces_;  ///< that known_bias() came from last
+  Table tables_[kTables];
+  Table* table_ = tables_;
+  Table* other_ = tables_;  ///< that known_bias() came from last
   u64 uses_ = 0;
   u64 next_bias_ = 0;
   std::unique_ptr<CommonEntry[], decltype(&std::free)> common_{nullptr, &std::free};  ///< zero pages until used

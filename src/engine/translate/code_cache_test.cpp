@@ -12,7 +12,7 @@ struct Tables : testing::Test {
   test::PageTables first{m, test::PageTables::Mode::Long}, second{m, test::PageTables::Mode::Long, 0x200000};
   std::unique_ptr<CodeCache> cache = std::move(CodeCache::create(1u << 20)).value();
   /// The jump table in force, and what its entries count under.
-  std::pair<const JumpEntry*, u64> table() {
+  std::pair<const JumpTable*, u64> table() {
     const u64 bias = cache->bias(0, *m.mmu);
     return {cache->jump_table(), bias};
   }
@@ -38,7 +38,7 @@ TEST_F(Tables, AddressSpacesThatComeBackKeepTheirTables) {
   first.activate();
   m.state.cr4 |= cr4::PCIDE;
   m.set_cpl(3);
-  std::vector<std::pair<const JumpEntry*, u64>> tables;
+  std::vector<std::pair<const JumpTable*, u64>> tables;
   const u64 roots[] = {first.root(), second.root() | 1};
   for (unsigned round = 0; round < 6; round++) {
     for (unsigned n = 0; n < 2; n++) {

@@ -310,6 +310,10 @@ u32 Emitter::jrcxz_short(u8 address_size) {
   put_all({0xe3, 0});
   return size() - 1;
 }
+u32 Emitter::jmp_short() {
+  put_all({0xeb, 0});
+  return size() - 1;
+}
 u32 Emitter::jcc_short(u8 condition) {
   put_all({static_cast<u8>(0x70 | condition), 0});
   return size() - 1;

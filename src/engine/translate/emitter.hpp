@@ -164,6 +164,7 @@ class Emitter {
   void bind(Label& l);
   /// jrcxz (address_size 8) or jecxz (4) over a short distance: returns where the rel8 stands.
   u32 jrcxz_short(u8 address_size);
+  u32 jmp_short();
   u32 jcc_short(u8 condition);
   void bind_short(u32 at) {
     code_[at] = static_cast<u8>(size() - at - 1);

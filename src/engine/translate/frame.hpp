@@ -1,8 +1,9 @@
 #pragma once
-#include <atomic>
+#include <algorithm>
 #include <cstddef>
 
 #include "base/types.hpp"
+#include "engine/mmu/attention_word.hpp"
 #include "engine/mmu/mmu.hpp"
 #include "engine/mmu/window.hpp"
 #include "engine/translate/frame_layout.h"
@@ -38,13 +39,13 @@ struct alignas(64) JitFrame {
   u64 r9 = 0, r10 = 0, r11 = 0, r15 = 0;
   u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank, where the thread's gs base is; only STAC and CLAC
                         ///< change it in a block
-  std::atomic<u32> attention{0};  ///< Context::attention(): non-zero asks to leave
+  AttentionWord attention;  ///< Context::attention(): bits that are not zero ask to leave
   u64 page = 0;         ///< linear address of the page that runs, for position-independent code
-  u64 jump_table = 0;   ///< JumpEntry[kJumpEntries]
-  u64 jump_bias = 0;    ///< in its top 16 bits: which address space and mode entries must be of
+  u64 jump_table = 0;   ///< JumpTable of the address space and mode
+  u64 jump_bias = 0;    ///< in its top 16 bits: a number for the address space and mode
   u64 flags = 0;        ///< status flags as LAHF and SETO leave them (AH, AL): where a block is entered with them
   u64 shadow_limit = 0; ///< the host stack does not grow below this by guest calls
-  u64 shadow_base = 0;  ///< rsp of an empty shadow stack
+  u64 user_end = 1ull << 47;  ///< of the canonical addresses' lower half
   u64 fs_base = 0, gs_base = 0;  ///< the guest's segment bases
   /// The page that the stack was last checked in, for writing: linear addresses stack_page + [0, stack_limit) may be
   /// the start of a group (groups.cpp). Limit 0: none. C++ that may change translations, mode or the TLB's bank while
@@ -151,6 +152,8 @@ struct alignas(64) JitFrame {
   /// from the TLB.
   u64 common_table = 0;
   u64 common_mode = 0;  ///< the keys' upper part
+  u64 shadow_base = 0;  ///< rsp of an empty shadow stack
+  u64 kernel_start = 0 - (1ull << 47);  ///< of the canonical addresses' upper half
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -175,7 +178,8 @@ enum class SystemOp : u32 {
 
 namespace frame {
 inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_FRAME_R11, kR15 = RING3_FRAME_R15,
-                     kAttention = RING3_FRAME_ATTENTION, kFsBase = RING3_FRAME_FS_BASE,
+                     kAttention = RING3_FRAME_ATTENTION, kJumpMask = RING3_FRAME_JUMP_MASK, kUserEnd = RING3_FRAME_USER_END,
+                     kKernelStart = RING3_FRAME_KERNEL_START, kFsBase = RING3_FRAME_FS_BASE,
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
                      kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitCrossFrame = RING3_FRAME_EXIT_CROSS_FRAME,
@@ -208,6 +212,9 @@ RING3_CHECK_OFFSET(r10, RING3_FRAME_R10);
 RING3_CHECK_OFFSET(r11, RING3_FRAME_R11);
 RING3_CHECK_OFFSET(r15, RING3_FRAME_R15);
 RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
+static_assert(offsetof(AttentionWord, bits) == 0 && offsetof(AttentionWord, jump_mask) == RING3_FRAME_JUMP_MASK - RING3_FRAME_ATTENTION);
+RING3_CHECK_OFFSET(user_end, RING3_FRAME_USER_END);
+RING3_CHECK_OFFSET(kernel_start, RING3_FRAME_KERNEL_START);
 RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
 RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
 RING3_CHECK_OFFSET(tlb_mask, RING3_FRAME_TLB_MASK);
@@ -282,14 +289,61 @@ static_assert(sizeof(Mmu::TlbEntry) == 32);
 static_assert(kTlbShift == RING3_TLB_SHIFT && kTlbMask == RING3_TLB_MASK && kTlbExecTag == RING3_TLB_EXEC_TAG && Mmu::kTlbGpa == RING3_TLB_GPA);
 }  // namespace frame
 
-/// A table in front of the code cache: at jump_index(RIP), or, when two take turns there, at jump_neighbour() of it.
 struct JumpEntry {
-  u64 negated = 0;  ///< -(rip + jump_bias); 0 never matches
-  u64 code = 0;     ///< host address; entered with the status flags in JitFrame::flags
+  u64 rip = 0;   ///< 0: none; of the first two entries ~0
+  u64 code = 0;  ///< host address; entered with r14 = rip, and the status flags in JitFrame::flags
 };
 inline constexpr unsigned kJumpEntries = 1u << 16;
 inline constexpr u64 jump_index(u64 rip) { return (rip >> 2) & (kJumpEntries - 1); }
 inline constexpr u64 jump_neighbour(u64 index) { return index ^ 1; }  ///< in the same cache line
+static_assert(sizeof(JumpEntry) == 16 && (kJumpEntries - 1) * sizeof(JumpEntry) == AttentionWord::kJumpMask);
+
+/// A table in front of the code cache: at jump_index(RIP), or, when two take turns there, at jump_neighbour() of it.
+/// Entry 0 stays empty: that is where translated code looks while attention is raised. thunks.S does the same as put().
+struct JumpTable {
+  JumpEntry entries[kJumpEntries];
+  u32 filled;                    ///< how many of the places say what was filled since clear(); all: more was
+  u32 places[RING3_JUMP_NOTED];  ///< offsets of entries
+
+  void empty_first() {
+    entries[0] = {~0ull, 0};
+    entries[1] = {~0ull, 0};
+  }
+  void clear() {
+    if (filled == RING3_JUMP_NOTED) {
+      std::fill_n(entries, kJumpEntries, JumpEntry{});
+    } else {
+      for (u32 n = 0; n < filled; n++) entries[places[n] / sizeof(JumpEntry)] = JumpEntry{};
+    }
+    filled = 0;
+    empty_first();
+  }
+  void note(u64 index) {
+    if (entries[index].rip == 0 && filled < RING3_JUMP_NOTED) places[filled++] = static_cast<u32>(index * sizeof(JumpEntry));
+  }
+  /// What stood in its place goes to the neighbour's.
+  void put(u64 rip, const u8* code) {
+    const u64 at = jump_index(rip) > 1 ? jump_index(rip) : 1;
+    const JumpEntry old = entries[at];
+    if (at != 1 && old.rip != 0 && old.rip != rip && jump_index(old.rip) == at) {
+      note(jump_neighbour(at));
+      entries[jump_neighbour(at)] = old;
+    }
+    note(at);
+    entries[at] = {rip, reinterpret_cast<u64>(code)};
+  }
+  const u8* get(u64 rip) const {
+    const u64 at = jump_index(rip);
+    const JumpEntry& e = entries[entries[at].rip == rip ? at : jump_neighbour(at)];
+    return e.rip == rip ? reinterpret_cast<const u8*>(e.code) : nullptr;
+  }
+  void forget(u64 rip) {
+    const u64 at = jump_index(rip);
+    entries[at] = entries[jump_neighbour(at)] = JumpEntry{};
+    if (at < 2) empty_first();
+  }
+};
+static_assert(offsetof(JumpTable, filled) == RING3_JUMP_FILLED && offsetof(JumpTable, places) == RING3_JUMP_PLACES);
 
 /// A table of blocks of user code that all address spaces have in common.
 struct CommonEntry {

@@ -7,12 +7,13 @@
 #define RING3_FRAME_R11 16
 #define RING3_FRAME_R15 24
 #define RING3_FRAME_ATTENTION 40
+#define RING3_FRAME_JUMP_MASK 44
 #define RING3_FRAME_PAGE 48
 #define RING3_FRAME_JUMP_TABLE 56
 #define RING3_FRAME_JUMP_BIAS 64
 #define RING3_FRAME_FLAGS 72
 #define RING3_FRAME_SHADOW_LIMIT 80
-#define RING3_FRAME_SHADOW_BASE 88
+#define RING3_FRAME_USER_END 88
 #define RING3_FRAME_FS_BASE 96
 #define RING3_FRAME_GS_BASE 104
 #define RING3_FRAME_TLB_MASK 200
@@ -63,12 +64,19 @@
 
 #define RING3_FRAME_COMMON_TABLE 2832
 #define RING3_FRAME_COMMON_MODE 2840
+#define RING3_FRAME_SHADOW_BASE 2848
+#define RING3_FRAME_KERNEL_START 2856
 
 /* The software TLB, at the gs base: entry at (linear >> SHIFT) & MASK, the page's physical address at GPA + a quarter of that. */
 #define RING3_TLB_SHIFT 7
 #define RING3_TLB_MASK 0xfffe0
 #define RING3_TLB_EXEC_TAG 16
 #define RING3_TLB_GPA 0x100000
+
+/* JumpTable, behind its entries */
+#define RING3_JUMP_FILLED 0x100000
+#define RING3_JUMP_PLACES 0x100004
+#define RING3_JUMP_NOTED 8192
 
 /* Exits to other pages that search the jump table until one is linked anew. */
 #define RING3_CROSS_EXITS 300

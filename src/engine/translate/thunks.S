@@ -148,7 +148,8 @@ save_zmm:
     movl $RING3_ZMM_AWAY, SLOT(RING3_FRAME_ZMM)
     ret
 
-/* void ring3_jit_enter(const u8* code, u64 pointer): the guest's state is in VcpuState; pointer: JitFrame::pointer. */
+/* void ring3_jit_enter(const u8* code, u64 pointer): the guest's state is in VcpuState, RIP also in the frame; pointer:
+   JitFrame::pointer. */
     .globl ring3_jit_enter
     .hidden ring3_jit_enter
     .type ring3_jit_enter, @function
@@ -201,6 +202,7 @@ ring3_jit_enter:
     mov GPR(12)(%r14), %r12
     mov GPR(13)(%r14), %r10
     mov GPR(14)(%r14), %r11
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     jmp *%r15
     .size ring3_jit_enter, . - ring3_jit_enter
 
@@ -228,22 +230,33 @@ thunk ring3_jit_exit_next_frame
     flags_from_frame
     jmp ring3_jit_exit_next
 
-/* r14 + bias and an entry of the jump table, the one that exits of blocks look up (jump_index()) or its neighbour; the flags
-   are in the frame. Not equal: not there. */
+/* An entry of the jump table for r14, the one that exits of blocks look up (jump_index()) or its neighbour; the flags are in the
+   frame. Not equal: not there. */
 .macro look_up_at neighbour
-    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
     rorx $30, %r14d, %r15d
     and $0xffff0, %r15d
     .if \neighbour
     xor $16, %r15d
     .endif
     add SLOT(RING3_FRAME_JUMP_TABLE), %r15
-    add SLOT(RING3_FRAME_JUMP_BIAS), %r14
-    add (%r15), %r14
+    cmp (%r15), %r14
 .endm
 
-/* What the jump table has not, by its physical address (JitFrame::common_table): r14 = its code, and the jump table has it. The RIP
-   is in the frame; user code's. */
+/* JumpTable::note(): the place is empty. at: its offset; rcx: the table. */
+.macro note_place at, at32, temp, temp32
+    cmpq $0, (%rcx, \at)
+    jne 77f
+    mov RING3_JUMP_FILLED(%rcx), \temp32
+    cmp $RING3_JUMP_NOTED, \temp32
+    jae 77f
+    mov \at32, RING3_JUMP_PLACES(%rcx, \temp, 4)
+    inc \temp32
+    mov \temp32, RING3_JUMP_FILLED(%rcx)
+77:
+.endm
+
+/* What the jump table has not, by its physical address (JitFrame::common_table): r15 = its code, r14 = RIP, and the jump table
+   has it. The RIP is in the frame; user code's. */
 .macro look_up_common miss
     cmpq $0, SLOT(RING3_FRAME_COMMON_TABLE)
     je \miss
@@ -282,44 +295,47 @@ thunk ring3_jit_exit_next_frame
 73: mov 8(%r15), %r14
     push %rax
     push %rcx
-    mov SLOT(RING3_FRAME_EXIT_RIP), %r15 /* CodeCache::remember() */
-    rorx $30, %r15d, %eax
+    mov SLOT(RING3_FRAME_JUMP_TABLE), %rcx /* JumpTable::put() */
+    rorx $30, SLOT(RING3_FRAME_EXIT_RIP), %eax
     and $0xffff0, %eax
-    add SLOT(RING3_FRAME_JUMP_TABLE), %rax
-    mov (%rax), %r15
-    add SLOT(RING3_FRAME_JUMP_BIAS), %r15
-    neg %r15
-    mov %r15, %rcx
-    shr $47, %rcx
-    jnz 71f
-    rorx $30, %r15d, %ecx
-    and $0xffff0, %ecx
-    add SLOT(RING3_FRAME_JUMP_TABLE), %rcx
-    cmp %rcx, %rax
+    cmp $16, %eax
+    ja 74f
+    mov $16, %eax
+    jmp 71f
+74: mov (%rcx, %rax), %r15
+    test %r15, %r15
+    jz 71f
+    rorx $30, %r15d, %r15d
+    and $0xffff0, %r15d
+    cmp %eax, %r15d
     jne 71f
-    sub SLOT(RING3_FRAME_JUMP_TABLE), %rcx /* which is not aligned to two entries */
-    xor $16, %rcx
-    add SLOT(RING3_FRAME_JUMP_TABLE), %rcx
-    mov (%rax), %r15
-    mov %r15, (%rcx)
-    mov 8(%rax), %r15
-    mov %r15, 8(%rcx)
-71: mov SLOT(RING3_FRAME_EXIT_RIP), %r15
-    add SLOT(RING3_FRAME_JUMP_BIAS), %r15
-    neg %r15
-    mov %r15, (%rax)
-    mov %r14, 8(%rax)
+    xor $16, %r15d
+    push %r14
+    note_place %r15, %r15d, %r14, %r14d
+    mov (%rcx, %rax), %r14
+    mov %r14, (%rcx, %r15)
+    mov 8(%rcx, %rax), %r14
+    mov %r14, 8(%rcx, %r15)
+    pop %r14
+71: note_place %rax, %eax, %r15, %r15d
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r15
+    mov %r15, (%rcx, %rax)
+    mov %r14, 8(%rcx, %rax)
     pop %rcx
     pop %rax
+    xchg %r14, %r15
 .endm
 
-/* Where this comes from the first entry was looked at. */
+/* Where this comes from the first entry was looked at; while attention is raised, entry 0 in its place. */
 thunk ring3_jit_exit_indirect_frame
+    cmpl $0, SLOT(RING3_FRAME_JUMP_MASK)
+    je ring3_jit_exit_attention_frame
     look_up_at 1
     jne 1f
     jmp *8(%r15)
-1:  look_up_common 2f
-    jmp *%r14
+1:  mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
+    look_up_common 2f
+    jmp *%r15
 2:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
 leave_indirect:
     flags_from_frame
@@ -429,15 +445,15 @@ thunk ring3_jit_exit_cross_frame
     mov %r15d, SLOT(RING3_FRAME_EXIT_TAG)
     decl SLOT(RING3_FRAME_CROSS_LEFT)
     js 2f                         /* now and then the exit is linked anew: those that are taken most stay linked */
+    mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
     look_up_at 0
     jne 3f
     jmp *8(%r15)
-3:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
-    look_up_at 1
+3:  look_up_at 1
     jne 4f
     jmp *8(%r15)
 4:  look_up_common 1f
-    jmp *%r14
+    jmp *%r15
 2:  movl $RING3_CROSS_EXITS, SLOT(RING3_FRAME_CROSS_LEFT)
     mov %r14, SLOT(RING3_FRAME_EXIT_RIP)
 1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
@@ -449,14 +465,10 @@ thunk ring3_jit_exit_return
     mov SLOT(RING3_FRAME_SHADOW_BASE), %rsp
     cmpl $0, SLOT(RING3_FRAME_ATTENTION)
     jne ring3_jit_exit_attention_frame
-    mov %r14, %r15
-    and $-4096, %r15
-    mov %r15, SLOT(RING3_FRAME_PAGE)
     look_up_at 0
     jne 1f
     jmp *8(%r15)
-1:  mov SLOT(RING3_FRAME_EXIT_RIP), %r14
-    jmp ring3_jit_exit_indirect_frame
+1:  jmp ring3_jit_exit_indirect_frame
 
 /* What a C++ function does not keep. */
 .macro push_scratch
@@ -676,17 +688,16 @@ thunk ring3_jit_exit_transit
     jbe 2f
     cmpl $RING3_VECTORS_WANTED, SLOT(RING3_FRAME_VECTORS)
     je 1f
-    mov %rax, %r14
+4:  mov %rax, %r15
+    mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     mov KEPT(0), %rax
-    jmp *%r14
+    jmp *%r15
 1:
     movl $RING3_VECTORS_IN, SLOT(RING3_FRAME_VECTORS)
     mov SLOT(RING3_FRAME_STATE_XSAVE), %r14
     ldmxcsr 24(%r14)
     load_vectors
-    mov %rax, %r14
-    mov KEPT(0), %rax
-    jmp *%r14
+    jmp 4b
 2:
     mov KEPT(0), %rax
     je 3f

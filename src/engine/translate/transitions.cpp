@@ -35,7 +35,7 @@ u64 TranslatorVcpu::system_op(SystemOp op, u64 operand) {
       JitGsBase::use(&frame_, mmu_.tlb());
       return 1;
     case SystemOp::StiOpen:
-      if (c_.interrupt_window || c_.attention().load(std::memory_order_relaxed) != 0) return 0;
+      if (c_.interrupt_window || c_.attention().raised()) return 0;
       s_.rflags |= rflags::IF;
       return 1;
     case SystemOp::Sti:
@@ -146,7 +146,7 @@ u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
   // As the run loop would have it.
   if (lockstep_ != nullptr || options_.interpreted_ops != nullptr) return RING3_TRANSIT_REFUSED;
   if (c_.slow_step || s_.sti_shadow || s_.mov_ss_shadow || c_.retired + 1 >= limit_) return RING3_TRANSIT_REFUSED;
-  if (c_.interrupt_window || c_.attention().load(std::memory_order_relaxed) != 0) return RING3_TRANSIT_REFUSED;
+  if (c_.interrupt_window || c_.attention().raised()) return RING3_TRANSIT_REFUSED;
   if (c_.guest_debug_hw_bp || c_.breakpoints_overridden) return RING3_TRANSIT_REFUSED;
   u64& rcx = frame_.kept[1];
   switch (insn.op) {
@@ -176,11 +176,11 @@ u64 TranslatorVcpu::transit(u64 rip, const DecodedInsn& insn) {
 }
 
 /// The block that another address space ran on the same memory.
-const u8* TranslatorVcpu::recall_common(u64 bias, TranslateMode mode) {
+const u8* TranslatorVcpu::recall_common(TranslateMode mode) {
   Gpa gpa;
   if (!mmu_.fetched(s_.rip, &gpa)) return nullptr;
   const u8* code = cache_->recall_common(gpa, position_independent(s_.rip, mode) ? 0 : s_.rip, mode.bits());
-  if (code != nullptr) cache_->remember(code, s_.rip, bias);
+  if (code != nullptr) cache_->remember(code, s_.rip);
   return code;
 }
 
@@ -212,15 +212,14 @@ u64 TranslatorVcpu::go_on() {
   }
   const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
   if (m.windowed && !cache_->holds(bias)) return RING3_TRANSIT_DONE;
-  const u8* code = bias == 0 ? nullptr : cache_->recall(s_.rip, bias);
-  if (code == nullptr && bias != 0 && m.user && c_.code64) code = recall_common(bias, m);
+  const u8* code = bias == 0 ? nullptr : cache_->recall(s_.rip);
+  if (code == nullptr && bias != 0 && m.user && c_.code64) code = recall_common(m);
   if (code == nullptr) return RING3_TRANSIT_DONE;
   c_.retired++;
   if (!m.user && vectors_held_ != 0) vectors_held_--;
   if (vectors == RING3_VECTORS_WANTED) loaded_avx_ = m.avx;
   frame_.vectors = vectors;
   set_jumps(bias, m);
-  frame_.page = s_.rip & kPageMask;
   JitGsBase::use(&frame_, mmu_.tlb());
   return reinterpret_cast<u64>(code);
 }

@@ -48,6 +48,13 @@ void leave_stub(u64 rip, bool pic, u32 thunk, TranslatedBlock* out) {
     code.insert(code.end(), {0x41, 0xff, 0xa1});
     value(through - RING3_FRAME_CENTRE, 4);
   };
+  if (pic) {  // BlockBuilder::emit_table_entry()
+    code.insert(code.end(), {0x4d, 0x8d, 0xb6});  // lea r14, [r14 - offset]
+    value(0 - (rip & (kPageSize - 1)), 4);
+    code.insert(code.end(), {0x4d, 0x89, 0xb1});  // mov [page], r14
+    value(frame::kPage - RING3_FRAME_CENTRE, 4);
+  }
+  out->frame_entry = static_cast<u32>(code.size());
   code.insert(code.end(), {0x49, 0x89, 0xc6, 0x41, 0x8b, 0x81});  // mov r14, rax; mov eax, [flags]
   value(frame::kFlags - RING3_FRAME_CENTRE, 4);
   code.insert(code.end(), {0x04, 0x7f, 0x9e, 0x4c, 0x89, 0xf0});  // add al, 7fh; sahf; mov rax, r14
@@ -466,6 +473,7 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.gs_base = s_.seg[GS].base;
   frame_.kernel_gs_base = s_.msr.kernel_gs_base;
   frame_.page = s_.rip & kPageMask;
+  frame_.exit_rip = s_.rip;
   const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
   frame_.stack_limit = 0;
   JitGsBase::use(&frame_, shadow != nullptr ? shadow : mmu_.tlb());
@@ -500,7 +508,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
     if (c_.retired >= limit && !ungrouped) return Interpreter::Result::Budget;  // an instruction goes on without groups
     bool interpret = !can_enter(), begun = false;
     if (!interpret) {
-      if (c_.attention().load(std::memory_order_relaxed) != 0) {
+      if (!c_.attention().arm()) {
         if (options_.window_samples != 0 && c_.cpl == 3) sample_window();
         return Interpreter::Result::Attention;
       }
@@ -509,7 +517,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
       u64 bias = cache_->bias(m.bits(), mmu_);
       if (m.windowed) hold(bias);
       unsigned count = 0;  // of the block, for the divergence checker
-      const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip, bias) : nullptr;
+      const u8* code = tag == frame::kNoTag ? cache_->recall(s_.rip) : nullptr;
       if (code == nullptr) {
         CodeBlock* const guess = tag != frame::kNoTag && tag_epoch == cache_->epoch() ? cache_->led_to(tag) : nullptr;
         CodeBlock* b = lookup(s_.rip, m, ungrouped, guess);
@@ -519,7 +527,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
             hold(bias);
             if (!b->pic) cache_->arrive(s_.rip, b->gpa.page());
           }
-          if (lockstep_ == nullptr && !ungrouped) cache_->remember(*b, s_.rip, bias);
+          if (lockstep_ == nullptr && !ungrouped) cache_->remember(*b, s_.rip);
           if (lockstep_ != nullptr) count = b->count;
           else if (tag != frame::kNoTag && tag_epoch == cache_->epoch()) cache_->link(tag, b, s_.rip, bias);
           code = b->code + b->entry;

@@ -108,7 +108,7 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     frame_.bias_high = static_cast<u32>(bias >> 48);
     frame_.bias_negated = 0 - frame_.bias_high;
   }
-  const u8* recall_common(u64 bias, TranslateMode mode);
+  const u8* recall_common(TranslateMode mode);
   void hold(u64 bias) {
     cache_->hold(bias, [&](u64 linear, Gpa page) {
       Gpa now;

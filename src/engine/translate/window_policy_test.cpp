@@ -36,9 +36,9 @@ class Sampled {
     m_.s.cr3 = kSpaces[space] | (space + 1);
     m_.mmu().set_cr3(m_.s.cr3, true);
     m_.s.rip = rip;
-    m_.c().attention() = 1;
+    m_.c().attention().raise(1);
     EXPECT_EQ(m_.resume(10).result, Interpreter::Result::Attention);
-    m_.c().attention() = 0;
+    m_.c().attention().take();
     return m_.mmu().window() != Mmu::WindowState::None;
   }
   /// It reads a byte of each of so many pages that the TLB does not know.
