@@ -102,6 +102,8 @@ BlockGuest::BlockGuest(BlockMode mode, Translation translation)
   for (u64 i = 0; i < kBlockCodePages; i++) map(kCode + i * kPageSize, kCodeGpa + i * kPageSize, true, true);
   for (u64 i = 0; i < kBlockDataPages; i++) map(kData + i * kPageSize, kDataGpa + i * kPageSize, true, true);
   for (u64 i = 0; i < kBlockStackPages; i++) map(kBlockStack + i * kPageSize, kStackGpa + i * kPageSize, true, true);
+  if (mode_ != BlockMode::User32)
+    for (u64 i = 0; i < kBlockStackPages; i++) map(kBlockFarStack + i * kPageSize, kStackGpa + i * kPageSize, true, true);
   map(kBlockReadOnly, kReadOnlyGpa, true, false);
   map(kBlockDevice, 0x10000000, true, true);
   const GuestFeatures& f = context().features = host_features();
@@ -142,7 +144,8 @@ std::span<const u8> BlockGuest::fetched(u64 linear) const {
   constexpr Region kRegions[] = {{kCode, kCodeGpa, kBlockCodePages},
                                  {kData, kDataGpa, kBlockDataPages},
                                  {kBlockReadOnly, kReadOnlyGpa, 1},
-                                 {kBlockStack, kStackGpa, kBlockStackPages}};
+                                 {kBlockStack, kStackGpa, kBlockStackPages},
+                                 {kBlockFarStack, kStackGpa, kBlockStackPages}};
   for (const Region& r : kRegions) {
     const u64 offset = linear - r.linear;
     if (offset >= r.pages * kPageSize) continue;

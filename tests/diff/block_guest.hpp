@@ -15,10 +15,11 @@ namespace ring3::diff {
 enum class BlockMode : u8 { User64, Kernel64, Window64, User32, kCount };
 const char* name(BlockMode mode);
 
-// The guest's address space, all below 2 GiB. Code is writable.
+// The guest's address space, below 2 GiB but for one mapping. Code is writable.
 inline constexpr u64 kBlockCodePages = 4, kBlockDataPages = 16, kBlockStackPages = 4;
 inline constexpr u64 kBlockReadOnly = kData + kBlockDataPages * 0x1000;  ///< one page; behind it nothing
 inline constexpr u64 kBlockStack = 0x18000000;
+inline constexpr u64 kBlockFarStack = 0x7ffd00000000;  ///< the same pages where Linux has stacks
 inline constexpr u64 kBlockDevice = 0x1a000000;
 
 class BlockGuest {

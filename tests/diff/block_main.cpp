@@ -134,6 +134,7 @@ class Comparison {
       if (is_pointer(mode_, r)) s.gpr[r] = pointer_value(rng);
     s.gpr[RSP] = kBlockStack + 0x1000 + 8 * rng.below(0x300);
     if (rng.one_in(6)) s.gpr[RSP] = kBlockStack + 0x1000 * (1 + rng.below(3)) + 4 * rng.below(16);
+    if (mode_ == BlockMode::Window64 && rng.below(3) != 0) s.gpr[RSP] += kBlockFarStack - kBlockStack;
     if (mode_ == BlockMode::User32)
       for (u64& g : s.gpr) g = static_cast<u32>(g);
     s.rflags = rflags::FIXED1 | rflags::IF | (c.regs.rflags & rflags::STATUS);

@@ -131,6 +131,10 @@ class Writer {
       case 9:
         put({0x9c, 0x9d});  // pushf; popf
         return;
+      case 14:
+        if (mode_ != BlockMode::Window64) break;
+        stack_pointer();
+        return;
       case 10:
         if (mode_ != BlockMode::Kernel64) break;
         put({rng_.below(2) ? 0xfau : 0xfbu});  // cli, sti
@@ -149,6 +153,21 @@ class Writer {
   }
 
   /// Out to memory at RBX and, most of the time, in again.
+  /// rSP elsewhere, and back most often.
+  void stack_pointer() {
+    const unsigned by = 8 * static_cast<unsigned>(rng_.below(16));
+    switch (rng_.below(8)) {
+      case 0: put({0x48, 0x83, 0xec, by}), plain(), put({0x48, 0x83, 0xc4, by}); return;              // sub rsp, by; …; add rsp, by
+      case 1: put({0x48, 0x8d, 0x64, 0x24, by}), plain(), put({0x48, 0x8d, 0x64, 0x24, (0u - by) & 0xff}); return;  // lea rsp, [rsp ± by]
+      case 2: put({0x48, 0x83, 0xe4, 0xf0}); return;                                                   // and rsp, -16
+      case 3: put({0x4c, 0x8d, 0x04, 0x24, 0x48, 0x89, 0xec, 0x50, 0x58}), plain(), put({0x4c, 0x89, 0xc4}); return;  // lea r8, [rsp]; mov rsp, rbp; push rax; pop rax; …; mov rsp, r8
+      case 4: put({0x48, 0x87, 0xdc, 0x52, 0x5a, 0x48, 0x87, 0xdc}); return;                           // xchg rsp, rbx; push rdx; pop rdx; and back
+      case 5: put({0x55, 0x48, 0x8d, 0x6c, 0x24, 0xf0}), plain(), put({0x48, 0x8d, 0x6c, 0x24, 0x00, 0xc9}); return;  // push rbp; lea rbp, [rsp - 16]; …; lea rbp, [rsp]; leave
+      case 6: put({0x54, 0x5c}); return;                                                               // push rsp; pop rsp
+      default: put({0x48, 0x81, 0xec}), put32(0x7000000), put({0x48, 0x81, 0xc4}), put32(0x7000000);     // sub rsp, large; add rsp, large
+    }
+  }
+
   void x87_state() {
     static constexpr u8 kForms[][2] = {{0xae, 0}, {0xdd, 6}, {0xd9, 6}, {0xd9, 7}};  // FXSAVE, FNSAVE, FNSTENV, FNSTCW
     const auto form = [&](u8 opcode, u8 reg) {

@@ -277,6 +277,7 @@ void BlockBuilder::finish() {
   finish_x87();
   finish_zmm();
   finish_low_targets();
+  finish_stack_checks();
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
     e_.bind(i.entry);
@@ -343,6 +344,8 @@ void BlockBuilder::start_over() {
   stubs_.clear();
   misses_.clear();
   low_targets_.clear();
+  stack_misses_.clear();
+  stack_known_ = false;
   group_misses_.clear();
   x87_loads_.clear();
   zmm_loads_.clear();
@@ -402,6 +405,7 @@ std::size_t BlockBuilder::body(std::size_t first, std::size_t count) {
       flags_ = flags;
       return n;
     }
+    if (!ended_) after(i);
     for (unsigned k = 0; k < consumed_; k++) {
       rip_ += request_->insns[n + k].length;
       for (Group& g : groups_) follow(request_->insns[n + k], &g);
@@ -425,11 +429,14 @@ void BlockBuilder::tail(std::size_t done) {
 
 /// Whether the first thing that happens to the flags is a check that would move them to the frame.
 bool BlockBuilder::enters_in_frame(std::size_t count) const {
+  const bool stacked = request_->mode.stacked && !loop_.on;
   for (std::size_t n = 0; n < count; n++) {
     const DecodedInsn& i = request_->insns[n];
     switch (family_of(i.op)) {
       case Family::Push:
       case Family::Pop:
+        if (stacked) break;
+        return true;
       case Family::Leave:
       case Family::Call:
       case Family::Ret:
@@ -440,8 +447,9 @@ bool BlockBuilder::enters_in_frame(std::size_t count) const {
       default:
         break;
     }
+    const bool on_stack = stacked && i.mem.base == RSP && i.mem.index == kNoReg && i.mem.seg != FS && i.mem.seg != GS;
     for (const Operand& o : i.operands)
-      if (o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0) return true;
+      if (o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0 && !on_stack) return true;
     if (use_[n].touches) return false;
   }
   return false;
@@ -499,6 +507,7 @@ bool BlockBuilder::run(const BlockRequest& request, TranslatedBlock* out) {
   for (std::size_t n = 0; n < count; n++) use_[n] = flag_use(request.insns[n]);
   if (request.mode.windowed) foresight_.look(request, count);
 
+  by_tlb_ = false;
   plan_loop(count);
   // Of windowed code, only those that are better off so: all checks are before the loop.
   if (request.mode.windowed && loop_.on && !all_hoisted(count)) loop_.on = false;

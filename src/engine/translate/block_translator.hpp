@@ -25,8 +25,11 @@ struct TranslateMode {
   bool gs_flat = false;
   /// 64-bit user code that reaches memory through host windows (windows.cpp).
   bool windowed = false;
+  /// windowed: rSP is in the stacks' region (Window::kStacks), whose constant is the gs base.
+  bool stacked = false;
+  bool near_fs = false;  ///< stacked: FS's base is in that region too
   u8 bits() const {
-    return static_cast<u8>(user | sse << 1 | avx << 2 | (lazy | windowed) << 3 | code32 << 4 | fs_flat << 5 | gs_flat << 6);
+    return static_cast<u8>(user | sse << 1 | avx << 2 | (lazy | windowed) << 3 | code32 << 4 | (fs_flat | stacked) << 5 | (gs_flat | near_fs) << 6);
   }
 };
 

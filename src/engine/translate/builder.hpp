@@ -227,11 +227,19 @@ class BlockBuilder {
   void add_segment(u8 to, const Address& a);
   bool access(const Address& a, u8 size, Kind kind, bool aligned, Access* out);
   void operand_of(const Address& a, Access* out);
-  void emit_tlb_mask();
+  void emit_tlb_mask();  ///< r15 is an entry's offset: tlb(kScratch1, …) reaches it from here on
+  HostMem tlb(u8 entry, u32 disp) const { return request_->mode.stacked ? HostMem::at(entry, static_cast<i32>(disp)) : HostMem::tlb(entry, disp); }
   void emit_start_compare(u32 size);
   void emit_rorx(u8 to, u8 from, u8 count);
   // ---- windows.cpp ----
   bool windowed() const { return request_->mode.windowed && !by_tlb_ && !loop_.on; }
+  bool stacked() const { return windowed() && request_->mode.stacked; }
+  /// Off rSP alone: by the gs base, where that is the stacks' constant.
+  bool off_stack(const Address& a) const { return stacked() && groupable(a) && a.base == RSP && a.index == kNoReg; }
+  void after(const DecodedInsn& i);  ///< rSP stays where TranslateMode::stacked says
+  bool stack_comes() const;
+  void emit_stack_check();
+  void finish_stack_checks();
   bool by_window(const Address& a) const;
   void window_access(const Address& a, Access* out);
   void window_point();  ///< what comes now may fault in the window, on this instruction's account
@@ -391,6 +399,14 @@ class BlockBuilder {
   bool by_tlb_ = false;  ///< this instruction reaches memory through the TLB also in windowed code
   Loop loop_;
   bool in_second_body_ = false;
+  /// After an instruction: rSP is in another region.
+  struct StackMiss {
+    Label entry;
+    u64 next = 0;
+    bool in_frame = false;  ///< the flags
+  };
+  std::vector<StackMiss> stack_misses_;
+  bool stack_known_ = false;  ///< something near rSP was reached in this block, or rSP was looked at
   std::vector<Miss> misses_;  ///< of the jump table; r14 = target
   std::vector<LowTarget> low_targets_;
   std::vector<X87Load> x87_loads_, zmm_loads_;

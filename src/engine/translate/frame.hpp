@@ -15,7 +15,8 @@
 ///   r10, r11                              the guest's r13, r14
 ///   r13                                   the guest's rsp
 ///   r9                                    &JitFrame + RING3_FRAME_CENTRE
-///   gs base                               the TLB's current bank (JitFrame::tlb)
+///   gs base                               the TLB's current bank (JitFrame::tlb), or in TranslateMode::stacked the constant of
+///                                         the stacks' region
 ///   in the frame                          the guest's r9, r10, r11, r15: those that compilers use least
 ///   r14, r15                              scratch
 ///   rsp                                   the host's stack, with the shadow stack of returns on its end: 8-byte
@@ -37,8 +38,7 @@ namespace ring3::engine {
 
 struct alignas(64) JitFrame {
   u64 r9 = 0, r10 = 0, r11 = 0, r15 = 0;
-  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank, where the thread's gs base is; only STAC and CLAC
-                        ///< change it in a block
+  u64 tlb = 0;          ///< Mmu::TlbEntry[kTlbSize] of the current bank; only STAC and CLAC change it in a block
   AttentionWord attention;  ///< Context::attention(): bits that are not zero ask to leave
   u64 page = 0;         ///< linear address of the page that runs, for position-independent code
   u64 jump_table = 0;   ///< JumpTable of the address space and mode
@@ -153,6 +153,7 @@ struct alignas(64) JitFrame {
   u64 common_table = 0;
   u64 common_mode = 0;  ///< the keys' upper part
   u64 shadow_base = 0;  ///< rsp of an empty shadow stack
+  u64 host_gs = 0;      ///< the thread's gs base; 0: the caller's
   u64 kernel_start = 0 - (1ull << 47);  ///< of the canonical addresses' upper half
 };
 
@@ -178,7 +179,7 @@ enum class SystemOp : u32 {
 
 namespace frame {
 inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_FRAME_R11, kR15 = RING3_FRAME_R15,
-                     kAttention = RING3_FRAME_ATTENTION, kJumpMask = RING3_FRAME_JUMP_MASK, kUserEnd = RING3_FRAME_USER_END,
+                     kTlb = RING3_FRAME_TLB, kAttention = RING3_FRAME_ATTENTION, kJumpMask = RING3_FRAME_JUMP_MASK, kUserEnd = RING3_FRAME_USER_END,
                      kKernelStart = RING3_FRAME_KERNEL_START, kFsBase = RING3_FRAME_FS_BASE,
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
@@ -211,6 +212,7 @@ RING3_CHECK_OFFSET(r9, RING3_FRAME_R9);
 RING3_CHECK_OFFSET(r10, RING3_FRAME_R10);
 RING3_CHECK_OFFSET(r11, RING3_FRAME_R11);
 RING3_CHECK_OFFSET(r15, RING3_FRAME_R15);
+RING3_CHECK_OFFSET(tlb, RING3_FRAME_TLB);
 RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
 static_assert(offsetof(AttentionWord, bits) == 0 && offsetof(AttentionWord, jump_mask) == RING3_FRAME_JUMP_MASK - RING3_FRAME_ATTENTION);
 RING3_CHECK_OFFSET(user_end, RING3_FRAME_USER_END);

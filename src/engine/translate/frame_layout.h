@@ -6,6 +6,7 @@
 #define RING3_FRAME_R10 8
 #define RING3_FRAME_R11 16
 #define RING3_FRAME_R15 24
+#define RING3_FRAME_TLB 32
 #define RING3_FRAME_ATTENTION 40
 #define RING3_FRAME_JUMP_MASK 44
 #define RING3_FRAME_PAGE 48
@@ -65,9 +66,9 @@
 #define RING3_FRAME_COMMON_TABLE 2832
 #define RING3_FRAME_COMMON_MODE 2840
 #define RING3_FRAME_SHADOW_BASE 2848
-#define RING3_FRAME_KERNEL_START 2856
+#define RING3_FRAME_KERNEL_START 2864
 
-/* The software TLB, at the gs base: entry at (linear >> SHIFT) & MASK, the page's physical address at GPA + a quarter of that. */
+/* The software TLB: entry at (linear >> SHIFT) & MASK, the page's physical address at GPA + a quarter of that. */
 #define RING3_TLB_SHIFT 7
 #define RING3_TLB_MASK 0xfffe0
 #define RING3_TLB_EXEC_TAG 16

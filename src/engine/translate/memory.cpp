@@ -199,14 +199,16 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     if ((v & (kPageSize - 1)) + size > kPageSize || (aligned && (v & (size - 1u)) != 0)) return false;
     const u32 entry = static_cast<u32>((v >> frame::kTlbShift) & frame::kTlbMask);
     const u64 page = v & kPageMask;
+    const u8 none = request_->mode.stacked ? u8{kScratch1} : u8{kHostNone};
+    if (none != kHostNone) e_.load(kScratch1, HostMem::frame(frame::kTlb));
     if (fits(page)) {
-      e_.cmp_imm(HostMem::tlb(kHostNone, entry + tag), static_cast<i32>(page));
+      e_.cmp_imm(tlb(none, entry + tag), static_cast<i32>(page));
     } else {
       e_.mov_imm(kScratch0, page);
-      e_.cmp(kScratch0, HostMem::tlb(kHostNone, entry + tag));
+      e_.cmp(kScratch0, tlb(none, entry + tag));
     }
     e_.jcc(5, s.entry);
-    e_.load(kScratch1, HostMem::tlb(kHostNone, entry + frame::kTlbAddend));
+    e_.load(kScratch1, tlb(none, entry + frame::kTlbAddend));
     e_.bind(s.resume);
     if (fits(v)) {
       *out = {HostMem::at(kScratch1, static_cast<i32>(v)), true, false};
@@ -223,9 +225,9 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     emit_rip(kScratch0, static_cast<i64>(a.value) - at);
     emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
     emit_tlb_mask();
-    e_.cmp(kScratch0, HostMem::tlb(kScratch1, tag));
+    e_.cmp(kScratch0, tlb(kScratch1, tag));
     e_.jcc(5, s.entry);
-    e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
+    e_.load(kScratch1, tlb(kScratch1, frame::kTlbAddend));
     e_.bind(s.resume);
     if (const Group* g = open_page_group(a, kind)) {
       e_.encode({.w = true, .opcode = 0x01, .reg = kScratch0, .rm = kScratch1});  // add r15, r14
@@ -245,7 +247,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
   emit_rorx(kScratch1, in_registers && a.base != kNoReg && a.index == kNoReg && a.disp == 0 ? host(a.base) : kScratch0,
             frame::kTlbShift);
   emit_tlb_mask();
-  e_.xor_(kScratch0, HostMem::tlb(kScratch1, tag));
+  e_.xor_(kScratch0, tlb(kScratch1, tag));
   if (aligned) {
     e_.test_imm(kScratch0, -static_cast<i32>(kPageSize) | (size - 1));
     e_.jcc(5, s.entry);
@@ -253,7 +255,7 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     emit_start_compare(size);
     e_.jcc(7, s.entry);
   }
-  e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
+  e_.load(kScratch1, tlb(kScratch1, frame::kTlbAddend));
   e_.bind(s.resume);
   operand_of(a, out);
   return true;
@@ -278,6 +280,7 @@ void BlockBuilder::operand_of(const Address& a, Access* out) {
 /// r15 is masked to the offset of a TLB entry. Three bytes less than with an immediate.
 void BlockBuilder::emit_tlb_mask() {
   e_.encode({.opcode = 0x23, .reg = kScratch1, .memory = true, .mem = HostMem::frame(RING3_FRAME_TLB_MASK)});  // and
+  if (request_->mode.stacked) e_.add(kScratch1, HostMem::frame(frame::kTlb));
 }
 
 /// Above: an access of this size that starts at offset r14 does not end in the same page.
@@ -296,10 +299,10 @@ void BlockBuilder::emit_group_check(const Address& first, u32 size, bool write, 
   emit_address(kScratch0, first);
   emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
   emit_tlb_mask();
-  e_.xor_(kScratch0, HostMem::tlb(kScratch1, write ? frame::kTlbWriteTag : frame::kTlbReadTag));
+  e_.xor_(kScratch0, tlb(kScratch1, write ? frame::kTlbWriteTag : frame::kTlbReadTag));
   emit_start_compare(size);
   e_.jcc(7, miss);
-  e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
+  e_.load(kScratch1, tlb(kScratch1, frame::kTlbAddend));
 }
 
 /// Flags stay.

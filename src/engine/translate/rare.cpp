@@ -95,6 +95,7 @@ bool BlockBuilder::segment_base(const DecodedInsn& i) {
     if (special(o.reg)) e_.store(slot(o.reg), to);
     return true;
   }
+  if (fs && request_->mode.near_fs) return false;  // the mode changes with it
   clobber_flags();
   const u8 from = value_of(o.reg, kScratch0);
   if (o.size == 4) {
@@ -118,9 +119,9 @@ void BlockBuilder::check_edge() {
   e_.mov(kScratch1, kScratch0);
   e_.shr(kScratch1, frame::kTlbShift);
   emit_tlb_mask();
-  e_.cmp(kScratch0, HostMem::tlb(kScratch1, frame::kTlbExecTag));
+  e_.cmp(kScratch0, tlb(kScratch1, frame::kTlbExecTag));
   e_.jcc(kNotEqual, interpret_label());
-  e_.add(kScratch0, HostMem::tlb(kScratch1, frame::kTlbAddend));
+  e_.add(kScratch0, tlb(kScratch1, frame::kTlbAddend));
   for (unsigned n = 0; n < request_->edge;) {
     const unsigned left = request_->edge - n;
     const u8 size = left >= 4 ? 4 : left >= 2 ? 2 : 1;

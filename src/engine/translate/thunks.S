@@ -269,13 +269,19 @@ thunk ring3_jit_exit_next_frame
     shr $RING3_TLB_SHIFT, %r15
     and $RING3_TLB_MASK, %r15d
     and $-4096, %r14
-    cmp %gs:RING3_TLB_EXEC_TAG(%r15), %r14
-    jne \miss
+    mov %rax, SLOT(RING3_FRAME_SAVED_RAX)
+    mov SLOT(RING3_FRAME_TLB), %rax
+    cmp RING3_TLB_EXEC_TAG(%rax, %r15), %r14
+    jne 75f
     shr $2, %r15d
     mov SLOT(RING3_FRAME_EXIT_RIP), %r14
     and $4095, %r14d
-    add %gs:RING3_TLB_GPA(%r15), %r14
-    add SLOT(RING3_FRAME_COMMON_MODE), %r14
+    add RING3_TLB_GPA(%rax, %r15), %r14
+    mov SLOT(RING3_FRAME_SAVED_RAX), %rax
+    jmp 76f
+75: mov SLOT(RING3_FRAME_SAVED_RAX), %rax
+    jmp \miss
+76: add SLOT(RING3_FRAME_COMMON_MODE), %r14
     xor %r15d, %r15d
     crc32q %r14, %r15
     and $0xffff, %r15d

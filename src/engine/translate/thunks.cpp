@@ -76,11 +76,14 @@ void enter_translated(const u8* code, const JitFrame& frame) { ring3_jit_enter(c
 bool host_can_translate() { return __builtin_cpu_supports("avx") && __builtin_cpu_supports("bmi2"); }
 
 JitGsBase::JitGsBase() : previous_(gs_base()) {}
-void JitGsBase::use(JitFrame* frame, const Mmu::TlbEntry* tlb) {
-  if (frame->tlb == reinterpret_cast<u64>(tlb)) return;
+void JitGsBase::use(JitFrame* frame, const Mmu::TlbEntry* tlb, u64 base) {
   frame->tlb = reinterpret_cast<u64>(tlb);
-  set_gs_base(frame->tlb);
+  if (base == 0) base = frame->tlb;
+  if (frame->host_gs == base) return;
+  frame->host_gs = base;
+  set_gs_base(base);
 }
+bool JitGsBase::any() { return has_fsgsbase(); }
 void JitGsBase::put_back(u64 previous) { set_gs_base(previous); }
 JitGsBase::~JitGsBase() { set_gs_base(previous_); }
 

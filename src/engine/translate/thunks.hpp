@@ -31,8 +31,10 @@ class JitGsBase {
   JitGsBase();
   ~JitGsBase();
   u64 previous() const { return previous_; }
-  /// Translated code's accesses go by tlb from now on. frame->tlb says what the thread's base is; nullptr: the caller's.
-  static void use(JitFrame* frame, const Mmu::TlbEntry* tlb);
+  /// Translated code's accesses go by tlb from now on, and by this base; 0: tlb is it. frame->host_gs says what it is.
+  static void use(JitFrame* frame, const Mmu::TlbEntry* tlb, u64 base = 0);
+  /// Whether it can be any canonical address: those of the upper half need the host's FSGSBASE.
+  static bool any();
   /// What the destructor does, where it was jumped over.
   static void put_back(u64 previous);
   JitGsBase(const JitGsBase&) = delete;

@@ -209,6 +209,8 @@ u64 TranslatorVcpu::go_on() {
     const Mmu::WindowState window = mmu_.window();
     if (window == Mmu::WindowState::Stale || window_.fault != 0) return RING3_TRANSIT_DONE;
     m.windowed = window == Mmu::WindowState::Ready;
+    m.stacked = m.windowed && near_stacks(frame_.kept[8]);
+    m.near_fs = m.stacked && near_stacks(s_.seg[FS].base);
   }
   const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
   if (m.windowed && !cache_->holds(bias)) return RING3_TRANSIT_DONE;
@@ -220,7 +222,7 @@ u64 TranslatorVcpu::go_on() {
   if (vectors == RING3_VECTORS_WANTED) loaded_avx_ = m.avx;
   frame_.vectors = vectors;
   set_jumps(bias, m);
-  JitGsBase::use(&frame_, mmu_.tlb());
+  JitGsBase::use(&frame_, mmu_.tlb(), gs_constant_);
   return reinterpret_cast<u64>(code);
 }
 

@@ -234,6 +234,8 @@ TranslateMode TranslatorVcpu::mode() {
   } else if (m.user) {
     if (options_.window_samples == 1 && window_.patience == 0 && mmu_.window() == Mmu::WindowState::None && lockstep_ == nullptr) open_window();
     m.windowed = window_.open != 0 && use_window();
+    m.stacked = m.windowed && near_stacks(s_.gpr[RSP]);
+    m.near_fs = m.stacked && near_stacks(s_.seg[FS].base);
   }
   return m;
 }
@@ -476,7 +478,7 @@ void TranslatorVcpu::enter(const u8* code) {
   frame_.exit_rip = s_.rip;
   const Mmu::TlbEntry* shadow = lockstep_ != nullptr ? lockstep_->tlb() : nullptr;
   frame_.stack_limit = 0;
-  JitGsBase::use(&frame_, shadow != nullptr ? shadow : mmu_.tlb());
+  JitGsBase::use(&frame_, shadow != nullptr ? shadow : mmu_.tlb(), gs_constant_);
   enter_translated(code, frame_);
   s_.gpr[R9] = frame_.r9;
   s_.gpr[R10] = frame_.r10;
@@ -494,7 +496,7 @@ Interpreter::Result TranslatorVcpu::run(u64 budget) {
   limit_ = limit;
   arm_host_faults(false);  // vector code runs translated with masked exceptions alone
   const JitGsBase gs;
-  frame_.tlb = 0;
+  frame_.host_gs = 0;
   gs_before_ = gs.previous();
   in_run_ = true;
   const struct Leave {

@@ -15,6 +15,7 @@
 #include "engine/translate/kept_code.hpp"
 #include "engine/translate/lockstep.hpp"
 #include "engine/translate/perf_map.hpp"
+#include "engine/translate/thunks.hpp"
 
 /// Runs a vCPU by translation: 64-bit code runs as host code, everything else (other modes, shadows,
 /// single stepping, instructions that the translator leaves out, faulting and device accesses) goes to
@@ -98,8 +99,13 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     m->sse = vectors_run();
     m->avx = m->sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
   }
+  /// TranslateMode::stacked, near_fs. All of the window's constants but the stacks' may be made while code runs.
+  bool near_stacks(u64 address) const {
+    return any_gs_ && address >> frame::kRegionShift == Window::kStacks && !Window::is_no_delta(frame_.window_deltas[Window::kStacks]);
+  }
   /// Indirect jumps and links hold under this bias from now on.
   void set_jumps(u64 bias, TranslateMode mode) {
+    gs_constant_ = mode.stacked ? frame_.window_deltas[Window::kStacks] : 0;
     const bool common = mode.user && !mode.code32 && lockstep_ == nullptr;
     frame_.common_table = common ? reinterpret_cast<u64>(cache_->common_table()) : 0;
     frame_.common_mode = CodeCache::common_key(Gpa(0), mode.bits());
@@ -199,6 +205,8 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
   std::unique_ptr<Lockstep> lockstep_;  ///< null: blocks run unchecked
   bool in_run_ = false;
   u64 gs_before_ = 0;          ///< while in_run_
+  const bool any_gs_ = JitGsBase::any();
+  u64 gs_constant_ = 0;        ///< the gs base of TranslateMode::stacked; 0: the TLB
   /// Instructions that blocks leave to the interpreter, by number.
   struct Left {
     DecodedInsn insn;

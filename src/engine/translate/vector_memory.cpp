@@ -54,10 +54,10 @@ bool BlockBuilder::gather(const DecodedInsn& i) {
     e_.lea(kScratch0, at);
     emit_rorx(kScratch1, kScratch0, frame::kTlbShift);
     emit_tlb_mask();
-    e_.xor_(kScratch0, HostMem::tlb(kScratch1, frame::kTlbReadTag));
+    e_.xor_(kScratch0, tlb(kScratch1, frame::kTlbReadTag));
     emit_start_compare(element);
     e_.jcc(kAbove, interpret);
-    e_.load(kScratch1, HostMem::tlb(kScratch1, frame::kTlbAddend));
+    e_.load(kScratch1, tlb(kScratch1, frame::kTlbAddend));
     if (base != kNoReg) {
       Encoding add{.w = true, .opcode = 0x03, .reg = kScratch1};
       add.memory = special(base);

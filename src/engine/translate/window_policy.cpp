@@ -36,6 +36,7 @@ bool TranslatorVcpu::open_region(u64 pc, u64* r15) {
   DecodedInsn insn;
   // SAFETY: the arena has more than one instruction's bytes behind every instruction of a block.
   if (decode(reinterpret_cast<const u8*>(pc), 15, CodeMode::Bits64, false, false, &insn) != DecodeResult::Ok) return false;
+  if (insn.mem.seg == GS) return false;  // what stands there is the guest's address
   const auto named = [&](u8 reg) { return insn.mem.base == reg || insn.mem.index == reg; };
   if (!named(kHostR15) && !named(kHostR14)) return false;
   u64& constant = named(kHostR15) ? r15[0] : r15[1];
@@ -142,6 +143,7 @@ void TranslatorVcpu::sample_window() {
 void TranslatorVcpu::open_window() {
   window_.samples = 0;
   if (!mmu_.open_window(frame_.window_deltas, &frame_.window_first)) return;
+  (void)mmu_.open_window_region(Window::kStacks << frame::kRegionShift);
   window_.open = s_.cr3 & kSpace;
   window_.since = __builtin_ia32_rdtsc();
   window_.cost = 0;

@@ -15,6 +15,10 @@
 /// comes back, or leaves the guest instruction to the interpreter. So, unlike with the TLB's check, the access itself may
 /// end an instruction: nothing of the guest's state changes before the last one.
 ///
+/// Stacks: in TranslateMode::stacked, rSP is in the stacks' region, and what is off it is reached by the gs base, which is that
+/// region's constant: no check, and no constant to load. after() says why rSP stays there. So are others that are certain to be in it, and
+/// what is near FS's base where that is (near_fs).
+///
 /// In some blocks (plan_regions()) a register of another region leaves the block instead of taking that region's constant: what it was
 /// checked for is certain from there on, and needs no slot.
 ///
@@ -86,9 +90,10 @@ void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool 
   e_.bind(m.resume);
 }
 
-/// An access off one register.
+/// An access off one register, which may be in any region.
 bool BlockBuilder::region_operand(const DecodedInsn& i, const Operand& o, Address* out) const {
-  return o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0 && address_of(i, out) && groupable(*out) && out->index == kNoReg;
+  return o.kind == OperandKind::Mem && (o.access & kReadWrite) != 0 && address_of(i, out) && groupable(*out) && out->index == kNoReg &&
+         !off_stack(*out);
 }
 
 /// Whether certain regions pay: accesses off different registers, by turns, each of which would load its group's constant.
@@ -118,7 +123,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
       } else {
         turns += &*g != last;
       }
-      uses[Window::named_for(g->region)]++;
+      if (!stacked() || !Window::is_twin(g->region)) uses[Window::named_for(g->region)]++;
       last = &*g;
     }
     for (Group& g : groups) follow(i, &g);
@@ -201,9 +206,71 @@ void BlockBuilder::regions_ahead() {
   insn_ = &request_->insns[here];
 }
 
+/// Where nothing has been reached off rSP in this block: whether it comes before anything else is, or leaves the block.
+bool BlockBuilder::stack_comes() const {
+  for (std::size_t n = index_ + 1; n < count_; n++) {
+    const DecodedInsn& i = request_->insns[n];
+    u32 written = 0;
+    if (i.opsize == 8 && (i.op == Op::Push || i.op == Op::Pop || i.op == Op::Call || i.op == Op::Ret) && !i.has(kHasMem)) return true;
+    if (i.has(kHasMem) || i.op == Op::Jcc || !written_registers(i, &written) || (written >> RSP & 1) != 0) return false;
+  }
+  return false;
+}
+
+/// rSP may be used without a look at where it points (TranslateMode::stacked): it is in the stacks' region at entry, and a MiB or
+/// less from there at every exit. What is reached off it is in the region, for the guard around that is never mapped; so an
+/// instruction that moves it by a constant needs a look only where nothing near is reached in this block, and any other needs one.
+void BlockBuilder::after(const DecodedInsn& i) {
+  if (!request_->mode.stacked) return;
+  u32 written = 0;
+  if (written_registers(i, &written)) {
+    if ((written >> RSP & 1) == 0) return;
+    const bool reached = (i.op == Op::Push || i.op == Op::Pop) && windowed();
+    i64 by = 0;
+    if (moves_by(i, RSP, &by) && (reached || stack_known_ || stack_comes())) return;
+  }
+  emit_stack_check();
+  stack_known_ = true;
+}
+
+void BlockBuilder::emit_stack_check() {
+  const bool live = live_[index_ + 1] != 0;
+  stack_misses_.push_back({{}, next_rip(), flags_ == Flags::Frame});
+  Label& miss = stack_misses_.back().entry;
+  if (flags_ != Flags::Host || !live) {
+    emit_region_compare(kHostR13, Window::kStacks, kScratch1, miss);
+    if (flags_ == Flags::Host) flags_ = Flags::Dead;
+    return;
+  }
+  emit_region_number(kHostR13);
+  e_.mov(kScratch0, kHostRcx);
+  e_.lea32(kHostRcx, HostMem::at(kScratch1, -static_cast<i32>(Window::kStacks)));
+  const u32 over = e_.jrcxz_short(8);
+  e_.mov(kHostRcx, kScratch0);
+  e_.jmp(miss);
+  e_.bind_short(over);
+  e_.mov(kHostRcx, kScratch0);
+}
+
+/// The run loop goes on in another mode.
+void BlockBuilder::finish_stack_checks() {
+  for (StackMiss& m : stack_misses_) {
+    e_.bind(m.entry);
+    emit_rip(kScratch0, page_offset(m.next));
+    e_.mov_imm(kScratch1, frame::kNoTag);
+    e_.encode({.opcode = 0xff, .reg = 4, .memory = true,
+               .mem = HostMem::frame(m.in_frame ? frame::kExitNextFrame : frame::kExitNext)});
+  }
+}
+
 /// The constants of up to two regions stay in the scratch registers.
 void BlockBuilder::through_region(const Group& g, const Address& a, Access* out) {
   const u32 slot = delta_slot(g.region);
+  if (stacked() && Window::is_twin(g.region)) {  // the gs base
+    if (special(a.base)) e_.load_r14(slot_offset(a.base));
+    *out = {HostMem{special(a.base) ? u8{kScratch0} : host(a.base), kHostNone, 0, true, a.disp}, !special(a.base), true};
+    return;
+  }
   if (special(a.base)) {
     e_.load_r14(slot_offset(a.base));
     e_.load_r15(slot);
@@ -225,6 +292,20 @@ bool BlockBuilder::by_window(const Address& a) const {
 }
 
 void BlockBuilder::window_access(const Address& a, Access* out) {
+  if (off_stack(a)) {
+    *out = {HostMem{kHostR13, kHostNone, 0, true, a.disp}, true, true};
+    // A vector instruction's mask may spare all bytes, and nothing is reached.
+    if (insn_->op != Op::HostVec && insn_->op != Op::Vmaskmov) stack_known_ = true;
+    window_point();
+    return;
+  }
+  if (a.constant && a.segment == frame::kFsBase && request_->mode.near_fs && !a.narrow && a.bit == kNoReg &&
+      a.value + kWindowDisp < 2ull * kWindowDisp) {
+    e_.load_r14(frame::kFsBase);
+    *out = {HostMem{kScratch0, kHostNone, 0, true, static_cast<i32>(a.value)}, false, true};
+    window_point();
+    return;
+  }
   if (a.constant && a.segment == 0) {
     e_.load_r15(frame::kWindowFirst);
     *out = {HostMem::at(kScratch1, static_cast<i32>(a.value)), true, false};
