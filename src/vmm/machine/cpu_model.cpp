@@ -110,6 +110,29 @@ void trim_xsave(std::vector<kvm_cpuid_entry2>& entries, bool xsave, u32 componen
   }
 }
 
+/// Programs that are compiled for several processors choose by family and model alone (GCC's target_clones, arch=): a model must not
+/// have more than is offered. 0: as it is.
+u32 signature_for(std::vector<kvm_cpuid_entry2>& entries) {
+  constexpr u32 kIntel = 0x756e6547, kAmd = 0x68747541;  // leaf 0 EBX
+  constexpr u32 kHaswell = 0x306c3, kNehalem = 0x106a3, kCore2 = 0x6fb, kMilan = 0xa00f11;
+  const auto reaches = [&](Level level) {
+    return std::all_of(std::begin(kFeatures), std::end(kFeatures), [&](const Feature& f) {
+      const u32* const w = word_of(entries, f.word);
+      return f.level == kBase || f.level > level || (w != nullptr && (*w >> f.bit & 1) != 0);
+    });
+  };
+  const auto leaf = [&](u32 function) {
+    return std::find_if(entries.begin(), entries.end(), [&](const auto& e) { return e.function == function; });
+  };
+  const auto vendor = leaf(0), first = leaf(1);
+  if (vendor == entries.end() || first == entries.end()) return 0;
+  if (vendor->ebx == kIntel) return reaches(kV3) ? kHaswell : reaches(kV2) ? kNehalem : kCore2;
+  // Those before Zen 4 have not much more.
+  const u32 family = 0xf + (first->eax >> 20 & 0xff), model = (first->eax >> 12 & 0xf0) | (first->eax >> 4 & 0xf);
+  const bool zen4 = family > 0x19 || (family == 0x19 && ((model >= 0x10 && model <= 0x1f) || model >= 0x60));
+  return vendor->ebx == kAmd && zen4 ? kMilan : 0;
+}
+
 }  // namespace
 
 Result<std::vector<kvm_cpuid_entry2>> cpu_model(const std::string& specification, std::vector<kvm_cpuid_entry2> entries) {
@@ -194,6 +217,9 @@ Result<std::vector<kvm_cpuid_entry2>> cpu_model(const std::string& specification
       if (e.function == 7 && e.index == 0) e.eax = subleaf2 ? 2 : 0;
       e.edx |= kept;
     }
+    if (const u32 signature = signature_for(entries); signature != 0)
+      for (auto& e : entries)
+        if (e.function == 1) e.eax = signature;
   }
   return entries;
 }

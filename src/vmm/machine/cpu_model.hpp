@@ -18,6 +18,8 @@ namespace ring3::vmm {
 ///   x86-64-v2   exactly the levels of the psABI and the common others; refused when the level's own
 ///   x86-64-v3   features are not all there
 /// Names of features are those of /proc/cpuinfo, lower case, with - or _.
+/// Family and model are the host's with `host`. With the others, of Intel's: Haswell's where x86-64-v3 is all there, Nehalem's with
+/// v2, else Core 2's; of AMD's: from Zen 4 on Zen 3's.
 ///
 /// Nothing is offered that `supported` (KVM_GET_SUPPORTED_CPUID) lacks.
 /// Errors: EINVAL: unknown model or feature, one that this KVM does not offer.

@@ -45,6 +45,32 @@ TEST(CpuModel, DefaultKeepsOfLeafSevensSubleavesWhatItKnows) {
   EXPECT_EQ(at(*model, 7, 2).edx, 0x30u);  // BHI_CTRL, MCDT_NO
 }
 
+// GCC's target_clones choose by family and model: those of a host with AVX-512 led programs to it that the model does not offer.
+TEST(CpuModel, FamilyAndModelHaveNoMoreThanIsOffered) {
+  constexpr u32 kRocketLake = 0xa0671, kZen3 = 0xa00f11, kZen4 = 0xa10f11, kZen2 = 0x830f10;
+  const auto signature = [](const std::string& specification, u32 vendor, u32 host) {
+    auto entries = everything();
+    entries[0].ebx = vendor;
+    entries[1].eax = host;
+    auto model = cpu_model(specification, entries);
+    EXPECT_TRUE(model.ok());
+    return at(*model, 1, 0).eax;
+  };
+  constexpr u32 kIntel = 0x756e6547, kAmd = 0x68747541;
+  EXPECT_EQ(signature("host", kIntel, kRocketLake), kRocketLake);
+  EXPECT_EQ(signature("default", kIntel, kRocketLake), 0x306c3u);
+  EXPECT_EQ(signature("x86-64-v3,+avx512f", kIntel, kRocketLake), 0x306c3u);
+  EXPECT_EQ(signature("x86-64-v3,-movbe", kIntel, kRocketLake), 0x106a3u);
+  EXPECT_EQ(signature("default,-avx", kIntel, kRocketLake), 0x106a3u);
+  EXPECT_EQ(signature("x86-64-v2", kIntel, kRocketLake), 0x106a3u);
+  EXPECT_EQ(signature("x86-64-v2,-popcnt", kIntel, kRocketLake), 0x6fbu);
+  EXPECT_EQ(signature("default", kAmd, kZen4), kZen3);
+  EXPECT_EQ(signature("default", kAmd, 0xb00f21), kZen3);
+  EXPECT_EQ(signature("host", kAmd, kZen4), kZen4);
+  EXPECT_EQ(signature("default", kAmd, kZen3), kZen3);
+  EXPECT_EQ(signature("default", kAmd, kZen2), kZen2);
+}
+
 TEST(CpuModel, WithoutThemTheSubleavesEnd) {
   auto model = cpu_model("default,-bhi-ctrl,-mcdt_no", everything());
   ASSERT_TRUE(model.ok());
