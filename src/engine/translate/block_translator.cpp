@@ -276,7 +276,6 @@ void BlockBuilder::finish() {
   finish_slow_paths();
   finish_x87();
   finish_zmm();
-  finish_low_targets();
   finish_stack_checks();
   for (Interpret& i : interpret_) {
     if (!i.used) continue;
@@ -343,7 +342,6 @@ void BlockBuilder::start_over() {
   far_exits_.clear();
   stubs_.clear();
   misses_.clear();
-  low_targets_.clear();
   stack_misses_.clear();
   stack_known_ = false;
   group_misses_.clear();

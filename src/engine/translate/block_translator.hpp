@@ -117,8 +117,8 @@ struct TranslatedBlock {
   /// Or here, with the status flags in JitFrame::flags. Nothing jumps behind the first of the five bytes there, nor
   /// comes back from outside to it, and the block jumps there only at its own start.
   u32 frame_entry = 0;
-  // Position-independent code is entered at its beginning by jump tables: r14 = RIP + JitFrame::jump_bias, the flags in
-  // JitFrame::flags. It makes JitFrame::page of that, and goes on at frame_entry.
+  // Position-independent code is entered at its beginning by jump tables: r14 = RIP, the flags in JitFrame::flags. It makes
+  // JitFrame::page of that, and goes on at frame_entry.
   u32 cold = 0;   ///< what is rarely run; the first part is not empty
   std::vector<u32> relatives;  ///< offsets of the rel32 fields
   u32 left = 0;          ///< index of the instruction that the code leaves to the interpreter by exit_left

@@ -4,8 +4,8 @@
 ///
 /// Faults: a target that is not canonical is left to the interpreter, with nothing changed.
 /// Polls:  a direct exit that goes backward looks at attention, by way of RCX where flags live in the host;
-///         exit_indirect polls by itself: while attention is raised it finds nothing in the jump table. Forward branches, calls forward and returns to after their call cannot
-///         make a loop by themselves.
+///         exit_indirect polls by itself: while attention is raised it finds nothing in the jump table. Forward
+///         branches, calls forward and returns to after their call cannot make a loop by themselves.
 namespace ring3::engine {
 namespace {
 
@@ -137,8 +137,8 @@ void BlockBuilder::exit_if(u8 condition, u64 target) {
 /// table has not, and nothing of the instruction's may have happened yet.
 void BlockBuilder::exit_indirect(bool checked) {
   ended_ = true;
-  static_cast<void>(interpret_label());
-  flags_away(kScratch1);
+  flags_away(kScratch1);  // the check of a window leaves them in the host
+  if (!checked) static_cast<void>(interpret_label());
   e_.encode({.vex = true, .pp = 3, .map = 3, .opcode = 0xf0, .reg = kScratch1, .rm = kScratch0, .imm_size = 1, .imm = {30}});  // rorx r15d, r14d, 30
   e_.encode({.opcode = 0x23, .reg = kScratch1, .memory = true, .mem = frame_at(frame::kJumpMask)});                             // and r15d, [mask]
   e_.add(kScratch1, frame_at(frame::kJumpTable));
@@ -174,23 +174,13 @@ void BlockBuilder::shadow_return() {
 void BlockBuilder::check_canonical(u8 reg, u8 temp) {
   if (code32()) {
     e_.mov32(reg, reg);
-    return;
+  } else {
+    emit_canonical_test(reg, temp, interpret_label());
   }
-  if (request_->mode.user) {  // the interpreter raises what there is to raise in the upper half
-    e_.cmp(reg, frame_at(frame::kUserEnd));
-    e_.jcc(3, interpret_label());
-    return;
-  }
-  static_cast<void>(interpret_label());
-  low_targets_.push_back({{}, {}, reg, temp, interpret_.size() - 1});
-  e_.cmp(reg, frame_at(frame::kKernelStart));
-  e_.jcc(2, low_targets_.back().entry);
-  e_.bind(low_targets_.back().resume);
 }
 
-/// The same where it hardly ever comes to it. Clobbers temp.
 void BlockBuilder::emit_canonical_test(u8 reg, u8 temp, Label& otherwise) {
-  if (request_->mode.user) {
+  if (request_->mode.user) {  // the interpreter raises what there is to raise in the upper half
     e_.cmp(reg, frame_at(frame::kUserEnd));
     e_.jcc(3, otherwise);
     return;
@@ -200,17 +190,6 @@ void BlockBuilder::emit_canonical_test(u8 reg, u8 temp, Label& otherwise) {
   e_.encode({.w = true, .opcode = 0xc1, .reg = 7, .rm = temp, .imm_size = 1, .imm = {16}});  // sar
   e_.encode({.w = true, .opcode = 0x39, .reg = reg, .rm = temp});                            // cmp
   e_.jcc(5, otherwise);
-}
-
-/// A kernel's jump to below its half.
-void BlockBuilder::finish_low_targets() {
-  for (LowTarget& t : low_targets_) {
-    e_.bind(t.entry);
-    e_.mov(t.temp, t.reg);
-    e_.shr(t.temp, 47);
-    e_.jcc(5, interpret_[t.insn].entry);
-    e_.jmp(t.resume);
-  }
 }
 
 bool BlockBuilder::jmp(const DecodedInsn& i) {
@@ -242,7 +221,6 @@ bool BlockBuilder::jmp(const DecodedInsn& i) {
   } else {
     return false;
   }
-  flags_away(kScratch1);
   if (code32()) e_.mov32(kScratch0, kScratch0);
   exit_indirect(code32());
   return true;

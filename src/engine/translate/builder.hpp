@@ -146,11 +146,6 @@ class BlockBuilder {
     bool checked = false;  ///< the target is canonical
     std::size_t insn = 0;  ///< index of its Interpret
   };
-  struct LowTarget {
-    Label entry, resume;
-    u8 reg = 0, temp = 0;
-    std::size_t insn = 0;  ///< index of its Interpret
-  };
   /// A branch's way to another page, where the block goes on behind it. The flags are in the host.
   struct FarExit {
     Label entry;
@@ -228,7 +223,9 @@ class BlockBuilder {
   bool access(const Address& a, u8 size, Kind kind, bool aligned, Access* out);
   void operand_of(const Address& a, Access* out);
   void emit_tlb_mask();  ///< r15 is an entry's offset: tlb(kScratch1, …) reaches it from here on
-  HostMem tlb(u8 entry, u32 disp) const { return request_->mode.stacked ? HostMem::at(entry, static_cast<i32>(disp)) : HostMem::tlb(entry, disp); }
+  HostMem tlb(u8 entry, u32 disp) const {
+    return request_->mode.stacked ? HostMem::at(entry, static_cast<i32>(disp)) : HostMem::off_gs(entry, static_cast<i32>(disp));
+  }
   void emit_start_compare(u32 size);
   void emit_rorx(u8 to, u8 from, u8 count);
   // ---- windows.cpp ----
@@ -250,6 +247,7 @@ class BlockBuilder {
   void plan_regions(std::size_t count);
   void emit_region_number(u8 reg);
   void emit_region_compare(u8 reg, u64 region, u8 temp, Label& other);
+  void emit_region_compare_keeping_flags(u8 reg, u64 region, Label& other);
   void emit_certain_check(u8 base, u64 region);
   Group* open_region(u8 base, u64 region);
   void regions_ahead();
@@ -308,7 +306,6 @@ class BlockBuilder {
   void shadow_return();                     ///< r14 = target
   void check_canonical(u8 reg, u8 temp);    ///< clobbers flags; not canonical: interpret
   void emit_canonical_test(u8 reg, u8 temp, Label& otherwise);
-  void finish_low_targets();
   void emit_table_entry();                  ///< TranslatedBlock::code's beginning, of position-independent code
 
   // ---- families; false: not translated ----
@@ -408,7 +405,6 @@ class BlockBuilder {
   std::vector<StackMiss> stack_misses_;
   bool stack_known_ = false;  ///< something near rSP was reached in this block, or rSP was looked at
   std::vector<Miss> misses_;  ///< of the jump table; r14 = target
-  std::vector<LowTarget> low_targets_;
   std::vector<X87Load> x87_loads_, zmm_loads_;
   bool zmm_in_ = false;  ///< known at this point of the block: JitFrame::zmm is IN
   /// x87 state that is known at this point of the block.

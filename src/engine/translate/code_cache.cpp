@@ -44,8 +44,7 @@ void CodeCache::restart_biases() {
 u64 CodeCache::bias(u8 mode, const Mmu& mmu) {
   const u64 fetch_generation = mmu.fetch_generation();
   if (const u64 known = known_bias(mode, fetch_generation); known != 0) return known;
-  const auto is = [&](const Table& t) { return t.generation == fetch_generation && t.mode == mode; };
-  if (!is(*table_)) {
+  if (!table_->is(fetch_generation, mode)) {
     // The last one whose generation is gone for good: it is in the host's caches. Else the one that was not used for longest.
     constexpr u64 kGone = 1ull << 63;
     const auto worth = [&](const Table& t) { return mmu.generation_lives(t.generation) ? kGone - 1 - t.used : kGone + t.used; };

@@ -98,12 +98,11 @@ class CodeCache {
   u64 bias(u8 mode, const Mmu& mmu);
   /// The same without making one: 0. Uses no vector registers.
   u64 known_bias(u8 mode, u64 fetch_generation) {
-    const auto is = [&](const Table* t) { return t->generation == fetch_generation && t->mode == mode; };
-    if (!is(table_)) {
+    if (!table_->is(fetch_generation, mode)) {
       Table* found = other_;
-      if (!is(found)) {
+      if (!found->is(fetch_generation, mode)) {
         found = tables_;
-        while (found != tables_ + kTables && !is(found)) ++found;
+        while (found != tables_ + kTables && !found->is(fetch_generation, mode)) ++found;
         if (found == tables_ + kTables) return 0;
       }
       other_ = table_;
@@ -216,6 +215,7 @@ class CodeCache {
     u64 used = 0;
     u64 bias = 0;
     u8 mode = 0;
+    bool is(u64 of_generation, u8 of_mode) const { return generation == of_generation && mode == of_mode; }
     std::unique_ptr<JumpTable, decltype(&std::free)> jumps{nullptr, &std::free};  ///< zero pages until used
   };
   Table tables_[kTables];

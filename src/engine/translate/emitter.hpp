@@ -38,15 +38,15 @@ struct HostMem {
   u8 base = kHostNone;
   u8 index = kHostNone;  ///< never rsp
   u8 scale_log2 = 0;
-  bool gs = false;  ///< by the host's segment, at the TLB
+  bool gs = false;  ///< by the host's segment
   i32 disp = 0;
 
   /// In the JitFrame.
   static HostMem frame(u32 offset) {
     return {kHostR9, kHostNone, 0, false, static_cast<i32>(offset) - RING3_FRAME_CENTRE};
   }
-  /// In the TLB's entry at this offset, which a register holds or nothing.
-  static HostMem tlb(u8 base, u32 disp) { return {base, kHostNone, 0, true, static_cast<i32>(disp)}; }
+  /// By the host's gs base (frame.hpp), to which a register or nothing is added.
+  static HostMem off_gs(u8 base, i32 disp) { return {base, kHostNone, 0, true, disp}; }
   static HostMem at(u8 base, i32 disp = 0) { return {base, kHostNone, 0, false, disp}; }
 };
 

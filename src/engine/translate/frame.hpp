@@ -154,7 +154,6 @@ struct alignas(64) JitFrame {
   u64 common_mode = 0;  ///< the keys' upper part
   u64 shadow_base = 0;  ///< rsp of an empty shadow stack
   u64 host_gs = 0;      ///< the thread's gs base; 0: the caller's
-  u64 kernel_start = 0 - (1ull << 47);  ///< of the canonical addresses' upper half
 };
 
 /// What JitFrame::system_op does, for system instructions (system_ops.cpp). The answer is 0 from those that may refuse.
@@ -179,8 +178,7 @@ enum class SystemOp : u32 {
 
 namespace frame {
 inline constexpr u32 kR9 = RING3_FRAME_R9, kR10 = RING3_FRAME_R10, kR11 = RING3_FRAME_R11, kR15 = RING3_FRAME_R15,
-                     kTlb = RING3_FRAME_TLB, kAttention = RING3_FRAME_ATTENTION, kJumpMask = RING3_FRAME_JUMP_MASK, kUserEnd = RING3_FRAME_USER_END,
-                     kKernelStart = RING3_FRAME_KERNEL_START, kFsBase = RING3_FRAME_FS_BASE,
+                     kTlb = RING3_FRAME_TLB, kAttention = RING3_FRAME_ATTENTION, kJumpMask = RING3_FRAME_JUMP_MASK, kUserEnd = RING3_FRAME_USER_END, kFsBase = RING3_FRAME_FS_BASE,
                      kGsBase = RING3_FRAME_GS_BASE, kScratch = RING3_FRAME_SCRATCH,
                      kExitNext = RING3_FRAME_EXIT_NEXT, kExitInterpret = RING3_FRAME_EXIT_INTERPRET,
                      kExitAttention = RING3_FRAME_EXIT_ATTENTION, kExitCrossFrame = RING3_FRAME_EXIT_CROSS_FRAME,
@@ -216,7 +214,6 @@ RING3_CHECK_OFFSET(tlb, RING3_FRAME_TLB);
 RING3_CHECK_OFFSET(attention, RING3_FRAME_ATTENTION);
 static_assert(offsetof(AttentionWord, bits) == 0 && offsetof(AttentionWord, jump_mask) == RING3_FRAME_JUMP_MASK - RING3_FRAME_ATTENTION);
 RING3_CHECK_OFFSET(user_end, RING3_FRAME_USER_END);
-RING3_CHECK_OFFSET(kernel_start, RING3_FRAME_KERNEL_START);
 RING3_CHECK_OFFSET(fs_base, RING3_FRAME_FS_BASE);
 RING3_CHECK_OFFSET(gs_base, RING3_FRAME_GS_BASE);
 RING3_CHECK_OFFSET(tlb_mask, RING3_FRAME_TLB_MASK);

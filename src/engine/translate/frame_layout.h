@@ -66,7 +66,6 @@
 #define RING3_FRAME_COMMON_TABLE 2832
 #define RING3_FRAME_COMMON_MODE 2840
 #define RING3_FRAME_SHADOW_BASE 2848
-#define RING3_FRAME_KERNEL_START 2864
 
 /* The software TLB: entry at (linear >> SHIFT) & MASK, the page's physical address at GPA + a quarter of that. */
 #define RING3_TLB_SHIFT 7

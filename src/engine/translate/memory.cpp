@@ -199,16 +199,16 @@ bool BlockBuilder::access(const Address& a, u8 size, Kind kind, bool aligned, Ac
     if ((v & (kPageSize - 1)) + size > kPageSize || (aligned && (v & (size - 1u)) != 0)) return false;
     const u32 entry = static_cast<u32>((v >> frame::kTlbShift) & frame::kTlbMask);
     const u64 page = v & kPageMask;
-    const u8 none = request_->mode.stacked ? u8{kScratch1} : u8{kHostNone};
-    if (none != kHostNone) e_.load(kScratch1, HostMem::frame(frame::kTlb));
+    const u8 bank = request_->mode.stacked ? u8{kScratch1} : u8{kHostNone};
+    if (bank != kHostNone) e_.load(bank, HostMem::frame(frame::kTlb));
     if (fits(page)) {
-      e_.cmp_imm(tlb(none, entry + tag), static_cast<i32>(page));
+      e_.cmp_imm(tlb(bank, entry + tag), static_cast<i32>(page));
     } else {
       e_.mov_imm(kScratch0, page);
-      e_.cmp(kScratch0, tlb(none, entry + tag));
+      e_.cmp(kScratch0, tlb(bank, entry + tag));
     }
     e_.jcc(5, s.entry);
-    e_.load(kScratch1, tlb(none, entry + frame::kTlbAddend));
+    e_.load(kScratch1, tlb(bank, entry + frame::kTlbAddend));
     e_.bind(s.resume);
     if (fits(v)) {
       *out = {HostMem::at(kScratch1, static_cast<i32>(v)), true, false};

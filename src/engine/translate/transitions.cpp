@@ -209,8 +209,7 @@ u64 TranslatorVcpu::go_on() {
     const Mmu::WindowState window = mmu_.window();
     if (window == Mmu::WindowState::Stale || window_.fault != 0) return RING3_TRANSIT_DONE;
     m.windowed = window == Mmu::WindowState::Ready;
-    m.stacked = m.windowed && near_stacks(frame_.kept[8]);
-    m.near_fs = m.stacked && near_stacks(s_.seg[FS].base);
+    look_at_stack(frame_.kept[8], &m);
   }
   const u64 bias = cache_->known_bias(m.bits(), mmu_.fetch_generation());
   if (m.windowed && !cache_->holds(bias)) return RING3_TRANSIT_DONE;

@@ -234,8 +234,7 @@ TranslateMode TranslatorVcpu::mode() {
   } else if (m.user) {
     if (options_.window_samples == 1 && window_.patience == 0 && mmu_.window() == Mmu::WindowState::None && lockstep_ == nullptr) open_window();
     m.windowed = window_.open != 0 && use_window();
-    m.stacked = m.windowed && near_stacks(s_.gpr[RSP]);
-    m.near_fs = m.stacked && near_stacks(s_.seg[FS].base);
+    look_at_stack(s_.gpr[RSP], &m);
   }
   return m;
 }

@@ -100,8 +100,10 @@ class TranslatorVcpu final : public CodeObserver, private CodePageSharer {
     m->avx = m->sse && (s_.cr4 & cr4::OSXSAVE) && (s_.xcr0 & 6) == 6;
   }
   /// TranslateMode::stacked, near_fs. All of the window's constants but the stacks' may be made while code runs.
-  bool near_stacks(u64 address) const {
-    return any_gs_ && address >> frame::kRegionShift == Window::kStacks && !Window::is_no_delta(frame_.window_deltas[Window::kStacks]);
+  void look_at_stack(u64 rsp, TranslateMode* m) const {
+    const auto near = [](u64 address) { return address >> frame::kRegionShift == Window::kStacks; };
+    m->stacked = m->windowed && any_gs_ && near(rsp) && !Window::is_no_delta(frame_.window_deltas[Window::kStacks]);
+    m->near_fs = m->stacked && near(s_.seg[FS].base);
   }
   /// Indirect jumps and links hold under this bias from now on.
   void set_jumps(u64 bias, TranslateMode mode) {

@@ -136,10 +136,13 @@ class TinyTranslator final : public BlockTranslator {
 };
 
 struct Machine : TestMachine {
-  explicit Machine(std::size_t arena = 1u << 20) : TestMachine(TestMode::Long64) {
+  explicit Machine(std::size_t arena = 1u << 20) : Machine(arena, nullptr) {}
+  /// By this translator; null: a tiny one.
+  Machine(std::size_t arena, std::unique_ptr<BlockTranslator> translator) : TestMachine(TestMode::Long64) {
     TranslatorVcpu::Options options;
     options.arena_bytes = arena;
-    auto v = TranslatorVcpu::create(s, mmu(), interpreter(), std::make_unique<TinyTranslator>(&made), options);
+    if (translator == nullptr) translator = std::make_unique<TinyTranslator>(&made);
+    auto v = TranslatorVcpu::create(s, mmu(), interpreter(), std::move(translator), options);
     CHECK(v.ok());
     vcpu = std::move(*v);
     runner = [this](u64 budget) { return vcpu->run(budget); };
@@ -227,10 +230,7 @@ TEST(TranslatorVcpu, TargetsWithOneIndexBothStayInTheJumpTable) {
     }
   }
   // The same by the exits of translated indirect jumps.
-  TestMachine m(TestMode::Long64);
-  auto v = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
-  ASSERT_TRUE(v.ok());
-  m.runner = [&](u64 budget) { return (*v)->run(budget); };
+  Machine m(1u << 20, create_block_translator());
   m.s.gpr[RCX] = 1000;
   m.s.gpr[RAX] = kFirst + kApart;
   m.s.gpr[RDX] = kFirst + 2 * kApart;
@@ -242,17 +242,13 @@ TEST(TranslatorVcpu, TargetsWithOneIndexBothStayInTheJumpTable) {
   m.s.rip = kFirst + 0x10;
   EXPECT_TRUE(m.resume().halted());
   EXPECT_EQ(m.s.gpr[RCX], 0u);
-  EXPECT_LT((*v)->stats().entries, 20u);
-  v->reset();
+  EXPECT_LT(m.vcpu->stats().entries, 20u);
 }
 
 /// Entry 0 of the jump table stays empty; targets whose place it would be, or its neighbour, have that one.
 TEST(TranslatorVcpu, TargetsAtTheTablesBeginningGoThroughIt) {
   for (const u64 offset : {0u, 4u}) {
-    TestMachine m(TestMode::Long64);
-    auto v = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
-    ASSERT_TRUE(v.ok());
-    m.runner = [&](u64 budget) { return (*v)->run(budget); };
+    Machine m(1u << 20, create_block_translator());
     constexpr u64 kHere = TestMachine::kCode + 0x100;
     const u64 there = ((kHere + 0x40000) & ~u64{0x3ffff}) + offset;
     ASSERT_EQ(jump_index(there), offset / 4);
@@ -264,18 +260,14 @@ TEST(TranslatorVcpu, TargetsAtTheTablesBeginningGoThroughIt) {
     m.s.rip = kHere;
     EXPECT_TRUE(m.resume().halted());
     EXPECT_EQ(m.s.gpr[RCX], 0u);
-    EXPECT_LT((*v)->stats().entries, 20u);
-    EXPECT_EQ((*v)->cache().jumps().entries[0].rip, ~0ull);
-    v->reset();
+    EXPECT_LT(m.vcpu->stats().entries, 20u);
+    EXPECT_EQ(m.vcpu->cache().jumps().entries[0].rip, ~0ull);
   }
 }
 
 /// Indirect jumps alone make this loop: they see what is raised while translated code runs.
 TEST(TranslatorVcpu, AttentionEndsALoopOfIndirectJumps) {
-  TestMachine m(TestMode::Long64);
-  auto v = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
-  ASSERT_TRUE(v.ok());
-  m.runner = [&](u64 budget) { return (*v)->run(budget); };
+  Machine m(1u << 20, create_block_translator());
   m.s.gpr[RAX] = TestMachine::kCode + 0x100;
   m.s.gpr[RBX] = TestMachine::kCode + 0x200;
   m.load_code(hex("ff e3"), TestMachine::kCode + 0x100);
@@ -296,8 +288,7 @@ TEST(TranslatorVcpu, AttentionEndsALoopOfIndirectJumps) {
     EXPECT_EQ(attention.take(), 2u);
     EXPECT_TRUE(m.s.rip == m.s.gpr[RAX] || m.s.rip == m.s.gpr[RBX]);
   }
-  EXPECT_LT((*v)->stats().entries, 3000u);
-  v->reset();
+  EXPECT_LT(m.vcpu->stats().entries, 3000u);
 }
 
 TEST(TranslatorVcpu, AttentionEndsALoop) {
@@ -351,10 +342,7 @@ TEST(TranslatorVcpu, SelfModifyingCode) {
 /// Stores beside code that ran go through the interpreter; a page that gets many is given up until code runs there again,
 /// which is as it is then.
 TEST(TranslatorVcpu, APageThatIsWrittenAgainAndAgainIsGivenUp) {
-  TestMachine m(TestMode::Long64);
-  auto v = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(), {.arena_bytes = 1u << 20});
-  ASSERT_TRUE(v.ok());
-  m.runner = [&](u64 budget) { return (*v)->run(budget); };
+  Machine m(1u << 20, create_block_translator());
   constexpr u64 kOther = TestMachine::kCode + kPageSize;
   const u64 stack = m.s.gpr[RSP];
   m.load_code(hex("48 83 c0 01 c3"), kOther);  // add rax, 1; ret
@@ -369,14 +357,13 @@ TEST(TranslatorVcpu, APageThatIsWrittenAgainAndAgainIsGivenUp) {
     m.s.gpr[RSI] = round + 2;
     m.s.gpr[RSP] = stack;
     m.s.rip = TestMachine::kCode;
-    const u64 before = (*v)->stats().interpreted;
+    const u64 before = m.vcpu->stats().interpreted;
     ASSERT_TRUE(m.resume(~0ull).halted());
     EXPECT_EQ(m.s.gpr[RAX], (round == 0 ? 1 : round + 1) + round + 2);
-    left = (*v)->stats().interpreted - before;
+    left = m.vcpu->stats().interpreted - before;
   }
   EXPECT_LT(left, 40u);
   for (u64 n = 1; n <= 200; n++) EXPECT_EQ(m.load<u8>(kOther + 0x100 + n), static_cast<u8>(n));
-  v->reset();
 }
 
 TEST(TranslatorVcpu, WritesUnseenByTheEngineAreFoundAtTheNextFetch) {

@@ -70,6 +70,18 @@ void BlockBuilder::emit_region_compare(u8 reg, u64 region, u8 temp, Label& other
   e_.jcc(5, other);
 }
 
+/// The same by way of RCX: the flags stay. Clobbers both scratch registers.
+void BlockBuilder::emit_region_compare_keeping_flags(u8 reg, u64 region, Label& other) {
+  emit_region_number(reg);
+  e_.mov(kScratch0, kHostRcx);
+  e_.lea32(kHostRcx, HostMem::at(kScratch1, -static_cast<i32>(region)));
+  const u32 over = e_.jrcxz_short(8);
+  e_.mov(kHostRcx, kScratch0);
+  e_.jmp(other);
+  e_.bind_short(over);
+  e_.mov(kHostRcx, kScratch0);
+}
+
 /// r15 = what is added to addresses near reg's.
 void BlockBuilder::emit_window_check(u8 reg, u64 region, const Address& a, bool page) {
   if (flags_live_in_host()) {
@@ -144,14 +156,7 @@ void BlockBuilder::emit_certain_check(u8 base, u64 region) {
   m.insn = interpret_.size() - 1;
   m.in_frame = flags_ == Flags::Frame;
   if (keep) {
-    emit_region_number(reg);
-    e_.mov(kScratch0, kHostRcx);
-    e_.lea32(kHostRcx, HostMem::at(kScratch1, -static_cast<i32>(region)));
-    const u32 over = e_.jrcxz_short(8);
-    e_.mov(kHostRcx, kScratch0);
-    e_.jmp(m.entry);
-    e_.bind_short(over);
-    e_.mov(kHostRcx, kScratch0);
+    emit_region_compare_keeping_flags(reg, region, m.entry);
     return;
   }
   if (special(base)) e_.load_r14(slot_offset(base));
@@ -242,14 +247,7 @@ void BlockBuilder::emit_stack_check() {
     if (flags_ == Flags::Host) flags_ = Flags::Dead;
     return;
   }
-  emit_region_number(kHostR13);
-  e_.mov(kScratch0, kHostRcx);
-  e_.lea32(kHostRcx, HostMem::at(kScratch1, -static_cast<i32>(Window::kStacks)));
-  const u32 over = e_.jrcxz_short(8);
-  e_.mov(kHostRcx, kScratch0);
-  e_.jmp(miss);
-  e_.bind_short(over);
-  e_.mov(kHostRcx, kScratch0);
+  emit_region_compare_keeping_flags(kHostR13, Window::kStacks, miss);
 }
 
 /// The run loop goes on in another mode.
@@ -268,7 +266,7 @@ void BlockBuilder::through_region(const Group& g, const Address& a, Access* out)
   const u32 slot = delta_slot(g.region);
   if (stacked() && Window::is_twin(g.region)) {  // the gs base
     if (special(a.base)) e_.load_r14(slot_offset(a.base));
-    *out = {HostMem{special(a.base) ? u8{kScratch0} : host(a.base), kHostNone, 0, true, a.disp}, !special(a.base), true};
+    *out = {HostMem::off_gs(special(a.base) ? u8{kScratch0} : host(a.base), a.disp), !special(a.base), true};
     return;
   }
   if (special(a.base)) {
@@ -293,7 +291,7 @@ bool BlockBuilder::by_window(const Address& a) const {
 
 void BlockBuilder::window_access(const Address& a, Access* out) {
   if (off_stack(a)) {
-    *out = {HostMem{kHostR13, kHostNone, 0, true, a.disp}, true, true};
+    *out = {HostMem::off_gs(kHostR13, a.disp), true, true};
     // A vector instruction's mask may spare all bytes, and nothing is reached.
     if (insn_->op != Op::HostVec && insn_->op != Op::Vmaskmov) stack_known_ = true;
     window_point();
@@ -302,7 +300,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
   if (a.constant && a.segment == frame::kFsBase && request_->mode.near_fs && !a.narrow && a.bit == kNoReg &&
       a.value + kWindowDisp < 2ull * kWindowDisp) {
     e_.load_r14(frame::kFsBase);
-    *out = {HostMem{kScratch0, kHostNone, 0, true, static_cast<i32>(a.value)}, false, true};
+    *out = {HostMem::off_gs(kScratch0, static_cast<i32>(a.value)), false, true};
     window_point();
     return;
   }
