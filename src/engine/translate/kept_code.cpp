@@ -14,7 +14,8 @@ constexpr u32 kNoBias = 0xffff;
 constexpr char kMagic[] = "ring3kc2";
 constexpr u64 kTop = 0xffffffff80000000;  ///< the 2 GiB that code moves in
 enum RecordFlags : u8 { kPic = 1, kMoves = 2 };
-enum ExitFlags : u16 { kFrameFlags = 1, kWide = 2, kToUngrouped = 4 };
+enum ExitFlags : u16 { kFrameFlags = 1, kWide = 2, kToUngrouped = 4, kUnguarded = 8 };
+enum FaultFlags : u32 { kWindow = 1, kFlagsInFrame = 2 };
 
 struct KeptExit {
   u64 target;
@@ -22,7 +23,7 @@ struct KeptExit {
 };
 struct KeptFault {
   u64 rip;
-  u64 offset;
+  u32 offset, flags;
 };
 
 u64 load(const u8* at) {
@@ -215,6 +216,7 @@ bool KeptCode::expand(const u8* record, const Source& s, u32 first_tag, Block* o
     e.wide = (k.flags & kWide) != 0;
     e.frame_flags = (k.flags & kFrameFlags) != 0;
     e.ungrouped = (k.flags & kToUngrouped) != 0;
+    e.unguarded = (k.flags & kUnguarded) != 0;
     if (!holds(k.field, 4) || !holds(k.slot, 4) || !holds(k.tag, 4) || k.stub >= r.code) return false;
     if (k.bias != kNoBias && !holds(k.bias, e.wide ? 8 : 4)) return false;
     e.field = k.field;
@@ -233,7 +235,7 @@ bool KeptCode::expand(const u8* record, const Source& s, u32 first_tag, Block* o
     KeptFault k;
     std::memcpy(&k, at, sizeof k);
     if (k.offset >= r.code) return false;
-    b.faults.push_back({static_cast<u32>(k.offset), moved(k.rip)});
+    b.faults.push_back({k.offset, moved(k.rip), (k.flags & kWindow) != 0, (k.flags & kFlagsInFrame) != 0});
   }
   const auto number = [&] {
     u16 v;
@@ -302,7 +304,7 @@ std::optional<std::vector<u16>> moving_fields(const TranslatedBlock& a, const Tr
     if (y.target - x.target != move || x.target < kTop) return {};
   }
   for (std::size_t n = 0; n < a.faults.size(); n++)
-    if (a.faults[n].offset != b.faults[n].offset || b.faults[n].rip - a.faults[n].rip != move || a.faults[n].rip < kTop) return {};
+    if (a.faults[n].offset != b.faults[n].offset || a.faults[n].window || b.faults[n].window || b.faults[n].rip - a.faults[n].rip != move || a.faults[n].rip < kTop) return {};
   std::vector<u16> fields;
   // The move leaves an address's lowest byte as it is and changes the second, and a TLB place's lowest: which bytes
   // belong to a field follows from the first that differs.
@@ -366,10 +368,11 @@ void KeptCode::add(const Source& source, unsigned read, const Block& block, cons
   for (const DirectExit& e : b.exits) {
     exits.push_back({e.target, static_cast<u16>(e.field), static_cast<u16>(e.slot), static_cast<u16>(e.stub),
                      static_cast<u16>(e.tag), static_cast<u16>(e.bias == DirectExit::kSamePage ? kNoBias : e.bias),
-                     static_cast<u16>((e.frame_flags ? kFrameFlags : 0) | (e.wide ? kWide : 0) | (e.ungrouped ? kToUngrouped : 0) | e.insns << 8)});
+                     static_cast<u16>((e.frame_flags ? kFrameFlags : 0) | (e.wide ? kWide : 0) | (e.ungrouped ? kToUngrouped : 0) |
+                                      (e.unguarded ? kUnguarded : 0) | e.insns << 8)});
   }
   std::vector<KeptFault> faults;
-  for (const HostFaultPoint& f : b.faults) faults.push_back({f.rip, f.offset});
+  for (const HostFaultPoint& f : b.faults) faults.push_back({f.rip, f.offset, (f.window ? u32{kWindow} : 0) | (f.frame_flags ? u32{kFlagsInFrame} : 0)});
   std::vector<u16> numbers;
   if (fields) numbers.assign(moved->addresses.begin(), moved->addresses.end());
   numbers.insert(numbers.end(), b.relatives.begin(), b.relatives.end());

@@ -49,7 +49,7 @@ std::vector<u8> bytes_of(const Piece& p, u64 rip) {
 }
 
 /// False: nothing is made of it.
-bool make(const std::vector<u8>& bytes, u64 rip, u32 first_tag, TranslatedBlock* out) {
+bool make(const std::vector<u8>& bytes, u64 rip, u32 first_tag, TranslatedBlock* out, TranslateMode mode = {.lazy = true}, bool pic = false) {
   static const std::unique_ptr<BlockTranslator> translator = create_block_translator();
   std::vector<DecodedInsn> insns;
   for (std::size_t at = 0; at < bytes.size();) {
@@ -63,7 +63,8 @@ bool make(const std::vector<u8>& bytes, u64 rip, u32 first_tag, TranslatedBlock*
   r.insns = insns;
   r.has_feature = {has, insns.size()};
   r.rip = rip;
-  r.mode.lazy = true;
+  r.mode = mode;
+  r.position_independent = pic;
   r.first_tag = first_tag;
   out->clear();
   return translator->translate(r, out);
@@ -96,11 +97,13 @@ void expect_same(const TranslatedBlock& a, const TranslatedBlock& b) {
   for (std::size_t n = 0; n < a.exits.size(); n++) {
     const DirectExit &x = a.exits[n], &y = b.exits[n];
     EXPECT_TRUE(x.field == y.field && x.slot == y.slot && x.stub == y.stub && x.target == y.target && x.bias == y.bias &&
-                x.frame_flags == y.frame_flags && x.wide == y.wide && x.ungrouped == y.ungrouped && x.insns == y.insns && x.tag == y.tag);
+                x.frame_flags == y.frame_flags && x.wide == y.wide && x.ungrouped == y.ungrouped && x.unguarded == y.unguarded &&
+                x.insns == y.insns && x.tag == y.tag);
   }
   ASSERT_EQ(a.faults.size(), b.faults.size());
   for (std::size_t n = 0; n < a.faults.size(); n++)
-    EXPECT_TRUE(a.faults[n].offset == b.faults[n].offset && a.faults[n].rip == b.faults[n].rip);
+    EXPECT_TRUE(a.faults[n].offset == b.faults[n].offset && a.faults[n].rip == b.faults[n].rip && a.faults[n].window == b.faults[n].window &&
+                a.faults[n].frame_flags == b.faults[n].frame_flags);
 }
 
 std::shared_ptr<KeptCode> parsed(RawBytes file, std::string* refused, u64 build = kBuild) {
@@ -138,6 +141,36 @@ TEST(KeptCode, MovesAsTheTranslatorWould) {
       EXPECT_GE(found, 7u);
     }
   }
+}
+
+/// Where accesses stand, with the flags in the frame or not, and links without a guard come back as they were.
+TEST(KeptCode, WindowedCode) {
+  const std::vector<u8> bytes = hex("48 8b 07 74 10 48 3b 06 48 89 4f 08 e9 00 20 00 00");  // mov rax, [rdi]; je; cmp rax, [rsi]; mov [rdi + 8], rcx; jmp
+  std::string refused;
+  unsigned in_frame = 0, in_host = 0, unguarded = 0;
+  for (const bool pic : {false, true}) {
+    for (const bool stacked : {false, true}) {
+      const u64 rip = pic ? 0x5580'0000'0123 : 0x401123;
+      const TranslateMode mode{.user = true, .sse = true, .windowed = true, .stacked = stacked};
+      const auto k = parsed({}, &refused);
+      TranslatedBlock made, found;
+      ASSERT_TRUE(make(bytes, rip, 7, &made, mode, pic));
+      const KeptCode::Source source{5, rip, mode.bits(), pic, bytes};
+      k->add(source, static_cast<unsigned>(bytes.size()), {&made, 0}, nullptr);
+      const auto again = parsed(k->file(kBuild), &refused);
+      ASSERT_EQ(refused, "");
+      for (KeptCode* from : {k.get(), again.get()}) {
+        KeptCode::Block block{&found, 0};
+        ASSERT_TRUE(from->find(source, 7, &block));
+        expect_same(made, found);
+      }
+      for (const HostFaultPoint& f : found.faults) (f.window && f.frame_flags ? in_frame : in_host) += f.window;
+      for (const DirectExit& e : found.exits) unguarded += e.unguarded;
+    }
+  }
+  EXPECT_GT(in_frame, 0u);
+  EXPECT_GT(in_host, 0u);
+  EXPECT_EQ(unguarded, 2u);
 }
 
 TEST(KeptCode, NothingElseIsFound) {

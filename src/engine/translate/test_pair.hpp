@@ -20,7 +20,7 @@ inline constexpr u64 kLow = 0x50000, kHigh = 0x6ff00;  // data and stack pages o
 /// One machine, run by the interpreter or by translation.
 class Side {
  public:
-  /// windowed: in user mode, memory is reached through a host window.
+  /// windowed: in user mode, memory is reached through a host window, and translations are kept.
   Side(bool translated, unsigned max_insns, bool windowed) : m(TestMode::Long64, windowed) {
     m.c().features = host_features();
     m.c().event_filter = [this](const Event& event) {
@@ -29,8 +29,10 @@ class Side {
       return true;
     };
     if (!translated) return;
+    std::string refused;
+    if (windowed) kept = KeptCode::parse({}, 0, &refused);
     auto made = TranslatorVcpu::create(m.s, m.mmu(), m.interpreter(), create_block_translator(),
-                                       {.arena_bytes = 4u << 20, .max_insns = max_insns, .window_samples = windowed});
+                                       {.arena_bytes = 4u << 20, .max_insns = max_insns, .kept = kept.get(), .window_samples = windowed});
     CHECK(made.ok());
     vcpu = std::move(*made);
   }
@@ -42,6 +44,7 @@ class Side {
   }
 
   TestMachine m;
+  std::shared_ptr<KeptCode> kept;
   std::unique_ptr<TranslatorVcpu> vcpu;
   bool has_event = false;
   u8 vector = 0;

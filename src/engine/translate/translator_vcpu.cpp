@@ -273,7 +273,7 @@ CodeBlock* TranslatorVcpu::translate(Gpa gpa, u64 rip, const u8* host, Translate
   request.ungrouped = ungrouped;
   const u8 mode_key = key(mode, ungrouped);
   const KeptCode::Source source{kept_context(), rip, mode_key, request.position_independent, {image, size}};
-  KeptCode* const keeper = lockstep_ == nullptr && !mode.windowed ? options_.kept : nullptr;
+  KeptCode* const keeper = lockstep_ == nullptr ? options_.kept : nullptr;
   for (unsigned attempt = 0; attempt < 2; attempt++) {
     request.first_tag = cache_->next_tag();
     KeptCode::Block block{&out_, 0};

@@ -132,6 +132,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
         g->active = true;
         g->base = a.base;
         g->region = static_cast<u8>(expected_region(a)) % Window::kRegions;
+        turns += stacked() && g - groups.begin() >= 2;  // many registers, of which some cost no constant
       } else {
         turns += &*g != last;
       }

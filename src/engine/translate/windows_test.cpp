@@ -89,6 +89,7 @@ TEST(TranslatedCode, RegionsThatAreCertainAreSo) {
         if (time != 0 && rng.one_in(24)) s.gpr[base] = rng.below(2) ? 0x5500'0000'0000 + at : random_value(rng);
       }
       std::memcpy(pair.translated().m.s.gpr, s.gpr, sizeof s.gpr);
+      if (time == 2) pair.translated().m.interpreter().code_flush();  // from here on it is what was kept
       pair.run(1000);
       const bool whole = s.rip == TestMachine::kCode + bytes.size() - 1;  // HLT
       halted += whole;
@@ -105,6 +106,7 @@ TEST(TranslatedCode, RegionsThatAreCertainAreSo) {
   EXPECT_GT(halted, faulted);
   EXPECT_GT(faulted, 100u);
   EXPECT_GT(pair.translated().vcpu->stats().window_faults, 0u);
+  EXPECT_GT(pair.translated().kept->stats().found, halted / 4);
 }
 
 }  // namespace
