@@ -243,6 +243,8 @@ class BlockBuilder {
   void emit_window_check(u8 reg, u64 region, const Address& a, bool page);
   u64 expected_region(const Address& a) const;
   bool used_again(Group g) const;
+  bool by_gs(u64 region) const { return stacked() && Window::is_twin(region); }  ///< the gs base is this region's constant
+  bool certain(u64 region) const;
   bool region_operand(const DecodedInsn& i, const Operand& o, Address* out) const;
   void plan_regions(std::size_t count);
   void emit_region_number(u8 reg);

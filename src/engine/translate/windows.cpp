@@ -108,7 +108,13 @@ bool BlockBuilder::region_operand(const DecodedInsn& i, const Operand& o, Addres
          !off_stack(*out);
 }
 
-/// Whether certain regions pay: accesses off different registers, by turns, each of which would load its group's constant.
+/// Operands in this region have checks that make it certain.
+bool BlockBuilder::certain(u64 region) const {
+  if (request_->ungrouped || region >= Window::kRegions) return false;
+  return certain_ || by_gs(region);  // what the gs base serves costs no constant
+}
+
+/// Whether certain regions pay elsewhere: accesses off different registers, by turns, each of which would load its group's constant.
 void BlockBuilder::plan_regions(std::size_t count) {
   constexpr unsigned kTurns = 2;
   certain_ = false;
@@ -132,11 +138,10 @@ void BlockBuilder::plan_regions(std::size_t count) {
         g->active = true;
         g->base = a.base;
         g->region = static_cast<u8>(expected_region(a)) % Window::kRegions;
-        turns += stacked() && g - groups.begin() >= 2;  // many registers, of which some cost no constant
       } else {
         turns += &*g != last;
       }
-      if (!stacked() || !Window::is_twin(g->region)) uses[Window::named_for(g->region)]++;
+      if (!by_gs(g->region)) uses[Window::named_for(g->region)]++;
       last = &*g;
     }
     for (Group& g : groups) follow(i, &g);
@@ -179,7 +184,7 @@ BlockBuilder::Group* BlockBuilder::open_region(u8 base, u64 region) {
 
 /// Registers that are to be certain at an instruction with flags in the host are looked at before these are made.
 void BlockBuilder::regions_ahead() {
-  if (!certain_ || flags_live_in_host()) return;
+  if ((!certain_ && !stacked()) || flags_live_in_host()) return;
   const std::size_t here = index_;
   const auto moves_by_constants = [&](u8 base, std::size_t to) {
     Group g;
@@ -200,7 +205,7 @@ void BlockBuilder::regions_ahead() {
         if (!region_operand(i, o, &a) || !moves_by_constants(a.base, n)) continue;
         if (std::any_of(groups_.begin(), groups_.end(), [&](const Group& g) { return g.active && same_registers(g, a); })) continue;
         const u64 region = expected_region(a);
-        if (region >= Window::kRegions) continue;
+        if (!certain(region)) continue;
         index_ = here;
         (void)open_region(a.base, region);
         index_ = n;
@@ -265,7 +270,7 @@ void BlockBuilder::finish_stack_checks() {
 /// The constants of up to two regions stay in the scratch registers.
 void BlockBuilder::through_region(const Group& g, const Address& a, Access* out) {
   const u32 slot = delta_slot(g.region);
-  if (stacked() && Window::is_twin(g.region)) {  // the gs base
+  if (by_gs(g.region)) {
     if (special(a.base)) e_.load_r14(slot_offset(a.base));
     *out = {HostMem::off_gs(special(a.base) ? u8{kScratch0} : host(a.base), a.disp), !special(a.base), true};
     return;
@@ -346,7 +351,7 @@ void BlockBuilder::window_access(const Address& a, Access* out) {
   }
   const bool off_base = near && a.index == kNoReg;
   const u64 region = expected_region(a);
-  if (certain_ && off_base && !(special(a.base) && flags_live_in_host()) && region < Window::kRegions) {
+  if (certain(region) && off_base && !(special(a.base) && flags_live_in_host())) {
     if (const Group* const g = open_region(a.base, region)) {
       through_region(*g, a, out);
       window_point();
