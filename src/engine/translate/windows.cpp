@@ -110,14 +110,15 @@ bool BlockBuilder::region_operand(const DecodedInsn& i, const Operand& o, Addres
 
 /// Operands in this region have checks that make it certain.
 bool BlockBuilder::certain(u64 region) const {
-  if (request_->ungrouped || region >= Window::kRegions) return false;
-  return certain_ || by_gs(region);  // what the gs base serves costs no constant
+  return region < Window::kRegions && (certain_ || (several_ && by_gs(region)));
 }
 
-/// Whether certain regions pay elsewhere: accesses off different registers, by turns, each of which would load its group's constant.
+/// Whether certain regions pay: accesses off different registers, by turns, each of which would load its group's constant. Where the
+/// gs base serves them they cost no constant, and pay off two registers already; but a segment's base makes an address later, and
+/// one register alone may be a chain of pointers.
 void BlockBuilder::plan_regions(std::size_t count) {
   constexpr unsigned kTurns = 2;
-  certain_ = false;
+  certain_ = several_ = false;
   if (!request_->mode.windowed || request_->ungrouped || loop_.on) return;
   std::array<Group, kGroups> groups{};
   unsigned turns = 0;
@@ -138,6 +139,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
         g->active = true;
         g->base = a.base;
         g->region = static_cast<u8>(expected_region(a)) % Window::kRegions;
+        several_ |= g != groups.begin();
       } else {
         turns += &*g != last;
       }
@@ -184,7 +186,7 @@ BlockBuilder::Group* BlockBuilder::open_region(u8 base, u64 region) {
 
 /// Registers that are to be certain at an instruction with flags in the host are looked at before these are made.
 void BlockBuilder::regions_ahead() {
-  if ((!certain_ && !stacked()) || flags_live_in_host()) return;
+  if ((!certain_ && !several_) || flags_live_in_host()) return;
   const std::size_t here = index_;
   const auto moves_by_constants = [&](u8 base, std::size_t to) {
     Group g;
