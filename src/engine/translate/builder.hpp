@@ -391,7 +391,7 @@ class BlockBuilder {
   std::vector<GroupMiss> group_misses_;
   std::vector<WindowMiss> window_misses_;
   std::vector<RegionMiss> region_misses_;
-  bool several_ = false;  ///< operands of this block stand off two registers or more
+  bool several_ = false;  ///< stacked, and operands of this block stand off two registers or more
   bool certain_ = false;  ///< in this block, checks of windows make regions certain
   u8 main_region_ = 0;    ///< the one whose constant belongs in r15
   bool both_free_ = false;  ///< the operand of this instruction may take r14 instead of r15

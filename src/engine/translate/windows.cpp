@@ -139,7 +139,7 @@ void BlockBuilder::plan_regions(std::size_t count) {
         g->active = true;
         g->base = a.base;
         g->region = static_cast<u8>(expected_region(a)) % Window::kRegions;
-        several_ |= g != groups.begin();
+        several_ |= stacked() && g != groups.begin();
       } else {
         turns += &*g != last;
       }
