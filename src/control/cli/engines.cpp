@@ -52,6 +52,8 @@ Result<std::unique_ptr<kvm::Endpoint>> open_engine(EngineKind kind, const Engine
     engine::EngineOptions ours{options};
     // Guest memory of ours can be mapped twice, and stays where it is.
     ours.values.emplace("windows", std::to_string(engine::kWindows));
+    // No signal means anything to a vCPU's thread of ours: it is stopped by kick().
+    ours.signals_announced = true;
     return engine::create_soft_system(ours);
   }
   return kvm::open_kernel_kvm();
