@@ -1,4 +1,4 @@
-"""A whole Debian 12 on a virtual disk: to its login, on the network, off again, its disk sound, and the same disk under QEMU.
+"""A whole Debian on a virtual disk: to its login, on the network, off again, its disk sound, and the same disk under QEMU.
 
 usage: debian_test.py RING3 [unittest arguments]
 The system is what scripts/make-debian-image makes (RING3_DEBIAN: its directory). The engine is soft, or what RING3_TEST_ENGINE
@@ -149,7 +149,7 @@ class Debian(unittest.TestCase):
         self.say(re.search(r"Startup finished.*", self.command(terminal, "systemd-analyze")).group(0))
         if not network:
             return
-        address = self.command(terminal, "for i in $(seq 100); do ip -4 -br addr | grep -q 10.0.2 && break; sleep 0.2; done; ip -4 -br addr")
+        address = self.command(terminal, "for i in $(seq 100); do ip -4 -br addr | grep -q 10.0.2 && break; sleep 0.2; done; ip -4 -br -c=never addr")
         self.assertIn("10.0.2.15/24", address)
         host = "10.0.2.2"
         if self.names:
